@@ -1,0 +1,86 @@
+"""PyTorch weight files to our parameters and back, without PyTorch."""
+
+import importlib
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from converters import _rules
+from fdep_jax import backbones
+
+__all__ = ["load_backbone", "to_torch"]
+
+PathOrState = str | os.PathLike | dict[str, np.ndarray]
+
+
+def load_backbone(name: str, path_or_state: PathOrState) -> backbones.Backbone:
+  """The network `name` with the weights of a PyTorch checkpoint.
+
+  Args:
+    name: one of `backbones.names()`.
+    path_or_state: a file for `read_torch`, or PyTorch name -> array. Wrappers ("state_dict" level,
+      "model." and "module." prefixes) are removed; variants (input channels, norms) are read off
+      the shapes where a network has them.
+
+  Returns:
+    The network in training mode, float32.
+
+  Raises:
+    ValueError: the file is not a checkpoint of this network; every key that does not fit is named.
+  """
+  state = _unwrap(_state(path_or_state))
+  table = _table(name)
+  options = table.options(state) if hasattr(table, "options") else {}
+  # Shapes only: the values all come from the file, and drawing initial ones takes seconds.
+  net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0), **options))
+  try:
+    _rules.fill(net, state, table.rules(net), _dead(table, net))
+  except ValueError as error:
+    source = "" if isinstance(path_or_state, dict) else f"{path_or_state}: "
+    raise ValueError(f"{source}not a checkpoint of {name}. {error}") from None
+  for _, variable in nnx.to_flat_state(nnx.state(net, nnx.RngState)):  # ACM's and ALCNet's dropout
+    is_key = jax.dtypes.issubdtype(variable.dtype, jax.dtypes.prng_key)
+    variable.set_value(jax.random.key(0) if is_key else jnp.zeros(variable.shape, variable.dtype))
+  return net
+
+
+def to_torch(net: backbones.Backbone) -> dict[str, np.ndarray]:
+  """The state_dict that the published PyTorch network loads with `strict=True`.
+
+  Returns:
+    PyTorch name -> float32 array (int64 for batch counters); layers that the published code builds
+    but never runs get their default initial values.
+  """
+  table = _table(type(net).__module__.rsplit(".", 1)[-1])
+  return _rules.unfill(net, table.rules(net), _dead(table, net))
+
+
+def _table(name: str):
+  backbones.network_class(name)
+  try:
+    return importlib.import_module(f"converters.{name}")
+  except ModuleNotFoundError:
+    raise ValueError(
+      f"No converter for {name}: write converters/{name}.py with `rules(net)`, one line a layer "
+      "(converters/msda.py is an example)."
+    ) from None
+
+
+def _dead(table, net) -> list[_rules.Dead]:
+  return table.dead(net) if hasattr(table, "dead") else []
+
+
+def _state(path_or_state: PathOrState) -> dict[str, np.ndarray]:
+  if isinstance(path_or_state, dict):
+    return path_or_state
+  return read_torch(path_or_state)
+
+
+def _unwrap(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  for prefix in ("state_dict.", "module.", "model."):
+    if state and all(name.startswith(prefix) for name in state):
+      state = {name[len(prefix) :]: array for name, array in state.items()}
+  return state

@@ -1,0 +1,186 @@
+"""PyTorch state_dict ↔ our parameters by an explicit table of layers, strict in both directions.
+
+A table lists every PyTorch layer once: `("stem.0", "stem/conv1/conv", CONV)`. It is read both
+ways, so a network converted here and back is bit-identical.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+
+class Kind(NamedTuple):
+  """What a PyTorch layer stores, and which of our names and axis orders it becomes."""
+
+  names: dict[str, str]  # PyTorch suffix -> ours
+  to_ours: tuple[int, ...] = ()  # axes of `weight`; empty: as it is
+  optional: tuple[str, ...] = ()  # suffixes that may be absent on both sides
+  counters: tuple[str, ...] = ()  # suffixes without a counterpart, int64 scalars
+
+
+CONV = Kind({"weight": "kernel", "bias": "bias"}, (2, 3, 1, 0), optional=("bias",))
+CONV_TRANSPOSE = Kind({"weight": "kernel", "bias": "bias"}, (2, 3, 0, 1), optional=("bias",))
+LINEAR = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
+# A linear layer on pooled features is a 1×1 convolution of ours.
+LINEAR_AS_CONV = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
+NORM = Kind({"weight": "scale", "bias": "bias"})
+BATCH_NORM = Kind(
+  {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"},
+  # PyTorch counts batches for momentum=None only, which no network uses; written back as 0.
+  counters=("num_batches_tracked",),
+)
+
+Rule = tuple[str, str, Kind]  # PyTorch layer, our path ("a/b/0"), kind
+
+
+class Dead(NamedTuple):
+  """A layer that the published code builds but never runs, so ours does not have it."""
+
+  layer: str
+  kind: Kind
+  shapes: dict[str, tuple[int, ...]]  # PyTorch suffix -> shape
+  reason: str
+
+
+def dead_conv(layer: str, shape: tuple[int, ...], reason: str, *, bias: bool) -> Dead:
+  """A dead convolution (or linear layer) of weight `shape`."""
+  return Dead(layer, CONV, {"weight": shape, **({"bias": shape[:1]} if bias else {})}, reason)
+
+
+def dead_batch_norm(layer: str, channels: int, reason: str) -> Dead:
+  """A dead BatchNorm."""
+  suffixes = ("weight", "bias", "running_mean", "running_var")
+  return Dead(layer, BATCH_NORM, {suffix: (channels,) for suffix in suffixes}, reason)
+
+
+def conv_norm(layers: tuple[str, str] | str, ours: str) -> list[Rule]:
+  """Rules of a convolution and its BatchNorm; a single name has children `.conv` and `.bn`."""
+  conv, norm = layers if isinstance(layers, tuple) else (f"{layers}.conv", f"{layers}.bn")
+  return [(conv, f"{ours}/conv", CONV), (norm, f"{ours}/norm", BATCH_NORM)]
+
+
+def flat_variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+  """Our parameters and running statistics by path, "a/b/0/kernel"."""
+  state = nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat))
+  return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def fill(
+  module: nnx.Module,
+  state: dict[str, np.ndarray],
+  rules: list[Rule],
+  dead: list[Dead] = (),
+  unused: dict[str, str] | None = None,
+) -> list[str]:
+  """Writes a state_dict into `module`, in place.
+
+  Args:
+    module: ours; may hold abstract values (`nnx.eval_shape`).
+    state: PyTorch name -> array.
+    rules: every layer of ours, once.
+    dead: layers of the published code that we do not have; may be absent from `state`.
+    unused: further exact PyTorch names that are left out -> reason.
+
+  Returns:
+    A line for each name that was left out, with the reason.
+
+  Raises:
+    ValueError: a name, a shape or a type does not fit; every problem is listed.
+  """
+  targets = flat_variables(module)
+  left = dict(state)
+  arrays, problems, skipped = {}, [], []
+  for layer, path, kind in rules:
+    for suffix, ours in kind.names.items():
+      name, target = f"{layer}.{suffix}", f"{path}/{ours}"
+      if target not in targets:
+        if suffix not in kind.optional:
+          problems.append(f"{target}: in the rules, but our network has no such parameter")
+        continue
+      if target in arrays:
+        problems.append(f"{target}: filled twice, by {name} too")
+      if name not in left:
+        problems.append(f"{name}: missing; it fills {target}")
+        continue
+      array = np.asarray(left.pop(name))
+      order = kind.to_ours if suffix == "weight" else ()
+      expected = targets[target].shape
+      if kind is LINEAR_AS_CONV and suffix == "weight":
+        expected = expected[2:]
+      if array.ndim != len(expected) or tuple(
+        array.shape[axis] for axis in (order or range(array.ndim))
+      ) != tuple(expected):
+        problems.append(f"{name}: shape {array.shape}, but {target} is {targets[target].shape}")
+        continue
+      if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
+        problems.append(f"{name}: type {array.dtype}, but {target} holds floats")
+        continue
+      array = array.astype(np.float32)
+      arrays[target] = (array.transpose(order) if order else array).reshape(targets[target].shape)
+    for suffix in kind.counters:
+      left.pop(f"{layer}.{suffix}", None)
+  for entry in dead:
+    for suffix in (*entry.shapes, *entry.kind.counters):
+      if left.pop(f"{entry.layer}.{suffix}", None) is not None:
+        skipped.append(f"{entry.layer}.{suffix}: unused, {entry.reason}")
+  for name, reason in (unused or {}).items():
+    if left.pop(name, None) is not None:
+      skipped.append(f"{name}: unused, {reason}")
+  problems += [f"{name}: unknown, no rule takes it" for name in left]
+  missing_targets = set(targets) - {
+    f"{path}/{ours}" for _, path, kind in rules for ours in kind.names.values()
+  }
+  problems += [f"{target}: no rule fills it" for target in sorted(missing_targets)]
+  if problems:
+    shown = problems[:40]
+    rest = [f"… and {len(problems) - 40} more"] if len(problems) > 40 else []
+    count = f"{len(problems)} conversion problem{'s' if len(problems) > 1 else ''}"
+    raise ValueError("\n  ".join([f"{count}:", *shown, *rest]))
+  for target, array in arrays.items():
+    targets[target].set_value(jax.numpy.asarray(array))
+  nnx.update(module, _unflatten(module, targets))
+  return skipped
+
+
+def _unflatten(module: nnx.Module, targets: dict[str, nnx.Variable]):
+  state = nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat))
+  return nnx.from_flat_state(
+    [(path, targets["/".join(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
+  )
+
+
+def unfill(module: nnx.Module, rules: list[Rule], dead: list[Dead] = ()) -> dict[str, np.ndarray]:
+  """The way back: a state_dict that the published PyTorch network loads with `strict=True`.
+
+  Dead layers get PyTorch's default initial values, drawn from a fixed seed.
+  """
+  sources = flat_variables(module)
+  state = {}
+  for layer, path, kind in rules:
+    for suffix, ours in kind.names.items():
+      if f"{path}/{ours}" not in sources:
+        continue
+      array = np.asarray(sources[f"{path}/{ours}"][...], np.float32)
+      if suffix == "weight" and kind.to_ours:
+        if kind is LINEAR_AS_CONV:
+          array = array[0, 0]
+        array = array.transpose(np.argsort(kind.to_ours))
+      state[f"{layer}.{suffix}"] = np.ascontiguousarray(array)
+    for suffix in kind.counters:
+      state[f"{layer}.{suffix}"] = np.zeros((), np.int64)
+  rng = np.random.default_rng(0)
+  for entry in dead:
+    for suffix, shape in entry.shapes.items():
+      state[f"{entry.layer}.{suffix}"] = _initial(entry, suffix, shape, rng)
+    for suffix in entry.kind.counters:
+      state[f"{entry.layer}.{suffix}"] = np.zeros((), np.int64)
+  return state
+
+
+def _initial(entry: Dead, suffix: str, shape, rng) -> np.ndarray:
+  if entry.kind is BATCH_NORM:
+    return np.full(shape, 1.0 if suffix in ("weight", "running_var") else 0.0, np.float32)
+  bound = float(np.prod(entry.shapes["weight"][1:])) ** -0.5
+  return rng.uniform(-bound, bound, shape).astype(np.float32)

@@ -1,0 +1,1 @@
+"""FDEP: infrared small-target detection taught by a frozen foundation model, in JAX/Flax NNX."""
