@@ -1,0 +1,470 @@
+"""HSE and the conventional metrics from probability maps and masks (paper §3.4, Algorithm 1).
+
+HSE = HSE-P × HSE-T. HSE-P is the area under the pixel precision-recall curve of all pixels of all
+images, HSE-T the area under the target-level curve over thresholds.
+
+  score = hse.score(probs, masks)        # lists of H×W float32 in [0, 1] and H×W bool
+  print(score.hse, score.hse_p, score.hse_t)
+"""
+
+import dataclasses
+import math
+import warnings
+
+import numpy as np
+
+from fdep_jax.metrics import components, pixels
+
+# 0.05, 0.10 … 0.95 as float32, so that a score that was written as 0.15 is not above 0.15.
+THRESHOLDS = (np.arange(1, 20) / 20).astype(np.float32)
+THRESHOLDS.setflags(write=False)
+HALF = np.float32(0.5)  # IoU, nIoU, Pd and Fa are taken at prob > 0.5
+PAPER = ("iou", "niou", "pd", "fa", "hse_p", "hse_t", "hse")  # the columns of the paper's tables
+_PENDING = 1 << 18  # active pixels that an accumulator gathers before it labels them together
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Everything the paper leaves open about its metrics, with our reading as the default.
+
+  OUR CHOICE, all of them: with these a public ACM scores within 1 of the paper's own on NUAA-SIRST.
+
+  Attributes:
+    thresholds: of HSE-T, in [0, 1); compared as float32, `prob > τ`.
+    max_distance: pixels between centroids, exclusive, up to which a prediction finds a target.
+    extend: start the target-level curve at recall 0 with the precision of its lowest-recall point.
+    area: "trapezoid" or "step" (Σ ΔR·P) for the target-level curve.
+    connectivity: 8 or 4 neighbours make a component.
+    matching: "first", "nearest" or "optimal"; see `components.match`.
+    empty_niou: IoU of an image with neither target nor prediction; None leaves it out of the mean.
+    false_alarm: "unclaimed" counts the pixels of components that no target claims. "area" is
+      DNANet's rule, for comparison with older papers: a false alarm of the same area as some hit in
+      its image is forgiven.
+  """
+
+  thresholds: tuple = tuple(THRESHOLDS.tolist())
+  max_distance: float = 3.0
+  extend: bool = True
+  area: str = "trapezoid"
+  connectivity: int = 8
+  matching: str = "first"
+  empty_niou: float | None = 0.0
+  false_alarm: str = "unclaimed"
+
+  def __post_init__(self):
+    problems = []
+    try:
+      values = np.unique(np.asarray(self.thresholds, np.float32))
+    except (TypeError, ValueError):
+      values = np.zeros(0, np.float32)
+    if not len(values) or not ((values >= 0) & (values < 1)).all():
+      problems.append(f"thresholds is {self.thresholds!r}; give at least one number in [0, 1)")
+    object.__setattr__(self, "thresholds", tuple(values.tolist()))
+    if not (np.isscalar(self.max_distance) and 0 < self.max_distance < math.inf):
+      problems.append(f"max_distance is {self.max_distance!r}; give a number of pixels above 0")
+    allowed = {
+      "area": ("trapezoid", "step"),
+      "connectivity": (8, 4),
+      "matching": ("first", "nearest", "optimal"),
+      "false_alarm": ("unclaimed", "area"),
+    }
+    for name, values in allowed.items():
+      if getattr(self, name) not in values:
+        problems.append(f"{name} is {getattr(self, name)!r}; it must be one of {values}")
+    if problems:
+      raise ValueError(_listing("options of the metric", problems))
+
+  @property
+  def grid(self):
+    """The thresholds and 0.5, ascending, float32."""
+    return np.unique(np.append(np.asarray(self.thresholds, np.float32), HALF))
+
+  def of_grid(self):
+    """Where in `grid` the thresholds are, and where 0.5 is."""
+    grid = self.grid
+    return np.searchsorted(grid, np.asarray(self.thresholds, np.float32)), int(
+      np.searchsorted(grid, HALF)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """Integers from which every threshold metric follows; arrays over images, so that they add up.
+
+  `predicted` and `hits` have a second axis, over `Options.grid`. The rest is at prob > 0.5.
+  """
+
+  pixels: np.ndarray
+  target_pixels: np.ndarray
+  predicted_pixels: np.ndarray
+  intersection: np.ndarray
+  targets: np.ndarray  # components of the mask
+  predicted: np.ndarray  # images × grid: components of the thresholded map
+  hits: np.ndarray  # images × grid: targets that claimed one of them
+  false_alarm_pixels: np.ndarray  # of components that no target claims
+  false_alarm_pixels_by_area: np.ndarray  # the same by DNANet's rule
+
+  def __len__(self):
+    return len(self.pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """The metrics of a set of images, as fractions (Fa too: tables show Fa × 10⁶).
+
+  Without a true target hse, hse_p, hse_t, pd, recall, f1, roc_auc and ap are NaN.
+  """
+
+  hse: float
+  hse_p: float
+  hse_t: float
+  iou: float  # over the set
+  niou: float  # mean over the images
+  pd: float
+  fa: float
+  precision: float  # of pixels; 0 where nothing is predicted
+  recall: float
+  f1: float
+  roc_auc: float
+  ap: float  # average precision of pixels (step rule)
+  images: int
+  pixels: int
+  target_pixels: int
+  targets: int
+  hits: int  # targets found at prob > 0.5
+  false_alarms: int  # components that no target claims at prob > 0.5
+  hse_p_error: float  # the exact HSE-P is this near for certain; 0 from `score`
+  curves: dict = dataclasses.field(repr=False, compare=False)  # arrays of both curves
+
+  def as_dict(self):
+    """The numbers as JSON takes them: NaN becomes None. The curves are left out."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "curves"}
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
+
+
+def score(probs, masks, thresholds=THRESHOLDS, max_distance=3.0, **options):
+  """Scores probability maps against masks.
+
+  Args:
+    probs: H×W floats in [0, 1], one per image; sizes may differ. Compared as float32.
+    masks: H×W bool, one per map.
+    thresholds: of HSE-T, in [0, 1).
+    max_distance: pixels between centroids, exclusive.
+    **options: see `Options`.
+
+  Returns:
+    A `Score`; exact, HSE-P included.
+
+  Raises:
+    ValueError: listing every map and mask that cannot be scored.
+  """
+  options = Options(thresholds=thresholds, max_distance=max_distance, **options)
+  probs, masks = list(probs), list(masks)
+  if len(probs) != len(masks) or not probs:
+    raise ValueError(
+      f"{len(probs)} probability maps and {len(masks)} masks were given; "
+      "each map needs its mask, and at least one pair is needed."
+    )
+  problems, pairs = [], []
+  for i, pair in enumerate(zip(probs, masks, strict=True)):
+    prob, mask, problem = _check(*pair)
+    problems += [f"image {i}: {p}" for p in problem]
+    pairs.append((prob, mask))
+  if problems:
+    raise ValueError(_listing("probability maps or masks", problems))
+  counter = _Counter(options)
+  for prob, mask in pairs:
+    counter.add(prob, mask)
+  edges = pixels.edges_of(np.concatenate([pixels.bits(p[m]) for p, m in pairs]))
+  reached = np.zeros(len(edges[-1]), np.int64)  # pixels, positive or not, that reach each edge
+  for prob, _ in pairs:
+    reached += pixels.at_least(edges[-1], np.sort(pixels.bits(prob)))
+  false = reached - pixels.positives_at_least(edges)
+  return _score(counter.counts(), edges, false, false, options)
+
+
+class Accumulator:
+  """The same as `score`, fed image by image, and mergeable over devices, hosts or files.
+
+  Keeps per image the counts at every threshold, the scores of its target pixels and at most
+  2·`pixels.EXACT` groups of the other pixels: below 100 KB whatever the image's size. HSE-P is then
+  within `Score.hse_p_error` of the exact value, for certain; it is 0 or below 1e-6 unless a set has
+  thousands of target pixels in each image.
+
+    total = hse.Accumulator()
+    total.update(prob, mask)      # or .update_counts(...) with what the jitted route gives
+    total.merge(other)
+    total.result().hse
+  """
+
+  def __init__(self, thresholds=THRESHOLDS, max_distance=3.0, **options):
+    self.options = Options(thresholds=thresholds, max_distance=max_distance, **options)
+    self._counter = _Counter(self.options)
+    self.positives = []  # per image, ascending bits
+    self.negatives = []  # per image, a pixels.Summary
+
+  def __len__(self):
+    return len(self.positives)
+
+  def update(self, prob, mask):
+    """Adds one image: `prob` H×W floats in [0, 1], `mask` H×W bool."""
+    prob, mask, problems = _check(prob, mask)
+    if problems:
+      raise ValueError(_listing("probability map or mask", problems))
+    self._counter.add(prob, mask)
+    values = pixels.bits(prob)
+    self.positives.append(np.sort(values[mask.ravel()]))
+    self.negatives.append(pixels.summarise(np.sort(values[~mask.ravel()])))
+
+  def update_counts(self, counts, positives, negatives):
+    """Adds images counted elsewhere: `Counts`, and one entry per image of the two lists."""
+    self._counter.add_counts(counts)
+    self.positives += positives
+    self.negatives += negatives
+
+  def merge(self, other):
+    """Adds the images of another accumulator with the same options, after its own."""
+    if self.options != other.options:
+      raise ValueError(
+        f"Cannot merge metrics of different options:\n  {self.options}\n  {other.options}"
+      )
+    self.update_counts(other.counts(), other.positives, other.negatives)
+
+  def counts(self):
+    """`Counts` of the images so far, in the order they were added."""
+    return self._counter.counts()
+
+  def result(self):
+    """The `Score` of the images so far."""
+    if not len(self):
+      raise ValueError("No image was added to the metric; call update(prob, mask) first.")
+    edges = pixels.edges_of(np.concatenate(self.positives))
+    low, high = (pixels.counts_of(edges[-1], self.negatives, end) for end in ("low", "high"))
+    return _score(self.counts(), edges, low, high, self.options)
+
+
+class _Counter:
+  """Collects the active pixels of images and counts components of many images together."""
+
+  def __init__(self, options):
+    self.options = options
+    self.grid = options.grid
+    self.half = options.of_grid()[1]
+    self._done = []
+    self._images = []
+    self._pending = 0
+
+  def add(self, prob, mask):
+    index = components.active_pixels(prob, self.grid[0])
+    level = np.searchsorted(self.grid, prob.ravel()[index]).astype(np.int16)
+    targets = np.flatnonzero(mask)
+    predicted = index[level > self.half]
+    self._images.append(
+      (prob.shape, index, level, targets, len(predicted), int(mask.ravel()[predicted].sum()))
+    )
+    self._pending += len(index) + len(targets)
+    if self._pending > _PENDING:
+      self._flush()
+
+  def add_counts(self, counts):
+    self._flush()
+    self._done.append(counts)
+
+  def counts(self):
+    self._flush()
+    if len(self._done) > 1:
+      names = [f.name for f in dataclasses.fields(Counts)]
+      self._done = [
+        Counts(**{n: np.concatenate([getattr(c, n) for c in self._done]) for n in names})
+      ]
+    return self._done[0]
+
+  def _flush(self):
+    if not self._images and self._done:
+      return
+    sizes, index, level, target_index, predicted, intersection = (
+      list(x) for x in (zip(*self._images, strict=True) if self._images else [()] * 6)
+    )
+    self._images, self._pending = [], 0
+    number, grid, options = len(sizes), len(self.grid), self.options
+    ones = [np.ones(len(t), np.int16) for t in target_index]
+    targets = components.find(target_index, ones, sizes, 1, options.connectivity)[0]
+    found = components.find(index, level, sizes, grid, options.connectivity)
+    per_image = lambda image, **w: np.bincount(image, minlength=number, **w).astype(np.int64)  # noqa: E731
+    hits, predictions = np.zeros((2, number, grid), np.int64)
+    for k, maps in enumerate(found):
+      claimed = components.match(targets, maps, options.max_distance, options.matching)
+      hits[:, k] = per_image(targets.image[claimed >= 0])
+      predictions[:, k] = per_image(maps.image)
+      if k == self.half:
+        free = np.ones(len(maps), bool)
+        free[claimed[claimed >= 0]] = False
+        kind = np.stack([maps.image, maps.area], axis=1)
+        unlike = free & ~_rows_in(kind, kind[~free])
+        false = [per_image(maps.image[m], weights=maps.area[m]) for m in (free, unlike)]
+    self._done.append(
+      Counts(
+        pixels=np.array([h * w for h, w in sizes], np.int64),
+        target_pixels=np.array([len(t) for t in target_index], np.int64),
+        predicted_pixels=np.array(predicted, np.int64),
+        intersection=np.array(intersection, np.int64),
+        targets=per_image(targets.image),
+        predicted=predictions,
+        hits=hits,
+        false_alarm_pixels=false[0],
+        false_alarm_pixels_by_area=false[1],
+      )
+    )
+
+
+def _rows_in(rows, others):
+  """Which `rows` (n×2 non-negative integers) are among `others`."""
+  width = int(rows.max(initial=0)) + 1
+  return np.isin(rows @ [width, 1], others @ [width, 1])
+
+
+def target_curve(hits, predicted, targets, options):
+  """Target-level precision-recall points, sorted by recall, and the area below them.
+
+  Args:
+    hits, predicted: counts at the thresholds; may have leading axes (resamples).
+    targets: true targets, of the leading shape.
+    options: `Options`.
+
+  Returns:
+    (recall, precision, area): points with the extension to recall 0, ties with the higher precision
+    first; NaN without targets.
+  """
+  precision = np.asarray(pixels.precision_at(hits, predicted - hits))
+  order = np.lexsort((-precision, hits), axis=-1)
+  precision = np.take_along_axis(precision, order, axis=-1)
+  with np.errstate(invalid="ignore", divide="ignore"):
+    recall = np.take_along_axis(np.asarray(hits), order, axis=-1) / np.asarray(targets)[..., None]
+  if options.extend:
+    recall = np.concatenate([np.zeros_like(recall[..., :1]) + 0 * recall[..., :1], recall], axis=-1)
+    precision = np.concatenate([precision[..., :1], precision], axis=-1)
+  height = precision[..., 1:]
+  if options.area == "trapezoid":
+    height = (height + precision[..., :-1]) / 2
+  return recall, precision, (np.diff(recall, axis=-1) * height).sum(-1)
+
+
+def image_iou(counts, options):
+  """IoU of each image at prob > 0.5; NaN where `empty_niou` leaves the image out."""
+  union = counts.target_pixels + counts.predicted_pixels - counts.intersection
+  empty = math.nan if options.empty_niou is None else options.empty_niou
+  return np.where(union > 0, counts.intersection / np.maximum(union, 1), empty)
+
+
+def _ratio(a, b, otherwise):
+  return np.where(b > 0, a / np.maximum(b, 1), otherwise)
+
+
+def rates(total, options):
+  """The threshold metrics from summed `Counts`; arrays may have leading axes (resamples)."""
+  half = options.of_grid()[1]
+  true, targets = total["intersection"], total["target_pixels"]
+  positive = total["predicted_pixels"]
+  by_area = options.false_alarm == "area"
+  recall = _ratio(true, targets, math.nan)
+  return {
+    # As the reference: an image set with neither targets nor predictions has IoU 0.
+    "iou": _ratio(true, targets + positive - true, 0.0),
+    "pd": _ratio(total["hits"][..., half], total["targets"], math.nan),
+    "fa": total["false_alarm_pixels_by_area" if by_area else "false_alarm_pixels"]
+    / total["pixels"],
+    "precision": _ratio(true, positive, 0.0),
+    "recall": recall,
+    "f1": _ratio(2 * true, targets + positive, math.nan) + 0 * recall,
+  }
+
+
+def _score(counts, edges, false_low, false_high, options):
+  """The `Score` from counts and the fewest and most negatives that may reach each edge."""
+  values, number, _ = edges
+  total = {f.name: getattr(counts, f.name).sum(0) for f in dataclasses.fields(Counts)}
+  negatives = total["pixels"] - total["target_pixels"]
+  curve = lambda false: pixels.areas(number, *pixels.split(false), negatives)  # noqa: E731
+  middle = (false_low + false_high) / 2
+  hse_p, ap, roc_auc = (float(a) for a in curve(middle))
+  at, half = options.of_grid()
+  recall, precision, hse_t = target_curve(
+    total["hits"][at], total["predicted"][at], total["targets"], options
+  )
+  hse_t = float(hse_t)
+  if not total["targets"]:
+    warnings.warn(
+      f"None of the {len(counts)} masks has a target: HSE, HSE-P, HSE-T, Pd are undefined (NaN).",
+      RuntimeWarning,
+      stacklevel=3,
+    )
+  iou = image_iou(counts, options)
+  kept = iou[~np.isnan(iou)]
+  true, false = np.cumsum(number), pixels.split(middle)[0]
+  return Score(
+    hse=hse_p * hse_t,
+    hse_p=hse_p,
+    hse_t=hse_t,
+    niou=math.fsum(kept) / len(kept) if len(kept) else math.nan,  # the same in any order
+    roc_auc=roc_auc,
+    ap=ap,
+    **{k: float(v) for k, v in rates(total, options).items()},
+    images=len(counts),
+    pixels=int(total["pixels"]),
+    target_pixels=int(total["target_pixels"]),
+    targets=int(total["targets"]),
+    hits=int(total["hits"][half]),
+    false_alarms=int(total["predicted"][half] - total["hits"][half]),
+    hse_p_error=float(max(curve(false_low)[0] - hse_p, hse_p - curve(false_high)[0])),
+    curves={
+      "pixel_score": values.astype(np.uint32).view(np.float32),
+      "pixel_true": true,
+      "pixel_false": false,
+      "pixel_negatives": negatives,
+      "target_recall": recall,
+      "target_precision": precision,
+      "threshold": np.asarray(options.thresholds, np.float32),
+      "threshold_hits": total["hits"][at],
+      "threshold_predicted": total["predicted"][at],
+    },
+  )
+
+
+def _check(prob, mask):
+  """(prob float32, mask, problems) of one image."""
+  prob, mask, problems = np.asarray(prob), np.asarray(mask), []
+  if mask.dtype != bool:
+    problems.append(f"the mask is {mask.dtype}, but must be bool; binarise it first (mask > 127)")
+  if prob.dtype.kind != "f":
+    problems.append(
+      f"the map is {prob.dtype}, but must be floats in [0, 1]; divide it by its maximum"
+    )
+  if prob.ndim != 2 or prob.shape != mask.shape or not prob.size:
+    problems.append(
+      f"the map is {_shape(prob)} and the mask {_shape(mask)}; both must be the same H×W, not empty"
+    )
+  if problems:
+    return prob, mask, problems
+  prob = np.ascontiguousarray(prob, np.float32)
+  # One pass in the usual case: NaN, infinities, negative numbers and −0.0 all have larger patterns.
+  if prob.view(np.uint32).max() > 0x3F800000:
+    prob = prob + np.float32(0)
+    if not np.isfinite(prob).all():
+      problems.append(f"the map has {np.sum(~np.isfinite(prob))} values that are NaN or infinite")
+    elif prob.min() < 0 or prob.max() > 1:
+      problems.append(
+        f"the map's values are in [{prob.min():g}, {prob.max():g}], but must be in [0, 1]; "
+        "apply the sigmoid to logits"
+      )
+  return prob, np.ascontiguousarray(mask), problems
+
+
+def _shape(array):
+  return "×".join(map(str, array.shape)) or "a single number"
+
+
+def _listing(what, problems):
+  number = len(problems)
+  return f"{number} problem{'s' * (number > 1)} with the {what}:\n" + "\n".join(
+    f"  {p}" for p in problems
+  )
