@@ -172,14 +172,10 @@ def score(probs, masks, thresholds=THRESHOLDS, max_distance=3.0, **options):
     pairs.append((prob, mask))
   if problems:
     raise ValueError(_listing("probability maps or masks", problems))
-  counter = _Counter(options)
+  counter = Counter(options)
   for prob, mask in pairs:
     counter.add(prob, mask)
-  edges = pixels.edges_of(np.concatenate([pixels.bits(p[m]) for p, m in pairs]))
-  reached = np.zeros(len(edges[-1]), np.int64)  # pixels, positive or not, that reach each edge
-  for prob, _ in pairs:
-    reached += pixels.at_least(edges[-1], np.sort(pixels.bits(prob)))
-  false = reached - pixels.positives_at_least(edges)
+  edges, false = pixels.curve(pairs)
   return _score(counter.counts(), edges, false, false, options)
 
 
@@ -199,7 +195,7 @@ class Accumulator:
 
   def __init__(self, thresholds=THRESHOLDS, max_distance=3.0, **options):
     self.options = Options(thresholds=thresholds, max_distance=max_distance, **options)
-    self._counter = _Counter(self.options)
+    self._counter = Counter(self.options)
     self.positives = []  # per image, ascending bits
     self.negatives = []  # per image, a pixels.Summary
 
@@ -243,8 +239,8 @@ class Accumulator:
     return _score(self.counts(), edges, low, high, self.options)
 
 
-class _Counter:
-  """Collects the active pixels of images and counts components of many images together."""
+class Counter:
+  """The `Counts` of images: collects active pixels, and labels those of many images together."""
 
   def __init__(self, options):
     self.options = options

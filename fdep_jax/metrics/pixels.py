@@ -5,6 +5,7 @@ at each of them, two counts of negatives: at least this score, and above it. Sco
 [0, 1], whose bit patterns, read as integers, have the same order: everything here works on those.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 
@@ -15,10 +16,13 @@ import numpy as np
 # few tens of target pixels that an infrared image has, the area moves by less than 1e-7.
 EXACT = 4096
 
+PIVOT = np.float32(1 / 32).view(np.uint32)
+_GROUP = 1 << 17  # values that are sorted together: they fit a core's cache
+
 
 def bits(scores):
-  """The integers that order float32 scores in [0, 1] as the scores themselves; −0.0 counts as 0."""
-  return (np.asarray(scores, np.float32) + np.float32(0)).view(np.uint32).ravel()
+  """The integers that order float32 scores as the scores themselves; scores in [0, 1], not −0.0."""
+  return scores.ravel().view(np.uint32)
 
 
 def precision_at(true, false):
@@ -63,16 +67,56 @@ def edges_of(positives):
   return values[::-1], count[::-1], np.stack([values, values + 1], axis=1).ravel()
 
 
-def at_least(edges, sorted_bits):
-  """How many of the ascending `sorted_bits` reach each edge."""
-  return len(sorted_bits) - np.searchsorted(sorted_bits, edges)
+def reached(edges, maps):
+  """How many values of all the `maps` (uint32, of any shapes) reach each of the ascending edges."""
+  # Most pixels have low scores and most positives high ones. So each group of maps looks up the few
+  # low edges, and hands on its few high values, for which the many high edges are looked up once.
+  middle = np.searchsorted(edges, PIVOT)
+  out = np.zeros(len(edges), np.int64)
+  few = max(_GROUP // 16, len(edges))
+
+  def count(group):
+    values = np.concatenate(group)
+    values.sort()
+    high = values[np.searchsorted(values, PIVOT) :]
+    if len(high) > few:
+      return _at_least(edges, values), values[:0]
+    low = _at_least(edges[:middle], values)
+    return np.append(low, np.zeros(len(edges) - middle, np.int64)), high.copy()
+
+  highs = []
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:  # sorting releases the interpreter
+    for counts, high in pool.map(count, _groups(maps)):
+      out += counts
+      highs.append(high)
+  out[middle:] += _at_least(edges[middle:], np.sort(np.concatenate(highs)))
+  return out
 
 
-def positives_at_least(edges):
-  """How many positives reach each edge, from what `edges_of` gave."""
-  _, count, _ = edges
-  at_least_score = np.cumsum(count)  # highest score first
-  return np.stack([at_least_score, at_least_score - count], axis=1)[::-1].ravel()
+def _groups(maps):
+  """Lists of flat maps with about _GROUP values together."""
+  held, number = [], 0
+  for values in maps:
+    held.append(values.ravel())
+    number += values.size
+    if number >= _GROUP:
+      yield held
+      held, number = [], 0
+  if held:
+    yield held
+
+
+def _at_least(edges, ascending):
+  return len(ascending) - np.searchsorted(ascending, edges)
+
+
+def curve(pairs):
+  """`edges_of` the target pixels of (map, mask) pairs, and how many negatives reach each edge."""
+  edges = edges_of(np.concatenate([bits(prob[mask]) for prob, mask in pairs]))
+  _, count, cuts = edges
+  at_least = np.cumsum(count)  # highest score first
+  positives = np.stack([at_least, at_least - count], axis=1)[::-1].ravel()
+  return edges, reached(cuts, (bits(prob) for prob, _ in pairs)) - positives
 
 
 def split(counts_at_edges):
