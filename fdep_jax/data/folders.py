@@ -1,0 +1,366 @@
+"""Reads datasets from the folder layouts in use, and refuses bad ones in one message.
+
+Accepted, NAME being the folder's own name:
+
+  NAME/{images,masks}/  NAME/img_idx/{train,test}_NAME.txt      BasicIRSTD, LESPS, DNANet
+  NAME/{images,masks}/  NAME/splits/{train,test}.txt            (or the two files in NAME/ itself)
+  NAME/{train,val}/{img,mask}/  or  NAME/{origin,val}/{img,mask}/     PAL; its "val" is the test set
+  NAME/<one of the above>/ ...                                  a union, such as SIRST3
+
+IRSTD-1K's own IRSTD1k_Img and IRSTD1k_Label stand for images and masks, and NUAA-SIRST's masks
+may end in _pixels0.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable
+from concurrent import futures
+from pathlib import Path
+from typing import NamedTuple
+
+from fdep_jax.data import samples as sample_lib
+from fdep_jax.data.samples import Sample
+
+SPLITS = ("train", "test")
+
+# Pairs in train and test, counted on the full public copies. The order is the one in which a
+# union is read, and the paper's order of SIRST3.
+KNOWN_COUNTS = {
+  "NUAA-SIRST": (213, 214),
+  "NUDT-SIRST": (663, 664),
+  "IRSTD-1K": (800, 201),
+  "SIRST3": (1676, 1079),
+}
+
+_LOG = logging.getLogger(__name__)
+_IMAGES = ("images", "irstd1k_img")
+_MASKS = ("masks", "irstd1k_label")
+_SUFFIX = re.compile(r"\.(png|bmp|jpe?g|tiff?)$", re.IGNORECASE)
+_LAYOUTS = (
+  "images/ and masks/ with img_idx/{train,test}_NAME.txt or splits/{train,test}.txt, PAL's "
+  "train/{img,mask} and val/{img,mask}, or a folder of such folders"
+)
+
+
+class DataError(ValueError):
+  """A dataset that cannot be used; the message lists everything that is wrong with it."""
+
+
+class MissingDataError(DataError, FileNotFoundError):
+  """A `DataError` where all that is wrong is that files or folders are not there."""
+
+
+class _Problem(NamedTuple):
+  text: str
+  split: str | None = None  # None: matters whichever split is read
+  missing: bool = False  # all that is wrong is that something does not exist
+
+
+class _Pair(NamedTuple):
+  name: str
+  image: Path
+  mask: Path
+
+
+def read(root: str | Path, split: str) -> list[Sample]:
+  """Every pair of a split, decoded, in the order of its split file.
+
+  A union is read in the order NUAA-SIRST, NUDT-SIRST, IRSTD-1K, then the others by name
+  (OUR CHOICE: the paper's order of SIRST3's parts). Names that occur in two parts get the part's
+  name in front: `NUDT-SIRST_000001`. PAL's folders have no split files and are read in natural
+  order of the names (Misc_2 before Misc_10).
+
+  Args:
+    root: the dataset's folder, see the top of this file.
+    split: "train", "test" or "all" (train, then test).
+
+  Raises:
+    DataError: a ValueError listing all problems at once: images and masks of different size,
+      undecodable files, masks of 0 and 1, only empty masks, names twice in a split or in both.
+    MissingDataError: the same, and a FileNotFoundError, where the only problems are folders,
+      split files, images or masks that do not exist.
+  """
+  if split not in (*SPLITS, "all"):
+    raise ValueError(f"split is {split!r}; it must be 'train', 'test' or 'all'")
+  root = Path(root)
+  wanted = SPLITS if split == "all" else (split,)
+  parts, problems = _survey(root)
+  problems = [p for p in problems if p.split in (None, *wanted)]
+  result: list[Sample] = []
+  for which in wanted:
+    for part, pairs in parts.items():
+      decoded, found = _decode(pairs[which], root)
+      problems += found
+      if decoded and not found and not any(s.mask.any() for s in decoded):
+        text = f"{_show(part, root)}{which}: all {len(decoded)} masks are empty"
+        problems.append(_Problem(f"{text}; a target pixel must be > 127, usually 255"))
+      result += decoded
+  if problems:
+    texts = [p.text for p in problems]
+    title = f"{root}: {len(texts)} problem{'s' * (len(texts) > 1)} in split {split!r}"
+    kind = MissingDataError if all(p.missing for p in problems) else DataError
+    raise kind("\n  ".join([title, *texts]))
+  for which in wanted:
+    _compare_counts(root, which, {part: len(pairs[which]) for part, pairs in parts.items()})
+  return result
+
+
+def validate(root: str | Path) -> dict[str, int]:
+  """Checks both splits as `read` does, decoding everything; {"train": pairs, "test": pairs}."""
+  read(root, "all")
+  parts, _ = _survey(Path(root))
+  return {split: sum(len(pairs[split]) for pairs in parts.values()) for split in SPLITS}
+
+
+# ------------------------------------------------------------------------------ finding the files
+
+
+def _child(folder: Path, names: Iterable[str]) -> Path | None:
+  """The first sub folder whose name is one of `names`, whatever its case."""
+  found = {p.name.lower(): p for p in sorted(folder.iterdir()) if p.is_dir()}
+  return next((found[n] for n in names if n in found), None)
+
+
+def _is_dataset(folder: Path) -> bool:
+  if _child(folder, _IMAGES) or _child(folder, _MASKS):
+    return True
+  halves = [_child(folder, [n]) for n in ("train", "origin", "val")]
+  return any(half and _child(half, ["img"]) for half in halves)
+
+
+def _key(name: str) -> str:
+  return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def known_name(folder: Path) -> str | None:
+  """The dataset that a folder's name means: irstd_1k and IRSTD-1k are IRSTD-1K."""
+  names = {_key(n): n for n in KNOWN_COUNTS} | {"sirst": "NUAA-SIRST"}
+  return names.get(_key(folder.name))
+
+
+def _survey(root: Path) -> tuple[dict[Path, dict[str, list[_Pair]]], list[_Problem]]:
+  """The pairs of both splits of every part, in reading order, without opening an image."""
+  if not root.is_dir():
+    raise MissingDataError(f"{root}: there is no such folder. A dataset is {_LAYOUTS}")
+  problems: list[_Problem] = []
+  folders = [root]
+  if not _is_dataset(root):
+    children = sorted(p for p in root.iterdir() if p.is_dir())
+    folders = sorted(filter(_is_dataset, children), key=_reading_order)
+    for child in children:
+      if known_name(child) and child not in folders:
+        problems.append(_Problem(f"{child.name}: no dataset in this folder", missing=True))
+    if not folders:
+      state = "holds no dataset" if any(root.iterdir()) else "is empty"
+      raise MissingDataError(f"{root}: this folder {state}. A dataset is {_LAYOUTS}")
+  parts = {}
+  for folder in folders:
+    split_files = _child(folder, _IMAGES) or _child(folder, _MASKS)
+    list_pairs = _list_by_split_files if split_files else _list_pal
+    parts[folder], found = list_pairs(folder)
+    problems += [p._replace(text=_show(folder, root) + p.text) for p in found]
+  _prefix_colliding_names(parts)
+  return parts, problems
+
+
+def _reading_order(part: Path) -> tuple[int, str]:
+  known = list(KNOWN_COUNTS)
+  name = known_name(part)
+  return (known.index(name) if name else len(known), part.name)
+
+
+def _natural(name: str) -> list:
+  return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", name)]
+
+
+def _files(folder: Path) -> dict[str, list[Path]]:
+  """Image files by their name without extension."""
+  result: dict[str, list[Path]] = {}
+  for path in sorted(folder.iterdir()):
+    if _SUFFIX.search(path.name) and not path.name.startswith("."):
+      result.setdefault(_SUFFIX.sub("", path.name), []).append(path)
+  return result
+
+
+def _show(part: Path, root: Path) -> str:
+  """Which part of a union a problem is in."""
+  return "" if part == root else f"{part.name}: "
+
+
+def _list_by_split_files(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
+  problems = []
+  files = {}
+  for kind, choices in (("image", _IMAGES), ("mask", _MASKS)):
+    folder = _child(part, choices)
+    files[kind] = _files(folder) if folder else {}
+    if folder is None:
+      text = f"there is no {kind} folder ({' or '.join(choices)})"
+      problems.append(_Problem(text, missing=True))
+    elif not files[kind]:
+      problems.append(_Problem(f"{folder.name}: no {kind} files in this folder", missing=True))
+  names = {split: _split_names(part, split, problems) for split in SPLITS}
+  _check_names(names, problems)
+  if not (files["image"] and files["mask"]):
+    return {split: [] for split in SPLITS}, problems
+  return {s: _match(names[s], files["image"], files["mask"], s, problems) for s in SPLITS}, problems
+
+
+def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
+  """The names in a split's file, without extension; [] and a problem where there is none."""
+  index = part / "img_idx"
+  looked_for = [
+    index / f"{split}_{part.name}.txt",
+    part / "splits" / f"{split}.txt",
+    part / f"{split}.txt",
+  ]
+  found = [p for p in looked_for if p.is_file()]
+  if not found:
+    # A renamed folder still holds its old img_idx file; taking one of several would be a guess.
+    found = sorted(index.glob(f"{split}_*.txt"))
+    if len(found) > 1:
+      text = f"img_idx: {', '.join(p.name for p in found)}: which one is meant? Name it after the"
+      problems.append(_Problem(f"{text} folder, {split}_{part.name}.txt", split))
+      return []
+  if not found:
+    tried = " or ".join(str(p.relative_to(part)) for p in looked_for)
+    text = f"no split file for {split!r}; looked for {tried} in {part}"
+    problems.append(_Problem(text, split, missing=True))
+    return []
+  listed = []
+  for path in found:
+    try:
+      lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+      problems.append(_Problem(f"{path.relative_to(part)}: not a text file", split))
+      return []
+    names = [line.strip().replace("\\", "/").split("/")[-1] for line in lines if line.strip()]
+    listed.append([_SUFFIX.sub("", name) for name in names])
+    if not names:
+      problems.append(_Problem(f"{path.relative_to(part)}: lists no names", split))
+  if any(set(names) != set(listed[0]) for names in listed):
+    both = " and ".join(str(p.relative_to(part)) for p in found)
+    problems.append(_Problem(f"{both} list different names; keep the one that you mean", split))
+  return listed[0]
+
+
+def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
+  """PAL keeps a folder per split: train (or origin, its copy of the train set) and val."""
+  problems, files = [], {}
+  for split, choices in (("train", ("train", "origin")), ("test", ("val",))):
+    halves = [h for h in (_child(part, [c]) for c in choices) if h and _child(h, ["img"])]
+    files[split] = {}, {}
+    if not halves:
+      tried = " or ".join(f"{c}/img" for c in choices)
+      text = f"no folder for split {split!r}; looked for {tried} in {part}"
+      problems.append(_Problem(text, split, missing=True))
+      continue
+    folders = {kind: _child(halves[0], [kind]) for kind in ("img", "mask")}
+    files[split] = tuple(_files(folder) if folder else {} for folder in folders.values())
+    for kind, found in zip(folders, files[split], strict=True):
+      if not found:
+        text = f"{halves[0].name}/{kind}: no image files in this folder"
+        problems.append(_Problem(text, split, missing=True))
+  names = {s: sorted(images, key=_natural) for s, (images, _) in files.items()}
+  _check_names(names, problems)
+  pairs: dict[str, list[_Pair]] = {}
+  for split, (images, masks) in files.items():
+    pairs[split] = []
+    if images and masks:
+      pairs[split] = _match(names[split], images, masks, split, problems)
+      orphans = {name.removesuffix("_pixels0") for name in masks} - set(images)
+      for name in sorted(orphans, key=_natural):
+        problems.append(_Problem(f"{split}: {name} has a mask but no image", split, missing=True))
+  return pairs, problems
+
+
+def _check_names(names: dict[str, list[str]], problems: list[_Problem]) -> None:
+  for split, listed in names.items():
+    for name, count in Counter(listed).items():
+      if count > 1:
+        problems.append(_Problem(f"{split}: {name} is listed {count} times", split))
+  for name in sorted(set(names["train"]) & set(names["test"]), key=_natural):
+    problems.append(_Problem(f"{name} is in both train and test"))
+
+
+def _match(
+  names: list[str],
+  images: dict[str, list[Path]],
+  masks: dict[str, list[Path]],
+  split: str,
+  problems: list[_Problem],
+) -> list[_Pair]:
+  """Image and mask of each name. Where both exist, NAME wins over NAME_pixels0 (OUR CHOICE: the
+  suffix marks NUAA-SIRST's original masks, one of which has the wrong size)."""
+  pairs = []
+  for name in dict.fromkeys(names):
+    files = {
+      "image": images.get(name, []),
+      "mask": masks.get(name) or masks.get(f"{name}_pixels0", []),
+    }
+    absent = [kind for kind, found in files.items() if not found]
+    if absent:
+      text = f"{split}: {name} has no {' and no '.join(absent)}"
+      problems.append(_Problem(text, split, missing=True))
+      continue
+    for found in files.values():
+      if len(found) > 1:
+        listing = " or ".join(p.name for p in found)
+        problems.append(_Problem(f"{split}: {name} is ambiguous: {listing}", split))
+    pairs.append(_Pair(name, files["image"][0], files["mask"][0]))
+  return pairs
+
+
+def _prefix_colliding_names(parts: dict[Path, dict[str, list[_Pair]]]) -> None:
+  """Over both splits, so that a name does not depend on which split is read."""
+  owners: dict[str, set[Path]] = {}
+  for part, splits in parts.items():
+    for pair in (pair for pairs in splits.values() for pair in pairs):
+      owners.setdefault(pair.name, set()).add(part)
+  for part, splits in parts.items():
+    for split, pairs in splits.items():
+      splits[split] = [
+        p._replace(name=f"{part.name}_{p.name}") if len(owners[p.name]) > 1 else p for p in pairs
+      ]
+
+
+# ------------------------------------------------------------------------------ decoding, checking
+
+
+def _decode(pairs: list[_Pair], root: Path) -> tuple[list[Sample], list[_Problem]]:
+  with futures.ThreadPoolExecutor(max_workers=8) as pool:
+    results = list(pool.map(_decode_pair, pairs))
+  samples = [sample for sample, _ in results if sample is not None]
+  found = [problem for _, problems in results for problem in problems]
+  return samples, [_Problem(f"{path.relative_to(root)}: {text}") for path, text in found]
+
+
+def _decode_pair(pair: _Pair) -> tuple[Sample | None, list[tuple[Path, str]]]:
+  problems, arrays = [], []
+  decoders = (sample_lib.decode_image, sample_lib.decode_grey)
+  for path, decode in zip((pair.image, pair.mask), decoders, strict=True):
+    try:
+      arrays.append(decode(path.read_bytes()))
+    except (ValueError, OSError) as error:
+      problems.append((path, str(error)))
+  if problems:
+    return None, problems
+  image, grey = arrays
+  if grey.shape != image.shape[:2]:
+    (height, width), (mask_height, mask_width) = image.shape[:2], grey.shape
+    sizes = f"mask is {mask_width}×{mask_height}, its image {pair.image.name} {width}×{height}"
+    problems.append((pair.mask, f"{sizes} (width×height); they must be equal"))
+  if grey.max() == 1:
+    problems.append((pair.mask, "mask holds only 0 and 1; multiply it by 255"))
+  if problems:
+    return None, problems
+  return Sample(pair.name, image, sample_lib.binarise(grey)), []
+
+
+def _compare_counts(root: Path, split: str, counts: dict[Path, int]) -> None:
+  for part, number in (counts | {root: sum(counts.values())}).items():
+    name = known_name(part)
+    expected = KNOWN_COUNTS[name][SPLITS.index(split)] if name else number
+    if number != expected:
+      message = "%s: %d %s pairs, but %s has %d: results will not compare with published ones"
+      _LOG.warning(message, part, number, split, name, expected)

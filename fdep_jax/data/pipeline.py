@@ -1,0 +1,144 @@
+"""Batches: an endless, exactly resumable stream for training and padded groups for evaluation."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fdep_jax.data import augment as augment_lib
+from fdep_jax.data.samples import Sample
+
+
+def train_iterator(
+  samples: Sequence[Sample],
+  *,
+  crop: int,
+  batch_size: int,
+  seed: int,
+  augment: str = "recipe",
+  target_crop_prob: float = 0.0,
+  process_index: int = 0,
+  process_count: int = 1,
+  prefetch: int = 2,
+  threads: int = 1,
+):
+  """Endless batches {"image": b×crop×crop×3 uint8, "mask": b×crop×crop bool}.
+
+  One global stream of records is shuffled anew each epoch, cropped, augmented and cut into
+  batches of `batch_size`; a record's random numbers depend on `seed` and on its place in the
+  stream only. Process p of n gets rows [p·b/n, (p+1)·b/n) of every batch, so that any number of
+  processes trains on the same global batches. The stream runs over the end of an epoch within a
+  batch (OUR CHOICE: no short last batch, which would compile a second time, and none dropped), so
+  each image occurs exactly once in every `len(samples)` records.
+
+  Args:
+    crop: side of the training window, pixels.
+    batch_size: of the global batch; must be divisible by `process_count`.
+    augment: "recipe" (the paper's), "dihedral" or "none".
+    target_crop_prob: see `augment.random_crop`; the paper's is 0.
+    prefetch: batches made ahead; 0 makes each when it is asked for.
+    threads: that make them; does not change what is in them.
+
+  Returns:
+    A grain iterator. `get_state()` gives {"next_index": step}, `set_state` continues at any step
+    with bit-identical batches, whatever `prefetch`, `threads` and `process_count` were or are.
+    `close()` ends its threads.
+  """
+  if not samples:
+    raise ValueError("no samples to train on")
+  if augment not in augment_lib.AUGMENTATIONS:
+    known = ", ".join(repr(name) for name in augment_lib.AUGMENTATIONS)
+    raise ValueError(f"augment is {augment!r}; it must be one of {known}")
+  if crop < 1 or batch_size < 1:
+    raise ValueError(f"crop is {crop} and batch_size {batch_size}; both must be at least 1")
+  if batch_size % process_count:
+    raise ValueError(
+      f"batch_size is {batch_size}, which {process_count} processes cannot share equally"
+    )
+  if not 0 <= target_crop_prob <= 1:
+    raise ValueError(f"target_crop_prob is {target_crop_prob}; it must be in [0, 1]")
+  import grain
+
+  augment_pair = augment_lib.AUGMENTATIONS[augment]
+
+  def record(sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    pair = augment_lib.random_crop(sample.image, sample.mask, crop, rng, target_crop_prob)
+    image, mask = augment_pair(*pair, rng)
+    return {"image": image, "mask": mask}
+
+  # grain reseeds by adding the epoch to the shuffle's seed: hashed seeds keep run 1 from
+  # repeating the second epoch of run 0.
+  shuffle_seed, record_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+  stream = grain.MapDataset.source(samples).shuffle(seed=shuffle_seed).repeat()
+  stream = stream.random_map(record, seed=record_seed)
+  # Batches of one process's size: number step·n + p holds process p's rows of that step. (An
+  # endless stream has no remainder, but grain's count of it overflows for batches of one.)
+  batches = stream.batch(batch_size // process_count, drop_remainder=True)
+  batches = batches[process_index::process_count]
+  options = grain.ReadOptions(
+    num_threads=threads if prefetch else 0, prefetch_buffer_size=max(prefetch, 0)
+  )
+  return iter(batches.to_iter_dataset(options))
+
+
+def padded_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+  """(height, width) rounded up to multiples."""
+  height, width = (-(-side // multiple) * multiple for side in size)
+  return height, width
+
+
+def canvas_size(samples: Sequence[Sample], multiple: int = 32) -> tuple[int, int]:
+  """The smallest (height, width), in multiples, that holds every sample."""
+  heights, widths = zip(*(s.mask.shape for s in samples), strict=True)
+  return padded_size((max(heights), max(widths)), multiple)
+
+
+def eval_batches(
+  samples: Sequence[Sample],
+  multiple: int = 32,
+  batch_size: int = 16,
+  *,
+  canvas: tuple[int, int] | None = None,
+  row_multiple: int = 1,
+) -> Iterator[dict[str, Any]]:
+  """Whole images, zero-padded at the right and bottom, grouped by padded shape; never resized.
+
+  Args:
+    multiple: each side is padded to a multiple of it. Reported numbers use 32, as the reference.
+    batch_size: the most images in a batch.
+    canvas: pad all images to this one (height, width) instead (during training).
+    row_multiple: batches have a multiple of this many rows (the number of devices).
+
+  Yields:
+    {"image": B×H×W×3 uint8, "sizes": [(height, width), …], "indices": [place in `samples`, …]}.
+    All batches of a shape have the same B, so that each shape compiles once: the last one is
+    filled up with black images, and `sizes` and `indices` are then shorter than B. Shapes come in
+    the order of their first image, images of a shape in the given order.
+  """
+  if batch_size < 1 or batch_size % row_multiple:
+    raise ValueError(
+      f"batch_size is {batch_size}; it must be a positive multiple of row_multiple, {row_multiple}"
+    )
+  if canvas:
+    bad = [s for s in samples if s.mask.shape[0] > canvas[0] or s.mask.shape[1] > canvas[1]]
+    if bad:
+      listing = ", ".join(f"{s.name} {s.mask.shape[0]}×{s.mask.shape[1]}" for s in bad)
+      size = "{}×{}".format(*canvas_size(samples, multiple))
+      raise ValueError(f"canvas {canvas[0]}×{canvas[1]} is too small for {listing}; needs {size}")
+  groups: dict[tuple[int, int], list[int]] = {}
+  for i, sample in enumerate(samples):
+    groups.setdefault(canvas or padded_size(sample.mask.shape, multiple), []).append(i)
+
+  def batches():
+    for (height, width), members in groups.items():
+      rows = -(-len(members) // -(-len(members) // batch_size))  # as even as possible
+      rows = -(-rows // row_multiple) * row_multiple
+      for start in range(0, len(members), rows):
+        indices = members[start : start + rows]
+        sizes = [samples[i].mask.shape for i in indices]
+        image = np.zeros((rows, height, width, 3), np.uint8)
+        for row, (i, (h, w)) in enumerate(zip(indices, sizes, strict=True)):
+          image[row, :h, :w] = samples[i].image
+        yield {"image": image, "sizes": sizes, "indices": indices}
+
+  return batches()

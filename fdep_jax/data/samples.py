@@ -1,0 +1,109 @@
+"""One labelled infrared frame: decoding its files, and numbers taken over many of them."""
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+
+class Sample(NamedTuple):
+  """A frame and its targets, decoded.
+
+  `image` is H×W×3 uint8 (grey replicated, palette resolved, alpha dropped), `mask` H×W bool.
+  """
+
+  name: str
+  image: np.ndarray
+  mask: np.ndarray
+
+
+_FORMATS = ("PNG", "BMP", "JPEG", "TIFF")
+_EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+_DECODING_ERRORS = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  struct.error,
+  zlib.error,
+  Image.DecompressionBombError,
+)
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _open(content: bytes) -> Image.Image:
+  try:
+    picture = Image.open(io.BytesIO(content), formats=_FORMATS)
+    picture.load()
+  except _DECODING_ERRORS as error:
+    reason = re.sub(r" <_io[^>]*>", "", str(error))
+    raise ValueError(f"cannot be decoded ({reason}); is it damaged? Fetch it again") from None
+  # Pillow opens 16-bit RGB PNGs as 8-bit ones by dropping the low byte, so its mode is not enough.
+  bits = content[24] if content[:8] == _PNG else 8
+  if bits == 16 or picture.mode not in _EIGHT_BIT:
+    raise ValueError(
+      f"holds more than 8 bits per channel (mode {picture.mode}); 8 bits are needed: scale it "
+      "yourself, the right range depends on the sensor"
+    )
+  return picture
+
+
+def decode_image(content: bytes) -> np.ndarray:
+  """The bytes of a PNG, BMP, JPEG or TIFF file as H×W×3 uint8.
+
+  Raises:
+    ValueError: damaged or cut short, or more than 8 bits per channel (scaling 16 bits down
+      without knowing the sensor's range would blacken most frames).
+  """
+  return np.array(_open(content).convert("RGB"))
+
+
+def decode_grey(content: bytes) -> np.ndarray:
+  """The bytes of a mask file as H×W uint8, not yet binarised; raises like `decode_image`."""
+  return np.array(_open(content).convert("L"))
+
+
+def binarise(grey: np.ndarray) -> np.ndarray:
+  """Target pixels of a mask: > 127. 85 of IRSTD-1K's masks hold grey values in between."""
+  return grey > 127
+
+
+def statistics(samples: Sequence[Sample]) -> tuple[float, float]:
+  """Mean and standard deviation for normalising, as fractions of 255.
+
+  The mean of the images' means and the mean of the images' standard deviations (not the pooled
+  one), each over the image as luma. Both are scalars, used for all three channels.
+
+  Source: YuChuang1205/PAL components/cal_mean_std.py.
+  """
+  if not samples:
+    raise ValueError("statistics of no samples; give the train split")
+  grey = [np.asarray(Image.fromarray(s.image).convert("L"), np.float64) / 255 for s in samples]
+  return float(np.mean([g.mean() for g in grey])), float(np.mean([g.std() for g in grey]))
+
+
+def split_validation(
+  samples: Sequence[Sample], fraction: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+  """(train, validation): `fraction` of the samples held out at random, both in the given order.
+
+  The choice depends on `seed` and on the number of samples only. At least one sample is held out
+  where `fraction` > 0.
+  """
+  if not 0 <= fraction < 1:
+    raise ValueError(f"validation fraction is {fraction}; it must be in [0, 1)")
+  if fraction == 0:
+    return list(samples), []
+  held = max(1, round(fraction * len(samples)))
+  if held >= len(samples):
+    raise ValueError(
+      f"holding out {fraction} of {len(samples)} samples leaves none to train on; give more data"
+    )
+  chosen = set(np.random.default_rng(seed).permutation(len(samples))[:held].tolist())
+  train = [s for i, s in enumerate(samples) if i not in chosen]
+  return train, [s for i, s in enumerate(samples) if i in chosen]

@@ -1,0 +1,203 @@
+"""The recipe's crop and augmentation: what is drawn, how often, and that masks follow images."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fdep_jax.data import augment
+
+GEOMETRIC = [
+  augment.vertical_flip,
+  augment.horizontal_flip,
+  augment.transpose,
+  augment.rotate90,
+  augment.rotate,
+  augment.shift,
+  augment.scale,
+  augment.dihedral,
+]
+PHOTOMETRIC = [augment.brightness, augment.contrast, augment.noise]
+
+
+def blob(height=64, width=64, y=22, x=37):
+  """A bright square on black, and its mask."""
+  mask = np.zeros((height, width), bool)
+  mask[y - 3 : y + 4, x - 3 : x + 4] = True
+  return np.repeat(np.where(mask, 200, 0).astype(np.uint8)[..., None], 3, -1), mask
+
+
+def centroid(weights):
+  y, x = np.indices(weights.shape)
+  return np.array([(y * weights).sum(), (x * weights).sum()]) / weights.sum()
+
+
+@pytest.mark.parametrize("transform", GEOMETRIC)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_mask_goes_where_the_image_goes(transform, seed):
+  image, mask = transform(*blob(), np.random.default_rng(seed))
+  assert image.dtype == np.uint8 and mask.dtype == bool
+  assert image.shape == (64, 64, 3) and mask.shape == (64, 64)
+  # Nearest and bilinear sampling agree to half a pixel on the centre of a 7×7 square.
+  np.testing.assert_allclose(centroid(image[..., 0] / 255), centroid(mask), atol=0.5)
+  # Everything that is at least half bright is target, except on a rim of one pixel.
+  assert abs(int((image[..., 0] > 100).sum()) - int(mask.sum())) <= 0.35 * mask.sum()
+
+
+@pytest.mark.parametrize("transform", PHOTOMETRIC)
+def test_photometric_transforms_leave_the_mask_alone(transform):
+  image, mask = blob()
+  changed, same = transform(image, mask, np.random.default_rng(1))
+  assert same is mask
+  assert changed.dtype == np.uint8 and (changed != image).any()
+
+
+def test_draws_are_none_in_half_the_cases_else_three_by_weight():
+  rng = np.random.default_rng(0)
+  draws = [augment.draw(rng) for _ in range(20_000)]
+  lengths = Counter(len(d) for d in draws)
+  assert set(lengths) == {0, 3}
+  assert lengths[0] / 20_000 == pytest.approx(0.5, abs=0.015)
+  counts = Counter(t.__name__ for d in draws for t in d)
+  share = {name: n / sum(counts.values()) for name, n in counts.items()}
+  # The published list's weights 7×0.5 (one of them twice: doing nothing), 0.3, 3×0.2 of 4.9.
+  expected = dict.fromkeys(
+    ["vertical_flip", "horizontal_flip", "transpose", "rotate90", "shift", "scale"], 0.5 / 4.9
+  )
+  expected |= {"unchanged": 1.0 / 4.9, "rotate": 0.3 / 4.9}
+  expected |= dict.fromkeys(["brightness", "contrast", "noise"], 0.2 / 4.9)
+  assert share == pytest.approx(expected, abs=0.006)
+  assert any(len(set(d)) < 3 for d in draws if d)  # with replacement
+
+
+def test_the_amounts_are_the_recipes(monkeypatch):
+  rng = np.random.default_rng(0)
+  warps = []
+  monkeypatch.setattr(
+    augment, "warp", lambda i, m, matrix, by: warps.append((matrix, by)) or (i, m)
+  )
+  image, mask = blob(100, 50, 20, 20)
+  for _ in range(400):
+    augment.rotate(image, mask, rng)
+  angles = np.rad2deg([np.arctan2(m[1, 0], m[0, 0]) for m, _ in warps])
+  assert -45 <= angles.min() < -43 and 43 < angles.max() <= 45
+  warps.clear()
+  for _ in range(400):
+    augment.scale(image, mask, rng)
+  factors = [1 / m[0, 0] for m, _ in warps]
+  assert 0.8 <= min(factors) < 0.81 and 1.19 < max(factors) <= 1.2
+  warps.clear()
+  for _ in range(400):
+    augment.shift(image, mask, rng)
+  shifts = np.array([by for _, by in warps])
+  assert (abs(shifts) <= [10, 5]).all() and (abs(shifts).max(0) > [9.8, 4.9]).all()
+
+
+def test_brightness_contrast_and_noise_have_the_recipes_strength():
+  rng = np.random.default_rng(0)
+  image, mask = np.full((8, 8, 3), 100, np.uint8), np.zeros((8, 8), bool)
+  bright = [int(augment.brightness(image, mask, rng)[0][0, 0, 0]) for _ in range(400)]
+  assert 23 <= min(bright) < 26 and 174 < max(bright) <= 177  # 100 ± 76.5
+  strong = [int(augment.contrast(image, mask, rng)[0][0, 0, 0]) for _ in range(400)]
+  assert 70 <= min(strong) < 72 and 128 < max(strong) <= 130
+  large = np.full((64, 64, 3), 100, np.uint8)
+  noisy = [augment.noise(large, mask, rng)[0].astype(float) for _ in range(60)]
+  variances = [n.var() for n in noisy]  # rounding adds 1/12
+  assert 9 < min(variances) < 14 and 46 < max(variances) < 52
+  channels = noisy[0].reshape(-1, 3).T
+  assert abs(np.corrcoef(channels)[0, 1]) < 0.06
+
+
+def test_brightness_clips_instead_of_wrapping_round():
+  image = np.full((4, 4, 3), 250, np.uint8)
+  results = [
+    augment.brightness(image, image[..., 0] > 0, np.random.default_rng(s))[0] for s in range(20)
+  ]
+  assert max(r.max() for r in results) == 255
+  assert min(r.min() for r in results) >= 250 - 77
+
+
+def test_warp_is_exact_where_it_can_be_checked_by_hand():
+  image = np.arange(25, dtype=np.uint8).reshape(5, 5)[..., None] * np.array([1, 2, 3], np.uint8)
+  mask = image[..., 0] == 12
+  same, same_mask = augment.warp(image, mask, np.eye(2), np.zeros(2))
+  np.testing.assert_array_equal(same, image)
+  np.testing.assert_array_equal(same_mask, mask)
+  # One pixel to the right: column 4 now reads column 5, which mirrors column 3 (reflect-101).
+  moved, _ = augment.warp(image, mask, np.eye(2), np.array([0.0, 1.0]))
+  np.testing.assert_array_equal(moved[..., 0], image[:, [1, 2, 3, 4, 3], 0])
+  # Half a pixel down: the mean of two rows, 5 grey levels apart.
+  half, _ = augment.warp(image, mask, np.eye(2), np.array([0.5, 0.0]))
+  np.testing.assert_array_equal(half[0, :, 1], np.rint(image[0, :, 1] + 5.0))
+  # A quarter turn about the centre.
+  turn = np.array([[0.0, -1.0], [1.0, 0.0]])
+  np.testing.assert_array_equal(
+    augment.warp(image, mask, turn, np.zeros(2))[0], np.rot90(image, -1)
+  )
+
+
+def test_targets_near_the_border_are_mirrored_in_together_with_their_mask():
+  image, mask = blob(y=32, x=5)
+  image, mask = augment.warp(image, mask, np.eye(2), np.array([0.0, -12.0]))
+  np.testing.assert_array_equal(image[..., 0] > 100, mask)
+  assert mask.sum() == 2 * 49  # the target moved right by 12, and its mirror image at x = 7
+
+
+def test_grey_and_coloured_images_are_warped_alike():
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (32, 40, 3)).astype(np.uint8)
+  mask = image[..., 0] > 200
+  matrix = np.array([[0.9, 0.2], [-0.2, 0.9]])
+  coloured, _ = augment.warp(image, mask, matrix, np.array([1.5, 2.0]))
+  for c in range(3):
+    grey = np.repeat(image[..., c : c + 1], 3, -1)
+    channel, _ = augment.warp(grey, mask, matrix, np.array([1.5, 2.0]))
+    np.testing.assert_array_equal(channel[..., 0], coloured[..., c])
+
+
+def test_dihedral_reaches_all_eight_symmetries_and_changes_no_value():
+  image = np.arange(16, dtype=np.uint8).reshape(4, 4)[..., None].repeat(3, -1)
+  rng = np.random.default_rng(0)
+  seen = {augment.dihedral(image, image[..., 0] > 3, rng)[0].tobytes() for _ in range(200)}
+  assert len(seen) == 8
+  assert all(sorted(s) == sorted(image.tobytes()) for s in seen)
+
+
+@pytest.mark.parametrize("name", list(augment.AUGMENTATIONS))
+def test_the_same_generator_state_gives_the_same_pair(name):
+  image = np.random.default_rng(0).integers(0, 256, (48, 48, 3)).astype(np.uint8)
+  mask = image[..., 0] > 220
+  for seed in range(6):
+    a, b = (augment.AUGMENTATIONS[name](image, mask, np.random.default_rng(seed)) for _ in range(2))
+    assert a[0].shape == (48, 48, 3) and a[1].shape == (48, 48)
+    assert a[0].dtype == np.uint8 and a[1].dtype == bool
+    np.testing.assert_array_equal(a[0], b[0])
+    np.testing.assert_array_equal(a[1], b[1])
+
+
+def test_crop_reaches_every_position_and_pads_with_black_at_the_right_and_bottom():
+  image = np.arange(1, 31, dtype=np.uint8).reshape(5, 6)[..., None].repeat(3, -1)
+  rng = np.random.default_rng(0)
+  corners = {
+    int(augment.random_crop(image, image[..., 0] > 9, 4, rng)[0][0, 0, 0]) for _ in range(200)
+  }
+  assert corners == {1, 2, 3, 7, 8, 9}
+  padded, mask = augment.random_crop(image, image[..., 0] > 9, 8, rng)
+  assert padded.shape == (8, 8, 3) and mask.shape == (8, 8)
+  np.testing.assert_array_equal(padded[:5, :6], image)
+  assert padded.sum() == image.sum() and mask.sum() == 21
+
+
+def test_target_crops_hold_a_target_pixel_and_plain_ones_need_not():
+  image, mask = np.zeros((200, 200, 3), np.uint8), np.zeros((200, 200), bool)
+  mask[0, 199] = mask[150, 20] = True
+  rng = np.random.default_rng(0)
+  aimed = [augment.random_crop(image, mask, 32, rng, 1.0)[1] for _ in range(100)]
+  assert all(m.any() for m in aimed)
+  assert len({tuple(np.argwhere(m)[0]) for m in aimed}) > 30  # not always at the same place in it
+  plain = [augment.random_crop(image, mask, 32, rng)[1] for _ in range(100)]
+  assert np.mean([m.any() for m in plain]) < 0.2
+  half = [augment.random_crop(image, mask, 32, rng, 0.5)[1] for _ in range(400)]
+  assert 0.4 < np.mean([m.any() for m in half]) < 0.65
+  empty = np.zeros_like(mask)
+  assert augment.random_crop(image, empty, 32, rng, 1.0)[1].shape == (32, 32)
