@@ -72,7 +72,7 @@ class Options:
       if getattr(self, name) not in values:
         problems.append(f"{name} is {getattr(self, name)!r}; it must be one of {values}")
     if problems:
-      raise ValueError(_listing("options of the metric", problems))
+      raise ValueError(listing("options of the metric", problems))
 
   @property
   def grid(self):
@@ -167,11 +167,11 @@ def score(probs, masks, thresholds=THRESHOLDS, max_distance=3.0, **options):
     )
   problems, pairs = [], []
   for i, pair in enumerate(zip(probs, masks, strict=True)):
-    prob, mask, problem = _check(*pair)
+    prob, mask, problem = check(*pair)
     problems += [f"image {i}: {p}" for p in problem]
     pairs.append((prob, mask))
   if problems:
-    raise ValueError(_listing("probability maps or masks", problems))
+    raise ValueError(listing("probability maps or masks", problems))
   counter = Counter(options)
   for prob, mask in pairs:
     counter.add(prob, mask)
@@ -204,9 +204,9 @@ class Accumulator:
 
   def update(self, prob, mask):
     """Adds one image: `prob` H×W floats in [0, 1], `mask` H×W bool."""
-    prob, mask, problems = _check(prob, mask)
+    prob, mask, problems = check(prob, mask)
     if problems:
-      raise ValueError(_listing("probability map or mask", problems))
+      raise ValueError(listing("probability map or mask", problems))
     self._counter.add(prob, mask)
     values = pixels.bits(prob)
     self.positives.append(np.sort(values[mask.ravel()]))
@@ -237,6 +237,27 @@ class Accumulator:
     edges = pixels.edges_of(np.concatenate(self.positives))
     low, high = (pixels.counts_of(edges[-1], self.negatives, end) for end in ("low", "high"))
     return _score(self.counts(), edges, low, high, self.options)
+
+
+def detections(prob, mask, options):
+  """What became of each target and prediction of one image at prob > 0.5.
+
+  Args:
+    prob: H×W float32 in [0, 1].
+    mask: H×W bool.
+    options: `Options`.
+
+  Returns:
+    (targets, found, claimed): `components.Components` of the mask and of the map, and the index
+    into `found` that each target claims, −1 where it is missed.
+  """
+  parts = []
+  for value in (prob > HALF, mask):
+    index = np.flatnonzero(value)
+    ones = np.ones(len(index), np.int16)
+    parts += components.find([index], [ones], [mask.shape], 1, options.connectivity)
+  found, targets = parts
+  return targets, found, components.match(targets, found, options.max_distance, options.matching)
 
 
 class Counter:
@@ -426,7 +447,7 @@ def _score(counts, edges, false_low, false_high, options):
   )
 
 
-def _check(prob, mask):
+def check(prob, mask):
   """(prob float32, mask, problems) of one image."""
   prob, mask, problems = np.asarray(prob), np.asarray(mask), []
   if mask.dtype != bool:
@@ -459,7 +480,7 @@ def _shape(array):
   return "×".join(map(str, array.shape)) or "a single number"
 
 
-def _listing(what, problems):
+def listing(what, problems):
   number = len(problems)
   return f"{number} problem{'s' * (number > 1)} with the {what}:\n" + "\n".join(
     f"  {p}" for p in problems

@@ -1,0 +1,338 @@
+"""Scores a folder of anybody's probability maps against a folder of masks (`--mode score`).
+
+Needs the core requirements only; no JAX is started.
+"""
+
+import csv
+import json
+import math
+import pathlib
+
+import numpy as np
+
+from fdep_jax.metrics import bootstrap, hse
+
+READABLE = (".png", ".bmp", ".tif", ".tiff", ".npy", ".npz")
+_NEEDS_A_CURVE = ("hse", "hse_p", "hse_t", "roc_auc", "ap")
+_BINARY = (
+  "HSE needs probability maps: it is an area over thresholds, and all maps of {} together hold "
+  "only the values {}. A map that was thresholded already has one point where HSE needs a curve. "
+  "Save the sigmoid's output itself (16-bit PNG, float NPY) and score that."
+)
+_COLUMNS = {  # the paper's columns: heading, factor
+  "iou": ("IoU", 100),
+  "niou": ("nIoU", 100),
+  "pd": ("Pd", 100),
+  "fa": ("Fa·1e6", 1e6),
+  "hse_p": ("HSE-P", 100),
+  "hse_t": ("HSE-T", 100),
+  "hse": ("HSE", 100),
+}
+
+
+def run(predictions, masks, out=None, compare=None, resamples=1000, **options):
+  """Scores a folder, prints the paper's columns and writes the reports.
+
+  Args:
+    predictions: folder of maps; `<stem>.png` (8 or 16 bit), `.tif`, `.npy` or `.npz`. Where files
+      are named `<stem>_prob.*`, as `--mode predict` writes them, only these are read. Integers are
+      divided by their type's maximum. Sizes may differ.
+    masks: folder of masks with the same stems (a suffix `_pixels0` is dropped), binarised at > 127.
+    out: folder for `metrics.json`, `curves.npz`, `images.csv` and `pr.png`; None writes nothing.
+    compare: a second folder of maps, for a paired comparison.
+    resamples: of the bootstrap; 0 leaves the intervals out.
+    **options: see `hse.Options`.
+
+  Returns:
+    The content of `metrics.json`: {"predictions": metrics as fractions, with "intervals"}, and with
+    `compare` also "compared" and "comparison". Where a whole folder is binary, what needs a curve
+    is None and "hse_refused" says why.
+
+  Raises:
+    ValueError: listing every file that is missing, extra, unreadable, of the wrong size or range.
+    FileNotFoundError: a folder does not exist.
+  """
+  options = hse.Options(**options)
+  folders = {"predictions": predictions} | ({"compared": compare} if compare is not None else {})
+  problems, sets = [], {}
+  for name, folder in folders.items():
+    sets[name], found = _accumulate(folder, masks, options)
+    problems += found
+  if problems:
+    raise ValueError(hse.listing("files", list(dict.fromkeys(problems))))
+  metrics = {name: _metrics(found, resamples) for name, found in sets.items()}
+  if compare is not None and resamples:
+    totals = [found["total"] for found in sets.values()]
+    refused = any(found["refused"] for found in sets.values())
+    metrics["comparison"] = {
+      name: {k: _json(v) for k, v in result.items()}
+      for name, result in bootstrap.compare(*totals, resamples).items()
+      if not (refused and name in _NEEDS_A_CURVE)
+    }
+  metrics["options"] = vars(options)
+  print(_table(metrics, folders))
+  if out is not None:
+    _write(pathlib.Path(out), metrics, sets["predictions"])
+  return metrics
+
+
+def _accumulate(folder, masks, options):
+  """Reads a folder once. Returns ({"total", "rows", "refused", …}, problems)."""
+  pairs, problems = _pairs(pathlib.Path(folder), pathlib.Path(masks))
+  total, rows, values = hse.Accumulator(**vars(options)), [], np.zeros(0, np.float32)
+  threshold = None
+  for stem, (prob_path, mask_path) in pairs.items():
+    prob, mask, problem = _read_pair(prob_path, mask_path)
+    problems += problem
+    if problems:
+      continue
+    if len(values) <= 2:
+      values = np.union1d(values, np.unique(prob)[:3])
+    total.update(prob, mask)
+    rows.append(_row(stem, prob, mask, options))
+  refused = None
+  if not problems and len(values) <= 2 and values.max() > 0:
+    refused = _BINARY.format(folder, " and ".join(f"{v:g}" for v in values))
+    threshold = values.min() if len(values) == 2 else 0
+    if values.max() <= hse.HALF:  # 0/1 saved as 8 bit: any value above the lower one is a detection
+      total, rows = hse.Accumulator(**vars(options)), []
+      for stem, paths in pairs.items():
+        prob, mask, _ = _read_pair(*paths)
+        prob = (prob > threshold).astype(np.float32)
+        total.update(prob, mask)
+        rows.append(_row(stem, prob, mask, options))
+  return {"total": total, "rows": rows, "refused": refused}, problems
+
+
+def _pairs(predictions, masks):
+  """{stem: (map, mask)} of two folders, and what does not fit."""
+  for folder in (predictions, masks):
+    if not folder.is_dir():
+      raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
+  problems = []
+  maps, found = _by_stem(predictions, "_prob", only_with_suffix=True)
+  truth, more = _by_stem(masks, "_pixels0")
+  problems += found + more
+  if not maps:
+    problems.append(f"{predictions}: no file ends in {', '.join(READABLE)}")
+  for stem in sorted(maps.keys() - truth.keys()):
+    problems.append(f"{maps[stem]}: no mask {stem}.* in {masks}")
+  for stem in sorted(truth.keys() - maps.keys()):
+    problems.append(f"{truth[stem]}: no prediction {stem}.* in {predictions}")
+  return {stem: (maps[stem], truth[stem]) for stem in sorted(maps.keys() & truth.keys())}, problems
+
+
+def _by_stem(folder, suffix, only_with_suffix=False):
+  paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in READABLE and p.is_file()]
+  if only_with_suffix and any(p.stem.endswith(suffix) for p in paths):
+    paths = [p for p in paths if p.stem.endswith(suffix)]
+  out, problems = {}, []
+  for path in paths:
+    stem = path.stem.removesuffix(suffix)
+    if stem in out:
+      problems.append(f"{path}: {out[stem].name} has the same stem; keep one of them")
+    out.setdefault(stem, path)
+  return out, problems
+
+
+def _read_pair(prob_path, mask_path):
+  """(prob H×W float32, mask H×W bool, problems)."""
+  problems, prob, mask = [], None, None
+  try:
+    prob = read_prob(prob_path)
+  except ValueError as error:
+    problems.append(f"{prob_path}: {error}")
+  try:
+    mask = read_mask(mask_path)
+  except ValueError as error:
+    problems.append(f"{mask_path}: {error}")
+  if not problems:
+    prob, mask, found = hse.check(prob, mask)
+    problems += [f"{prob_path}: {p}" for p in found]
+  return prob, mask, problems
+
+
+def read_prob(path):
+  """A probability map, H×W float32; integers are divided by their type's maximum."""
+  array = _read(path)
+  if array.dtype.kind == "f":
+    return array.astype(np.float32)
+  if array.dtype == bool:
+    return array.astype(np.float32)
+  if array.dtype not in (np.uint8, np.uint16):
+    raise ValueError(f"holds {array.dtype}; save floats in [0, 1], or 8- or 16-bit integers")
+  return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+
+
+def read_mask(path):
+  """A mask, H×W bool: above 127 of 255. Ones and zeros are refused unless in a NumPy file."""
+  array = _read(path)
+  if array.dtype == bool:
+    return array
+  top = array.max(initial=0)
+  if pathlib.Path(path).suffix.lower() in (".npy", ".npz") and top <= 1:
+    return array > 0.5
+  if top == 1:
+    raise ValueError("is a 0/1 mask; multiply it by 255 (masks are binarised at > 127)")
+  return array > (127 * 257 if array.dtype == np.uint16 and top > 255 else 127)
+
+
+def _read(path):
+  """The single channel of a file, as it is stored: bool, uint8, uint16 or floats."""
+  path = pathlib.Path(path)
+  try:
+    array = _read_array(path) if path.suffix.lower() in (".npy", ".npz") else _read_image(path)
+  except (OSError, EOFError, KeyError, SyntaxError) as error:
+    raise ValueError(f"cannot be read ({error})") from error
+  array = array.squeeze() if array.ndim > 2 else array
+  if array.ndim == 3 and array.shape[-1] in (2, 3, 4):
+    colours = array[..., :3] if array.shape[-1] > 2 else array[..., :1]
+    if not (colours == colours[..., :1]).all():
+      raise ValueError("is a colour image; save one channel")
+    array = colours[..., 0]
+  if array.ndim != 2 or not array.size:
+    raise ValueError(f"has the shape {array.shape}; save one H×W map per file")
+  return array
+
+
+def _read_array(path):
+  data = np.load(path, allow_pickle=False)
+  if path.suffix.lower() == ".npy":
+    return data
+  with data:
+    names = data.files
+    if len(names) != 1 and "prob" not in names:
+      raise ValueError(
+        f"holds the arrays {', '.join(names) or '(none)'}; save one, or one named prob"
+      )
+    return data["prob" if "prob" in names else names[0]]
+
+
+def _read_image(path):
+  from PIL import Image
+
+  with Image.open(path) as image:
+    if getattr(image, "n_frames", 1) > 1:
+      raise ValueError(f"has {image.n_frames} pages; save one map per file")
+    if image.mode == "P":
+      image = image.convert("RGB")
+    array = np.array(image)
+    deep = image.mode.startswith("I")
+  if deep and array.dtype != np.uint16:  # Pillow gives 16 bit as int32 in some formats
+    if array.min(initial=0) < 0 or array.max(initial=0) > 65535:
+      raise ValueError("holds 32-bit integers; save floats in [0, 1], or 8- or 16-bit integers")
+    array = array.astype(np.uint16)
+  return array
+
+
+def _row(stem, prob, mask, options):
+  """The line of `images.csv` of one image; centroids are "row,col" in pixels, blank-separated."""
+  targets, found, claimed = hse.detections(prob, mask, options)
+  free = np.ones(len(found), bool)
+  free[claimed[claimed >= 0]] = False
+  positive = prob > hse.HALF
+  union = int((positive | mask).sum())
+
+  def centroids(components, keep):
+    return " ".join(
+      f"{r:.2f},{c:.2f}" for r, c in zip(components.row[keep], components.col[keep], strict=True)
+    )
+
+  return {
+    "file": stem,
+    "height": mask.shape[0],
+    "width": mask.shape[1],
+    "targets": len(targets),
+    "hits": int((claimed >= 0).sum()),
+    "misses": int((claimed < 0).sum()),
+    "false_alarms": int(free.sum()),
+    "false_alarm_pixels": int(found.area[free].sum()),
+    "iou": f"{(positive & mask).sum() / union:.6f}" if union else "",
+    "hit_centroids": centroids(targets, claimed >= 0),
+    "missed_centroids": centroids(targets, claimed < 0),
+    "false_alarm_centroids": centroids(found, free),
+  }
+
+
+def _metrics(found, resamples):
+  score = found["total"].result()
+  out = score.as_dict()
+  if resamples:
+    intervals = bootstrap.intervals(found["total"], resamples)
+    out["intervals"] = {k: [_json(v) for v in pair] for k, pair in intervals.items()}
+  if found["refused"]:
+    for name in _NEEDS_A_CURVE:
+      out[name] = None
+      out.get("intervals", {}).pop(name, None)
+    out["hse_refused"] = found["refused"]
+  found["score"] = score
+  return out
+
+
+def _json(value):
+  return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _table(metrics, folders):
+  """The paper's columns, in percent (Fa × 10⁶), with the 95 % intervals below."""
+
+  def line(name, cells):
+    return f"{name:<24}" + "".join(f"{cell:>16}" for cell in cells)
+
+  def shown(value, factor):
+    return "-" if value is None else f"{value * factor:.2f}"
+
+  lines = [line("", [heading for heading, _ in _COLUMNS.values()])]
+  for name, folder in folders.items():
+    values = metrics[name]
+    lines.append(
+      line(pathlib.Path(folder).name[:23], [shown(values[k], f) for k, (_, f) in _COLUMNS.items()])
+    )
+    spans = values.get("intervals", {})
+    if spans:
+      cells = []
+      for k, (_, factor) in _COLUMNS.items():
+        low, high = spans.get(k, (None, None))
+        cells.append("-" if low is None else f"{low * factor:.2f}–{high * factor:.2f}")
+      lines.append(line("  95 %", cells))
+    if "hse_refused" in values:
+      lines.append(values["hse_refused"])
+  if "comparison" in metrics:
+    chances = [metrics["comparison"].get(k, {}).get("a_is_better") for k in _COLUMNS]
+    lines.append(
+      line("first is better (prob.)", ["-" if p is None else f"{p:.3f}" for p in chances])
+    )
+  return "\n".join(lines)
+
+
+def _write(out, metrics, found):
+  out.mkdir(parents=True, exist_ok=True)
+  (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+  np.savez_compressed(out / "curves.npz", **found["score"].curves)
+  with open(out / "images.csv", "w", newline="") as file:
+    writer = csv.DictWriter(file, fieldnames=list(found["rows"][0]))
+    writer.writeheader()
+    writer.writerows(found["rows"])
+  if not found["refused"]:
+    _figure(out / "pr.png", found["score"])
+
+
+def _figure(path, score):
+  """Pixel and target precision-recall curves side by side."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  curves = score.curves
+  figure = Figure(figsize=(9, 4), layout="constrained")
+  FigureCanvasAgg(figure)
+  left, right = figure.subplots(1, 2)
+  true, false = curves["pixel_true"], curves["pixel_false"]
+  recall = np.append(0, true / max(score.target_pixels, 1))
+  left.plot(recall, np.append(1, true / np.maximum(true + false, 1)))
+  left.set_title(f"pixels: HSE-P {100 * score.hse_p:.2f}")
+  right.plot(curves["target_recall"], curves["target_precision"], marker=".")
+  right.set_title(f"targets: HSE-T {100 * score.hse_t:.2f}")
+  for axis in (left, right):
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+  figure.savefig(path, dpi=120)

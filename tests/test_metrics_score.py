@@ -1,0 +1,220 @@
+"""`--mode score`: reading anybody's files, refusing all bad ones at once, and the reports."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fdep_jax import score
+from fdep_jax.metrics import hse
+
+
+def scene(rng, height, width):
+  """A map with 16-bit levels and its mask."""
+  mask = np.zeros((height, width), bool)
+  mask[3:6, 4:6] = True
+  mask[-3:-1, -4:-2] = True
+  levels = rng.integers(0, 9000, (height, width)).astype(np.uint16)
+  levels[mask] = rng.integers(20000, 65536, mask.sum())
+  levels[10, 1] = 40000  # a false alarm
+  return levels, mask
+
+
+def save(array, path):
+  path.parent.mkdir(exist_ok=True)
+  Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def folders(tmp_path):
+  """Three 16-bit PNG maps of different sizes and their masks: both folders and the arrays."""
+  rng = np.random.default_rng(0)
+  levels, masks = {}, {}
+  for stem, size in (("a", (20, 30)), ("b", (25, 18)), ("Misc_3", (16, 16))):
+    levels[stem], masks[stem] = scene(rng, *size)
+    save(levels[stem], tmp_path / "maps" / f"{stem}.png")
+    save(masks[stem].astype(np.uint8) * 255, tmp_path / "masks" / f"{stem}.png")
+  return tmp_path / "maps", tmp_path / "masks", levels, masks
+
+
+def test_sixteen_bit_png_scores_as_the_arrays_themselves_and_writes_every_report(
+  folders, tmp_path, capsys
+):
+  maps, masks, levels, truth = folders
+  out = tmp_path / "out"
+  metrics = score.run(maps, masks, out=out, resamples=50)
+  stems = sorted(levels)
+  expected = hse.score([levels[s] / np.float32(65535) for s in stems], [truth[s] for s in stems])
+  got = dict(metrics["predictions"])
+  intervals = got.pop("intervals")
+  assert got == expected.as_dict()
+  assert intervals["hse"][0] <= expected.hse <= intervals["hse"][1]
+  assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+  curves = np.load(out / "curves.npz")
+  assert (
+    curves["target_recall"].shape == (20,) and curves["pixel_true"][-1] == expected.target_pixels
+  )
+  assert Image.open(out / "pr.png").size == (1080, 480)
+  rows = list(csv.DictReader(open(out / "images.csv")))
+  assert [r["file"] for r in rows] == stems
+  assert sum(int(r["hits"]) for r in rows) == expected.hits
+  assert sum(int(r["false_alarms"]) for r in rows) == expected.false_alarms
+  assert rows[1]["false_alarm_centroids"].split()[0] == "10.00,1.00"
+  assert (int(rows[1]["height"]), int(rows[1]["width"])) == truth["a"].shape
+  printed = capsys.readouterr().out.splitlines()
+  assert printed[0].split() == ["IoU", "nIoU", "Pd", "Fa·1e6", "HSE-P", "HSE-T", "HSE"]
+  assert printed[1].split() == ["maps"] + [
+    f"{getattr(expected, k) * (1e6 if k == 'fa' else 100):.2f}" for k in hse.PAPER
+  ]
+
+
+@pytest.mark.parametrize(
+  "kind",
+  ["npy", "npy float64", "npz", "npz prob", "tif", "tif 16 bit", "rgb png", "prob png", "H×W×1"],
+)
+def test_the_same_map_scores_the_same_in_every_format(folders, tmp_path, kind):
+  maps, masks, levels, truth = folders
+  other = tmp_path / "other"
+  other.mkdir()
+  for stem, level in levels.items():
+    prob = level / np.float32(65535)
+    if kind == "npy":
+      np.save(other / f"{stem}.npy", prob)
+    elif kind == "npy float64":
+      np.save(other / f"{stem}.npy", prob.astype(np.float64))
+    elif kind == "H×W×1":
+      np.save(other / f"{stem}.npy", prob[None, :, :, None])
+    elif kind == "npz":
+      np.savez(other / f"{stem}.npz", prob)
+    elif kind == "npz prob":
+      np.savez(other / f"{stem}.npz", prob=prob, image=level)
+    elif kind == "tif":
+      save(prob, other / f"{stem}.tif")
+    elif kind == "tif 16 bit":
+      save(level, other / f"{stem}.tiff")
+    elif kind == "prob png":  # what --mode predict writes
+      save(level, other / f"{stem}_prob.png")
+      save(truth[stem].astype(np.uint8) * 255, other / f"{stem}_mask.png")
+    elif kind == "rgb png":  # 8 bit: compared with the same rounding
+      eight = (level >> 8).astype(np.uint8)
+      save(np.stack([eight] * 3, axis=-1), other / f"{stem}.png")
+      save(eight, maps / f"{stem}.png")
+  assert score.run(other, masks, resamples=0) == score.run(maps, masks, resamples=0)
+
+
+def test_masks_with_nuaas_suffix_are_found(folders):
+  maps, masks, *_ = folders
+  whole = score.run(maps, masks, resamples=0)
+  (masks / "Misc_3.png").rename(masks / "Misc_3_pixels0.png")
+  assert score.run(maps, masks, resamples=0) == whole
+
+
+@pytest.mark.parametrize("value", [255, 1])
+def test_a_binary_folder_has_no_hse_and_says_why_but_has_the_rest(folders, tmp_path, capsys, value):
+  maps, masks, levels, truth = folders
+  for stem, level in levels.items():
+    save((level > 32767).astype(np.uint8) * value, tmp_path / "binary" / f"{stem}.png")
+  got = score.run(tmp_path / "binary", masks, out=tmp_path / "out", resamples=20)["predictions"]
+  soft = score.run(maps, masks, resamples=0)["predictions"]
+  for name in ("iou", "niou", "pd", "fa", "precision", "recall", "f1", "hits", "false_alarms"):
+    assert got[name] == soft[name], name
+  for name in ("hse", "hse_p", "hse_t", "roc_auc", "ap"):
+    assert got[name] is None and name not in got["intervals"]
+  assert (
+    "thresholded already" in got["hse_refused"] and got["hse_refused"] in capsys.readouterr().out
+  )
+  assert not (tmp_path / "out" / "pr.png").exists()
+
+
+def test_every_bad_file_is_listed_in_one_error(folders, tmp_path):
+  maps, masks, *_ = folders
+  good = np.zeros((5, 6), np.uint8)
+  cases = {
+    "alone": "no mask alone",
+    "nan": "NaN",
+    "high": "must be in [0, 1]",
+    "size": "4×6 and the mask 5×6",
+    "ints": "int64",
+    "text": "cannot be read",
+    "colour": "colour image",
+    "many": "holds the arrays a, b",
+    "ones": "0/1 mask",
+    "twice": "has the same stem",
+    "deep": "shape",
+  }
+  for stem in cases:
+    if stem != "alone":
+      save(good + (stem == "ones"), masks / f"{stem}.png")
+  save(good, masks / "forgotten.png")
+  np.save(maps / "alone.npy", np.zeros((5, 6)))
+  np.save(maps / "nan.npy", np.full((5, 6), np.nan))
+  np.save(maps / "high.npy", np.full((5, 6), 1.5))
+  np.save(maps / "size.npy", np.zeros((4, 6)))
+  np.save(maps / "ints.npy", np.zeros((5, 6), int))
+  (maps / "text.png").write_text("not an image")
+  save(np.arange(90, dtype=np.uint8).reshape(5, 6, 3), maps / "colour.png")
+  np.savez(maps / "many.npz", a=np.zeros((5, 6)), b=np.zeros((5, 6)))
+  save(good, maps / "ones.png")
+  save(good, maps / "twice.png")
+  np.save(maps / "twice.npy", np.zeros((5, 6)))
+  np.save(maps / "deep.npy", np.zeros((2, 5, 6)))
+  with pytest.raises(ValueError) as error:
+    score.run(maps, masks)
+  message = str(error.value).splitlines()
+  assert message[0] == f"{len(cases) + 1} problems with the files:"
+  for stem, expected in {**cases, "forgotten": "no prediction forgotten"}.items():
+    assert any(stem in line and expected in line for line in message), (stem, error.value)
+
+
+def test_a_folder_that_does_not_exist_or_is_empty_is_named(folders, tmp_path):
+  maps, masks, *_ = folders
+  with pytest.raises(FileNotFoundError, match="nowhere"):
+    score.run(tmp_path / "nowhere", masks)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(ValueError, match="no file ends in"):
+    score.run(tmp_path / "empty", masks)
+
+
+def test_two_folders_are_compared_image_by_image(folders, tmp_path, capsys):
+  maps, masks, levels, _ = folders
+  for stem, level in levels.items():
+    level = level.copy()
+    level[10, 1] = 0
+    save(level, tmp_path / "better" / f"{stem}.png")
+  got = score.run(tmp_path / "better", masks, compare=maps, resamples=100, out=tmp_path / "out")
+  assert got["comparison"]["fa"]["difference"] < 0
+  assert got["comparison"]["fa"]["a_is_better"] == 1
+  assert got["comparison"]["iou"]["difference"] == pytest.approx(
+    got["predictions"]["iou"] - got["compared"]["iou"]
+  )
+  assert "first is better" in capsys.readouterr().out
+
+
+def test_options_reach_the_metric(folders):
+  maps, masks, levels, truth = folders
+  got = score.run(maps, masks, resamples=0, connectivity=4, thresholds=[0.25, 0.75])
+  stems = sorted(levels)
+  expected = hse.score(
+    [levels[s] / np.float32(65535) for s in stems],
+    [truth[s] for s in stems],
+    connectivity=4,
+    thresholds=[0.25, 0.75],
+  )
+  assert got["predictions"] == expected.as_dict()
+  assert got["options"]["connectivity"] == 4
+
+
+def test_scoring_starts_neither_jax_nor_anything_but_the_core_requirements(folders):
+  maps, masks, *_ = folders
+  code = (
+    "import sys; from fdep_jax import score; "
+    f"score.run({str(maps)!r}, {str(masks)!r}, resamples=5); "
+    "unwanted = ('jax', 'flax', 'sklearn', 'skimage', 'torch', 'tifffile'); "
+    "print([m for m in unwanted if m in sys.modules])"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.splitlines()[-1] == "[]"
