@@ -175,6 +175,14 @@ def test_single_empty_masks_are_legal_but_not_only_empty_ones(tmp_path):
   assert "all 2 masks are empty" in refusal(root)
 
 
+def test_a_mask_that_is_emptied_by_the_cut_is_warned_of(tmp_path, caplog):
+  root = write_dataset(tmp_path / "set")
+  save(root / "masks" / "Misc_2.png", np.full((20, 30), 90, np.uint8))
+  with caplog.at_level(logging.WARNING):
+    assert not data.read(root, "train")[0].mask.any()
+  assert "Misc_2.png: no pixel is > 127 (largest: 90)" in caplog.text
+
+
 def test_grey_masks_are_cut_above_127(tmp_path):
   root = write_dataset(tmp_path / "set")
   grey = np.full((20, 30), 127, np.uint8)

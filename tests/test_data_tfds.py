@@ -11,9 +11,6 @@ from fdep_jax import data
 
 pytest.importorskip("tensorflow_datasets")
 
-# TFDS asks importlib.metadata-like questions that newer Pythons deprecate; not ours to fix.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 
 def write_dataset(root, count, start=0):
   for folder in ("images", "masks", "splits"):

@@ -352,6 +352,8 @@ def _decode_pair(pair: _Pair) -> tuple[Sample | None, list[tuple[Path, str]]]:
     problems.append((pair.mask, f"{sizes} (width×height); they must be equal"))
   if grey.max() == 1:
     problems.append((pair.mask, "mask holds only 0 and 1; multiply it by 255"))
+  elif 1 < grey.max() <= 127:
+    _LOG.warning("%s: no pixel is > 127 (largest: %d), so it has no target", pair.mask, grey.max())
   if problems:
     return None, problems
   return Sample(pair.name, image, sample_lib.binarise(grey)), []
