@@ -9,9 +9,11 @@ import numpy as np
 from flax import nnx
 
 from converters import _rules
+from converters._torch_file import read_torch
 from fdep_jax import backbones
+from fdep_jax.dinov2 import DINOv2
 
-__all__ = ["load_backbone", "to_torch"]
+__all__ = ["load_backbone", "load_dinov2", "read_torch", "to_torch"]
 
 PathOrState = str | os.PathLike | dict[str, np.ndarray]
 
@@ -56,6 +58,14 @@ def to_torch(net: backbones.Backbone) -> dict[str, np.ndarray]:
   """
   table = _table(type(net).__module__.rsplit(".", 1)[-1])
   return _rules.unfill(net, table.rules(net), _dead(table, net))
+
+
+def load_dinov2(path_or_state: PathOrState, dtype=jnp.float32, **options) -> DINOv2:
+  """DINOv2 with the weights of a file; `converters.dinov2.load_dinov2` has the details."""
+  # Imported here: `python -m converters.dinov2` would find itself imported already, and warn.
+  from converters.dinov2 import load_dinov2 as load
+
+  return load(path_or_state, dtype, **options)
 
 
 def _table(name: str):
