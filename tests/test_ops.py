@@ -1,0 +1,213 @@
+"""Every rewritten operation against its definition in float64: values and gradients to 1e-12."""
+
+import inspect
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fdep_jax.backbones import _blocks, _ops
+
+
+def normal(*shape) -> np.ndarray:
+  return np.random.default_rng(sum(shape)).standard_normal(shape)
+
+
+def assert_same(ours, plain, *arguments):
+  """Same value, and same gradient of a random weighting of it, for float64 `arguments`."""
+  with jax.enable_x64(True):
+    arguments = [jnp.asarray(argument, jnp.float64) for argument in arguments]
+    weights = jnp.asarray(normal(*jax.eval_shape(plain, *arguments).shape))
+
+    def value_and_gradients(function):
+      def run(arguments, weights):
+        value, pull_back = jax.vjp(function, *arguments)
+        return value, *pull_back(weights)
+
+      return jax.jit(run)(arguments, weights)
+
+    results, expected = value_and_gradients(ours), value_and_gradients(plain)
+    for result, reference in zip(results, expected, strict=True):
+      assert result.dtype == reference.dtype == jnp.float64
+      np.testing.assert_allclose(result, reference, rtol=1e-12, atol=1e-12, strict=True)
+
+
+def max_window(x, size, stride, padding):
+  window, strides = (1, size, size, 1), (1, stride, stride, 1)
+  return jax.lax.reduce_window(
+    x, -jnp.inf, jax.lax.max, window, strides, [(0, 0), *padding, (0, 0)]
+  )
+
+
+def interpolate(x, size, align_corners):
+  """Linear interpolation of rows, then of columns, at the positions that PyTorch documents."""
+  for axis, new in ((1, size[0]), (2, size[1])):
+    old = x.shape[axis]
+    if align_corners:  # first and last samples coincide
+      positions = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
+    else:  # half-pixel centres; np.interp repeats the edge
+      positions = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = np.stack([np.interp(positions, np.arange(old), row) for row in np.eye(old)], 1)
+    x = jnp.moveaxis(jnp.tensordot(weights, x, (1, axis)), 0, axis)
+  return x
+
+
+@pytest.mark.parametrize("height, width", [(6, 8), (5, 8), (6, 7), (5, 3), (1, 1)])
+def test_max_pool2_is_the_window_maximum_also_of_odd_sizes(height, width):
+  # Distinct values: where a window holds its maximum twice, the two forms split the gradient
+  # differently.
+  padding = [(0, height % 2), (0, width % 2)]
+  assert_same(_ops.max_pool2, lambda x: max_window(x, 2, 2, padding), normal(2, height, width, 3))
+
+
+def test_max_pool3_stride2_is_the_window_maximum():
+  padding = [(1, 1), (1, 1)]
+  assert_same(_ops.max_pool3_stride2, lambda x: max_window(x, 3, 2, padding), normal(2, 6, 8, 3))
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize(
+  "size, new_size",
+  [
+    ((5, 6), (10, 12)),  # doubling: shifted sums
+    ((1, 3), (2, 6)),
+    ((8, 6), (4, 3)),  # halving: neighbours of even rows with align_corners
+    ((2, 2), (1, 1)),
+    ((5, 7), (20, 9)),  # matrices
+    ((5, 7), (3, 7)),
+    ((1, 4), (5, 1)),
+    ((4, 5), (4, 5)),
+  ],
+)
+def test_resize_is_linear_interpolation(size, new_size, align_corners):
+  assert_same(
+    lambda x: _ops.resize(x, new_size, align_corners=align_corners),
+    lambda x: interpolate(x, new_size, align_corners),
+    normal(2, *size, 3),
+  )
+
+
+@pytest.mark.parametrize("size, new_size", [((5, 6), (10, 12)), ((3, 7), (12, 9))])
+def test_resize_without_aligned_corners_enlarges_like_jax_image(size, new_size):
+  assert_same(
+    lambda x: _ops.resize(x, new_size, align_corners=False),
+    lambda x: jax.image.resize(x, (2, *new_size, 3), "bilinear"),
+    normal(2, *size, 3),
+  )
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_upsample2_doubles_both_axes(align_corners):
+  assert_same(
+    lambda x: _ops.upsample2(x, align_corners=align_corners),
+    lambda x: interpolate(x, (6, 10), align_corners),
+    normal(2, 3, 5, 4),
+  )
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size, new_size", [*itertools.product((1, 2, 5), (1, 3, 10))])
+def test_rows_of_a_resize_matrix_are_weights_of_at_most_two_neighbours(
+  size, new_size, align_corners
+):
+  matrix = _ops.resize_matrix(size, new_size, align_corners)
+  assert matrix.shape == (new_size, size)
+  np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-12)
+  assert (matrix >= 0).all() and ((matrix > 0).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+  "band, kernel",
+  [("ll", "++++"), ("lh", "++--"), ("hl", "+-+-"), ("hh", "+--+")],  # row by row
+)
+def test_a_haar_band_is_a_depthwise_convolution(band, kernel, stride):
+  channels = 3
+  kernel = np.array([0.5 if sign == "+" else -0.5 for sign in kernel]).reshape(2, 2, 1, 1)
+  padding = [(1, 0), (1, 0)] if stride == 1 else [(0, 0), (0, 0)]
+
+  def plain(x):
+    return jax.lax.conv_general_dilated(
+      x,
+      jnp.asarray(np.tile(kernel, channels)),
+      (stride, stride),
+      padding,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=channels,
+    )
+
+  assert tuple(_ops.haar(jnp.zeros((1, 2, 2, 1)), stride=stride)) == _ops.WAVELETS
+  assert_same(lambda x: _ops.haar(x, stride=stride)[band], plain, normal(2, 6, 8, channels))
+
+
+@pytest.mark.parametrize(
+  "ours, plain",
+  [
+    (lambda x: _ops.max_and_mean(x), lambda x: jnp.stack([x.max(3), x.sum(3) / 5], 3)),
+    (lambda x: _ops.mean_and_max(x), lambda x: jnp.stack([x.sum(3) / 5, x.max(3)], 3)),
+    (lambda x: _ops.spatial_mean(x), lambda x: x.sum((1, 2))[:, None, None] / 12),
+    (lambda x: _ops.spatial_max(x), lambda x: x.reshape(2, 12, 5).max(1)[:, None, None]),
+  ],
+  ids=["max_and_mean", "mean_and_max", "spatial_mean", "spatial_max"],
+)
+def test_a_pooled_value_is_what_its_name_says(ours, plain):
+  assert_same(ours, plain, normal(2, 3, 4, 5))
+
+
+def test_every_operation_is_checked_here():
+  public = [
+    name
+    for name, value in vars(_ops).items()
+    if inspect.isfunction(value) and value.__module__ == _ops.__name__ and name[0] != "_"
+  ]
+  source = pathlib.Path(__file__).read_text()
+  assert [name for name in public if f"_ops.{name}" not in source] == []
+
+
+def layer_with(make, x, kernel, bias):
+  """Applies a layer of ours with the given weights."""
+  layer = make(nnx.Rngs(0))
+  layer.kernel.set_value(kernel)
+  layer.bias.set_value(bias)
+  return layer(x)
+
+
+def test_the_transposed_convolution_adds_every_input_pixel_times_the_kernel():
+  def ours(*arguments):
+    return layer_with(lambda rngs: _blocks.ConvTranspose(3, 2, rngs=rngs), *arguments)
+
+  def reaches(size):  # output y, input i, kernel row k: stride 2, padding 1
+    y, i, k = np.ogrid[: 2 * size, :size, :4]
+    return jnp.asarray(y == 2 * i - 1 + k, jnp.float64)
+
+  def plain(x, kernel, bias):
+    rows, columns = reaches(x.shape[1]), reaches(x.shape[2])
+    y = jnp.einsum("yik,xjl,bijc,klcd->byxd", rows, columns, x, kernel)
+    return y + bias.reshape(1, 1, 1, -1)
+
+  assert_same(ours, plain, normal(2, 3, 4, 3), normal(4, 4, 3, 2), normal(2))
+
+
+@pytest.mark.parametrize("size, stride, dilation", [(1, 1, 1), (1, 2, 1), (3, 2, 1), (5, 1, 3)])
+def test_a_convolution_is_the_plain_one_padded_by_half_its_reach(size, stride, dilation):
+  def ours(*arguments):
+    options = {"stride": stride, "dilation": dilation}
+    return layer_with(lambda rngs: _blocks.Conv(3, 2, size, **options, rngs=rngs), *arguments)
+
+  def plain(x, kernel, bias):
+    pad = dilation * (size // 2)
+    y = jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (stride, stride),
+      [(pad, pad), (pad, pad)],
+      rhs_dilation=(dilation, dilation),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y + bias.reshape(1, 1, 1, -1)
+
+  assert_same(ours, plain, normal(2, 6, 8, 3), normal(size, size, 3, 2), normal(2))

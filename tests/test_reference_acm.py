@@ -1,0 +1,105 @@
+"""A public trained ACM, converted: its published figures on the real NUAA and NUDT test sets.
+
+The checkpoint is XinyiYing/LESPS `log/SIRST3/ACM_full.pth.tar`: 1 input channel, BatchNorm in the
+fusion blocks, keys with the prefix "model." under "state_dict".
+"""
+
+import collections
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import converters
+from fdep_jax.backbones import _blocks
+from fdep_jax.metrics import hse
+
+MEAN, STD = 95.010, 41.511  # grey levels; LESPS `get_img_norm_cfg`, SIRST3
+
+
+@pytest.fixture(scope="module")
+def net(shared):
+  net = converters.load_backbone("acm", shared / "weights/reference/acm_sirst3_1channel.pth.tar")
+  net.eval()
+  return net
+
+
+@pytest.fixture(scope="module")
+def probability(net):
+  graphdef, variables = nnx.split(net)
+  run = jax.jit(lambda v, images: jax.nn.sigmoid(nnx.merge(graphdef, v)(images).final))
+  return lambda images: np.asarray(run(variables, jnp.asarray(images)))
+
+
+def split_names(folder: pathlib.Path) -> list[str]:
+  return (folder / "splits" / "test.txt").read_text().split()
+
+
+def padded_image(folder: pathlib.Path, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+  """The image as LESPS feeds it, and its size: grey, normalised, then zero-padded to 32s."""
+  with Image.open(folder / "images" / f"{name}.png") as image:
+    grey = np.asarray(image.convert("L"), np.float32)
+  height, width = grey.shape
+  padded = np.pad((grey - MEAN) / STD, ((0, -height % 32), (0, -width % 32)))
+  return padded[..., None].astype(np.float32), (height, width)
+
+
+def score(folder: pathlib.Path, names: list[str], probability, batch_size: int = 4) -> hse.Score:
+  """The metrics over `names`; images of one padded shape run together, so it compiles once."""
+  by_shape = collections.defaultdict(list)
+  for name in names:
+    image, size = padded_image(folder, name)
+    by_shape[image.shape].append((name, image, size))
+  probs = {}
+  for shape, items in by_shape.items():
+    # The last batch is filled up with zeros: another batch size would compile again.
+    count = min(batch_size, len(items))
+    for start in range(0, len(items), count):
+      batch = np.zeros((count, *shape), np.float32)
+      part = items[start : start + count]
+      batch[: len(part)] = [image for _, image, _ in part]
+      for (name, _, (height, width)), prob in zip(part, probability(batch), strict=False):
+        probs[name] = prob[:height, :width, 0]
+  masks = []
+  for name in names:
+    with Image.open(folder / "masks" / f"{name}.png") as mask:
+      masks.append(np.asarray(mask.convert("L")) > 127)
+  return hse.score([probs[name] for name in names], masks)
+
+
+def test_the_variant_is_read_off_the_checkpoint(net):
+  assert net.in_channels == 1
+  assert not any(isinstance(node, _blocks.GroupNorm) for _, node in nnx.iter_graph(net))
+  assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(net, nnx.Param))) == 397_823
+
+
+def test_the_first_images_of_the_nudt_test_set_score_as_in_the_full_run(shared, probability):
+  # Expected: the share of these images in the full run below, whose totals are the published ones.
+  folder = shared / "data" / "NUDT-SIRST"
+  result = score(folder, split_names(folder)[:32], probability)
+  assert result.targets == 44
+  assert abs(result.hits - 41) <= 1
+  assert abs(100 * result.iou - 58.22) <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "dataset, iou, pd, targets",
+  [("NUAA-SIRST", 64.84, 90.11, 263), ("NUDT-SIRST", 57.42, 91.64, 945)],
+)
+def test_the_public_checkpoint_scores_as_published(shared, probability, dataset, iou, pd, targets):
+  # IoU and Pd: what the published code gives for this checkpoint at threshold 0.5.
+  folder = shared / "data" / dataset
+  result = score(folder, split_names(folder), probability)
+  print(dataset, result.as_dict())
+  assert result.targets == targets
+  assert abs(100 * result.iou - iou) <= 0.1
+  assert abs(result.hits - round(pd / 100 * targets)) <= 1
+  if dataset == "NUAA-SIRST":  # from an independent evaluation of the same maps
+    np.testing.assert_allclose(
+      [result.hse_p, result.hse_t, result.hse], [0.879, 0.883, 0.776], atol=1e-3
+    )
