@@ -423,6 +423,7 @@ class ChannelAttention(nnx.Module):
     self.expand = Conv(channels // reduction, channels, 1, bias=False, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    mean = nnx.relu(self.reduce(_ops.spatial_mean(x)))
-    maximum = nnx.relu(self.reduce(_ops.spatial_max(x)))
-    return nnx.sigmoid(self.expand(mean + maximum))  # `expand` is linear: one product for both
+    mean, maximum = _ops.spatial_mean(x), _ops.spatial_max(x)
+    return nnx.sigmoid(
+      self.expand(nnx.relu(self.reduce(mean))) + self.expand(nnx.relu(self.reduce(maximum)))
+    )

@@ -1,0 +1,63 @@
+"""ALCL-Net: attention-based local contrast learning (5.67 M parameters, top feature 256 @ 1/16).
+
+Source: YuChuang1205/PAL model/ALCL.
+"""
+
+import jax
+from flax import nnx
+
+from fdep_jax.backbones import _blocks
+from fdep_jax.backbones._base import Backbone, Logits
+
+_CHANNELS = (16, 32, 64, 128, 256)  # levels 1 to 5
+_BLOCKS = 3  # residual blocks a level
+
+
+class ALCLNet(Backbone):
+  """Five residual levels; local contrast on each; the skips gate what comes from below."""
+
+  stride = 16
+  top_stride = 16
+  top_channels = 256
+  paper_name = "ALCL-Net"
+
+  def __init__(self, *, rngs: nnx.Rngs):
+    kaiming = {"init": "kaiming", "rngs": rngs}
+    self.stem = _blocks.Stem(3, 16, **kaiming)
+    self.levels = nnx.List([_level(i, rngs) for i in range(5)])
+    self.contrast = nnx.List([_blocks.LocalContrast(c, rngs=rngs) for c in _CHANNELS])
+    self.gate = nnx.List([_blocks.ConvNorm(c, c, 1, **kaiming) for c in _CHANNELS[:4]])
+    self.up = nnx.List([_blocks.UpConvNormRelu(2 * c, c, rngs=rngs) for c in _CHANNELS[:4]])
+    self.head = _blocks.Head(16, **kaiming)
+
+  def encode(self, image: jax.Array) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array]:
+    """Skips: for levels 1 to 4 the local contrast and its gate, both B×H×W×C of the level."""
+    self.check_image(image)
+    x = self.stem(image)
+    skips = []
+    for i, blocks in enumerate(self.levels):
+      for block in blocks:
+        x = block(x)
+      if i < 4:
+        low = self.contrast[i](x)
+        skips.append((low, nnx.sigmoid(self.gate[i](low))))
+    return tuple(skips), x
+
+  def decode(self, skips: tuple[tuple[jax.Array, jax.Array], ...], top: jax.Array) -> Logits:
+    x = self.contrast[4](top)
+    for i in reversed(range(4)):
+      low, gate = skips[i]
+      x = low + self.up[i](x) * gate
+    return Logits(self.head(x))
+
+
+def _level(i: int, rngs: nnx.Rngs) -> nnx.List:
+  channels = _CHANNELS[i]
+  first = (
+    _blocks.DownBlock(_CHANNELS[i - 1], channels, rngs=rngs)
+    if i
+    else _blocks.ResidualBlock(channels, rngs=rngs)
+  )
+  return nnx.List(
+    [first, *(_blocks.ResidualBlock(channels, rngs=rngs) for _ in range(_BLOCKS - 1))]
+  )

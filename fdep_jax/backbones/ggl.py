@@ -1,0 +1,124 @@
+"""GGL-Net: gradient-guided learning (8.99 M parameters, top feature 256 @ 1/16).
+
+Source: YuChuang1205/PAL model/GGL.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdep_jax.backbones import _blocks, _ops
+from fdep_jax.backbones._base import Backbone, Logits
+
+_CHANNELS = (16, 32, 64, 128, 256)  # levels 1 to 5
+
+
+class GGLNet(Backbone):
+  """Five levels of gated residual blocks; the image's gradient magnitude is injected after each."""
+
+  stride = 16
+  top_stride = 16
+  top_channels = 256
+  paper_name = "GGL-Net"
+
+  def __init__(self, *, rngs: nnx.Rngs):
+    self.stem = _blocks.Stem(3, 16, init="kaiming", rngs=rngs)
+    self.enter = nnx.List(
+      [
+        _blocks.ResidualBlock(16, rngs=rngs),
+        *(_blocks.DownBlock(c // 2, c, rngs=rngs) for c in _CHANNELS[1:]),
+      ]
+    )
+    self.gated = nnx.List(
+      [nnx.List([GatedBlock(c, rngs=rngs) for _ in range(2)]) for c in _CHANNELS]
+    )
+    self.inject = nnx.List([GradientBlock(3, c, rngs=rngs) for c in _CHANNELS])
+    self.contrast = nnx.List([_blocks.LocalContrast(c, rngs=rngs) for c in _CHANNELS])
+    # PyTorch's default initialisation: the published code never calls the gates' own.
+    self.position = nnx.List([_blocks.Conv(2, 1, 7, rngs=rngs) for _ in _CHANNELS[:4]])
+    self.channel = nnx.List([ChannelAttention(c, rngs=rngs) for c in _CHANNELS[:4]])
+    self.up = nnx.List([_blocks.UpConvNormRelu(2 * c, c, rngs=rngs) for c in _CHANNELS[:4]])
+    self.head = _blocks.Head(16, init="kaiming", rngs=rngs)
+
+  def encode(self, image: jax.Array) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array]:
+    """Skips: for levels 1 to 4 the local contrast, B×H×W×C, and its spatial gate, B×H×W×1."""
+    self.check_image(image)
+    gradient = gradient_magnitude(image)
+    x = self.stem(image)
+    skips = []
+    for i, (enter, blocks) in enumerate(zip(self.enter, self.gated, strict=True)):
+      x = enter(x)
+      for block in blocks:
+        x = block(x)
+      x = self.inject[i](x, gradient)
+      if i < 4:
+        gradient = _ops.max_pool2(gradient)
+        low = self.contrast[i](x)
+        skips.append((low, nnx.sigmoid(self.position[i](_ops.max_and_mean(low)))))
+    return tuple(skips), x
+
+  def decode(self, skips: tuple[tuple[jax.Array, jax.Array], ...], top: jax.Array) -> Logits:
+    x = self.contrast[4](top)
+    for i in reversed(range(4)):
+      low, position = skips[i]
+      high = self.up[i](x)
+      x = low * self.channel[i](high) + high * position
+    return Logits(self.head(x))
+
+
+def gradient_magnitude(image: jax.Array) -> jax.Array:
+  """√(∂x² + ∂y²) of every channel by central differences; zeros lie outside the image.
+
+  The zeros give strong false edges at the border, as in the published network. No gradient: the
+  square root has none at 0, and the image needs none.
+  """
+  padded = jnp.pad(jax.lax.stop_gradient(image), [(0, 0), (1, 1), (1, 1), (0, 0)])
+  along_x = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
+  along_y = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
+  return jnp.sqrt(along_x**2 + along_y**2)
+
+
+class GatedConvs(nnx.Module):
+  """conv3, BN, ReLU, squeeze and excitation, conv3, BN."""
+
+  def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+    self.conv1 = _blocks.ConvNormRelu(in_channels, out_channels, init="kaiming", rngs=rngs)
+    self.squeeze = _blocks.SqueezeExcitation(out_channels, rngs=rngs)
+    self.conv2 = _blocks.ConvNorm(out_channels, out_channels, init="kaiming", rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.conv2(self.squeeze(self.conv1(x)))
+
+
+class GatedBlock(GatedConvs):
+  """Gated convolutions with a residual, ReLU."""
+
+  def __init__(self, channels: int, *, rngs: nnx.Rngs):
+    super().__init__(channels, channels, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return nnx.relu(x + super().__call__(x))
+
+
+class GradientBlock(nnx.Module):
+  """Adds to a level what it and the image's gradient say together; residual."""
+
+  def __init__(self, gradient_channels: int, channels: int, *, rngs: nnx.Rngs):
+    self.gradient = GatedConvs(gradient_channels, channels, rngs=rngs)
+    self.joint = GatedConvs(2 * channels, channels, rngs=rngs)
+
+  def __call__(self, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    joint = jnp.concatenate([x, nnx.relu(self.gradient(gradient))], -1)
+    return nnx.relu(x + self.joint(joint))
+
+
+class ChannelAttention(nnx.Module):
+  """B×1×1×C gate: one C → C/8 → C network on the global maximum and mean, summed, sigmoid."""
+
+  def __init__(self, channels: int, *, rngs: nnx.Rngs):
+    self.reduce = _blocks.Conv(channels, channels // 8, 1, bias=False, rngs=rngs)
+    self.expand = _blocks.Conv(channels // 8, channels, 1, bias=False, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    pooled = _ops.spatial_max(x), _ops.spatial_mean(x)
+    return nnx.sigmoid(sum(self.expand(nnx.relu(self.reduce(p))) for p in pooled))
