@@ -34,11 +34,12 @@ def reference_heads(name: str, logits: backbones.Logits) -> list[jax.Array]:
 
 
 def relative_error(ours, reference) -> float:
+  """‖ours − reference‖ / ‖reference‖."""
   return np.linalg.norm(np.asarray(ours, np.float64) - reference) / np.linalg.norm(reference)
 
 
-def nchw(x) -> np.ndarray:
-  return np.asarray(x).transpose(0, 3, 1, 2)
+def nchw(x):
+  return x.transpose(0, 3, 1, 2)
 
 
 def shapes_only(name: str):
@@ -74,67 +75,74 @@ def test_parameters_equal_the_executed_ones_of_the_published_network(name):
 
 
 @pytest.mark.parametrize("name", backbones.names())
-def test_evaluation_equals_the_published_network(name, golden, formula):
+def test_forward_equals_the_published_network(name, golden, formula):
   state, reference = golden(name)
   net = converters.load_backbone(name, state)
-  net.eval()
+  net.set_attributes(deterministic=True, raise_if_not_found=False)
   graphdef, variables = nnx.split(net)
 
   @jax.jit
   def run(variables, image):
     net = nnx.merge(graphdef, variables)
+    net.set_attributes(use_running_average=True)
     skips, top = net.encode(image)
-    return top, net.decode(skips, top)
+    evaluated = net.decode(skips, top)
+    net.set_attributes(use_running_average=False)
+    return top, evaluated, net(image)
 
-  top, logits = run(variables, golden_image(formula))
+  top, evaluated, trained = run(variables, golden_image(formula))
   assert relative_error(nchw(top), reference["eval_top"]) <= 1e-4
-  heads = reference_heads(name, logits)
-  assert f"eval_head{len(heads)}" not in reference
-  for i, head in enumerate(heads):
-    assert relative_error(nchw(head), reference[f"eval_head{i}"]) <= 1e-4, i
+  for kind, logits in (("eval", evaluated), ("train", trained)):
+    heads = reference_heads(name, logits)
+    assert f"{kind}_head{len(heads)}" not in reference
+    for i, head in enumerate(heads):
+      assert relative_error(nchw(head), reference[f"{kind}_head{i}"]) <= 1e-4, (kind, i)
 
 
 @pytest.mark.parametrize("name", backbones.names())
-def test_training_equals_the_published_network(name, golden, formula):
-  # Heads, gradient norms and running statistics of one training forward.
+def test_gradients_and_statistics_equal_the_published_network(name, golden, formula):
+  # In float64: on the goldens' 4×4 top maps these networks amplify float32 rounding a thousandfold
+  # (PyTorch's own float32 gradient norms of MSDA-Net miss the float64 ones by up to 0.7 %).
   state, reference = golden(name)
-  net = converters.load_backbone(name, state)
-  net.train()
-  net.set_attributes(deterministic=True, raise_if_not_found=False)
-  graphdef, params, rest = nnx.split(net, nnx.Param, ...)
+  with jax.enable_x64(True):
+    net = converters.load_backbone(name, state)
+    net.train()
+    net.set_attributes(deterministic=True, raise_if_not_found=False)
+    graphdef, params, stats, rest = nnx.split(net, nnx.Param, nnx.BatchStat, ...)
+    params, stats = jax.tree.map(lambda a: a.astype(jnp.float64), (params, stats))
+    image = golden_image(formula).astype(jnp.float64)
 
-  @functools.partial(jax.value_and_grad, has_aux=True)
-  def loss_and_rest(params, rest, image):
-    net = nnx.merge(graphdef, params, rest)
-    heads = reference_heads(name, net(image))
-    loss = sum(
-      jnp.mean(head * jnp.asarray(formula.cotangent(nchw_shape(head), i).transpose(0, 2, 3, 1)))
-      for i, head in enumerate(heads)
-    )
-    return loss, (heads, nnx.state(net, nnx.Not(nnx.Param)))
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss_and_aux(params, stats, image):
+      net = nnx.merge(graphdef, params, stats, rest, copy=True)
+      heads = reference_heads(name, net(image))
+      loss = sum(
+        jnp.mean(head * formula.cotangent(nchw(head).shape, i).transpose(0, 2, 3, 1))
+        for i, head in enumerate(heads)
+      )
+      return loss, (heads, nnx.state(net, nnx.BatchStat))
 
-  def nchw_shape(x):
-    return (x.shape[0], x.shape[3], x.shape[1], x.shape[2])
+    (loss, (heads, stats)), grads = jax.jit(loss_and_aux)(params, stats, image)
+    heads, stats, grads = jax.device_get((heads, stats, grads))
 
-  (loss, (heads, rest)), grads = jax.jit(loss_and_rest)(params, rest, golden_image(formula))
   for i, head in enumerate(heads):
-    assert relative_error(nchw(head), reference[f"train_head{i}"]) <= 1e-4, i
-  np.testing.assert_allclose(loss, reference["loss"], rtol=1e-3, atol=1e-5)
+    # Not 1e-7: the published Haar filters are products of float32 √½, not exact halves.
+    assert relative_error(nchw(head), reference[f"train_head{i}"]) <= 1e-5, i
+  np.testing.assert_allclose(loss, reference["loss"], rtol=1e-5)
 
   paths = torch_paths(name, net)
   norms = {path: float(np.linalg.norm(g)) for path, g in by_path(grads).items()}
   known = reference["grad_norm_names"].tolist()
-  assert {paths[name_] for name_ in known if name_ in paths} == set(norms)
-  bound = 1e-6 * reference["grad_norms"].max()
-  for name_, norm in zip(known, reference["grad_norms"], strict=True):
-    if name_ in paths:
-      assert abs(norms[paths[name_]] - norm) <= 1e-3 * norm + bound, name_
+  assert {paths[key] for key in known if key in paths} == set(norms)
+  bound = 1e-7 * reference["grad_norms"].max()
+  for key, norm in zip(known, reference["grad_norms"], strict=True):
+    if key in paths:
+      assert abs(norms[paths[key]] - norm) <= 1e-4 * norm + bound, key
 
-  stats = by_path(rest.filter(nnx.BatchStat))
-  assert {paths[name_] for name_ in reference["stat_names"]} == set(stats)
-  for name_, total in zip(reference["stat_names"], reference["stat_sums"], strict=True):
-    stat = np.asarray(stats[paths[name_]], np.float64)
-    assert abs(stat.sum() - total) <= 1e-4 * stat.size, name_
+  stats = by_path(stats)
+  assert {paths[key] for key in reference["stat_names"]} == set(stats)
+  for key, total in zip(reference["stat_names"], reference["stat_sums"], strict=True):
+    assert abs(stats[paths[key]].sum() - total) <= 1e-5 * stats[paths[key]].size, key
 
 
 @pytest.mark.parametrize("name", backbones.names())

@@ -1,0 +1,131 @@
+"""FDEP (paper Fig. 2): a detector, and during training a frozen prior fused into its top feature.
+
+                 ┌──────────────────────────── decode ──> light logits
+  image ─> encode┤ skips
+                 └ top ─> SAMF ─> SAMF ─> SAMF ─> SAMF ─> decode ─> main logits
+                            ▲       ▲       ▲       ▲      (same decoder parameters)
+  image ─> DINOv2 ─> level  0       1       2       3
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdep_jax import backbones, samf
+from fdep_jax.backbones import Backbone, Logits
+
+FUSIONS = {"samf": samf.SAMF, "add": samf.Add}
+
+
+class MainStat(nnx.BatchStat):
+  """A running statistic of the decoder when it decodes for the main branch."""
+
+
+class FDEP(nnx.Module):
+  """The light branch is the detector as published; the main branch sees the foundation model.
+
+  Args:
+    backbone: a name of `backbones.names()`, or a built network.
+    dino_width: D of the DINOv2 levels (ViT-S/B/L/g: 384, 768, 1024, 1536).
+    num_levels: levels fused, one module each, shallow to deep; 0 for the detector alone.
+    fusion: "samf", or "add" for the aligned levels added up (Tab. 3).
+    bn_stats: running statistics of the decoder, which normalises two kinds of features.
+      OUR CHOICE: "per_branch" keeps a set for each, so that either branch is evaluated with its
+      own; "shared" updates one set twice a step, main branch first, as two calls in PyTorch do.
+      Batch statistics are always a branch's own, and what runs once is updated once.
+  """
+
+  def __init__(
+    self,
+    backbone: str | Backbone,
+    dino_width: int = 1024,
+    num_levels: int = 4,
+    fusion: Literal["samf", "add"] = "samf",
+    bn_stats: Literal["per_branch", "shared"] = "per_branch",
+    *,
+    rngs: nnx.Rngs,
+  ):
+    if fusion not in FUSIONS:
+      raise ValueError(f"fusion is {fusion!r}; it must be one of {', '.join(FUSIONS)}.")
+    if bn_stats not in ("per_branch", "shared"):
+      raise ValueError(f"bn_stats is {bn_stats!r}; it must be per_branch or shared.")
+    if isinstance(backbone, str):
+      backbone = backbones.create(backbone, rngs=rngs)
+    self.backbone = backbone
+    self.fusion = nnx.List(
+      [FUSIONS[fusion](backbone.top_channels, dino_width, rngs=rngs) for _ in range(num_levels)]
+    )
+    self.main_stats = nnx.Dict()
+    if bn_stats == "per_branch" and num_levels:
+      stats = _stats(backbone)
+      for path in sorted(_decoder_stats(backbone)):
+        self.main_stats[path] = MainStat(jnp.array(stats[path][...]))
+
+  def light(self, image: jax.Array) -> Logits:
+    """The deployed branch: the detector's own parameters and nothing else."""
+    return self.backbone(image)
+
+  def main(self, image: jax.Array, levels: Sequence[jax.Array]) -> Logits:
+    """The accurate branch ("FDEP w/o CO-ISD" when trained alone)."""
+    return self._decode_main(*self.backbone.encode(image), levels)
+
+  def __call__(self, image: jax.Array, levels: Sequence[jax.Array]) -> tuple[Logits, Logits]:
+    """Both branches for CO-ISD (paper §3.3): encode once, decode twice.
+
+    Args:
+      image: B×H×W×3, normalised.
+      levels: `num_levels` arrays B×h×w×dino_width of the frozen foundation model.
+
+    Returns:
+      The main and the light branch's logits.
+    """
+    skips, top = self.backbone.encode(image)
+    main = self._decode_main(skips, top, levels)
+    light = self.backbone.decode(skips, top)
+    return main, light
+
+  def _decode_main(self, skips, top: jax.Array, levels: Sequence[jax.Array]) -> Logits:
+    if len(levels) != len(self.fusion):
+      raise ValueError(f"{len(levels)} DINOv2 levels given; the model fuses {len(self.fusion)}.")
+    for fuse, level in zip(self.fusion, levels, strict=True):
+      top = fuse(top, level)
+    self._swap_stats()
+    logits = self.backbone.decode(skips, top)
+    self._swap_stats()
+    return logits
+
+  def _swap_stats(self) -> None:
+    """Exchanges the decoder's running statistics with the main branch's, if it has any."""
+    stats = _stats(self.backbone)
+    for path, mine in self.main_stats.items():
+      mine[...], stats[path][...] = stats[path][...], mine[...]
+
+
+def _stats(backbone: Backbone) -> dict[str, nnx.BatchStat]:
+  """The backbone's running statistics (the variables themselves) by path."""
+  return {
+    "/".join(map(str, path)): value
+    for path, value in nnx.iter_graph(backbone)
+    if isinstance(value, nnx.BatchStat)
+  }
+
+
+def _decoder_stats(backbone: Backbone) -> set[str]:
+  """Paths of the running statistics that `decode` updates, found by tracing it once."""
+  graphdef, state = nnx.split(backbone)
+  touched = set()
+
+  def trace(state, image):
+    net = nnx.merge(graphdef, state)
+    net.train()
+    skips, top = net.encode(image)
+    before = {path: stat[...] for path, stat in _stats(net).items()}
+    net.decode(skips, top)
+    touched.update(path for path, stat in _stats(net).items() if stat[...] is not before[path])
+
+  size = 2 * max(backbone.stride, backbone.top_stride)
+  jax.eval_shape(trace, state, jax.ShapeDtypeStruct((2, size, size, backbone.in_channels), float))
+  return touched
