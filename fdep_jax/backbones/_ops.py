@@ -27,9 +27,7 @@ def max_pool3_stride2(x: jax.Array) -> jax.Array:
   """3×3 max-pool, stride 2, padded with −∞ by 1; H and W even."""
   x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=-jnp.inf)
   rows = jnp.maximum(jnp.maximum(x[:, 0:-2:2], x[:, 1:-1:2]), x[:, 2::2])
-  return jnp.maximum(
-    jnp.maximum(rows[:, :, 0:-2:2], rows[:, :, 1:-1:2]), rows[:, :, 2::2]
-  )
+  return jnp.maximum(jnp.maximum(rows[:, :, 0:-2:2], rows[:, :, 1:-1:2]), rows[:, :, 2::2])
 
 
 def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
@@ -154,3 +152,8 @@ def spatial_mean(x: jax.Array) -> jax.Array:
 def spatial_max(x: jax.Array) -> jax.Array:
   """B×1×1×C."""
   return x.max((1, 2), keepdims=True)
+
+
+def mean_and_max(x: jax.Array) -> jax.Array:
+  """B×H×W×2: mean, then maximum over channels (DNA-Net, UIU-Net)."""
+  return jnp.concatenate([x.mean(-1, keepdims=True), x.max(-1, keepdims=True)], -1)

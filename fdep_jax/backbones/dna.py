@@ -1,0 +1,106 @@
+"""DNA-Net: dense nested attention network (4.70 M parameters, top feature 256 @ 1/16).
+
+Source: YuChuang1205/PAL model/DNA.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdep_jax.backbones import _blocks, _ops
+from fdep_jax.backbones._base import Backbone, Logits
+
+_CHANNELS = (16, 32, 64, 128, 256)  # of row i, at 1/2^i of the image
+_DEEPEST = 4
+
+
+class DNANet(Backbone):
+  """A triangle of nodes x(i, j), row i and column j; column 0 is the encoder, x(4, 0) the top.
+
+  x(i, j) takes the earlier nodes of its row, x(i+1, j−1) doubled and x(i−1, j) halved, so it
+  depends on the top only where i + j = 4: `encode` does every diagonal before that one.
+  """
+
+  stride = 16
+  top_stride = 16
+  top_channels = 256
+  paper_name = "DNA-Net"
+
+  def __init__(self, *, rngs: nnx.Rngs):
+    self.nodes = nnx.List(
+      [nnx.List([_node(i, j, rngs) for j in range(_DEEPEST + 1 - i)]) for i in range(_DEEPEST + 1)]
+    )
+    # What rows 4 to 1 give to the last node; `squeeze[i]` belongs to row i + 1.
+    self.squeeze = nnx.List([_blocks.Conv(c, 16, 1, rngs=rngs) for c in _CHANNELS[1:]])
+    self.merge = AttentionBlock(16 * 5, 16, rngs=rngs)
+    self.heads = nnx.List([_blocks.Conv(16, 1, 1, rngs=rngs) for _ in range(4)])
+
+  def encode(self, image: jax.Array) -> tuple[tuple, jax.Array]:
+    self.check_image(image)
+    rows = ()
+    x = self._run(0, 0, image)
+    for diagonal in range(_DEEPEST):
+      rows = self._add_diagonal(rows, x)
+      x = self._run(diagonal + 1, 0, _ops.max_pool2(x))
+    side = tuple(head(x) for head, x in zip(self.heads, rows[0][1:], strict=False))
+    return (rows, side), x
+
+  def decode(self, skips: tuple, top: jax.Array) -> Logits:
+    rows, side = skips
+    rows = self._add_diagonal(rows, top)
+    height, width = rows[0][-1].shape[1:3]
+    gathered = [
+      _ops.resize(self.squeeze[i - 1](rows[i][-1]), (height, width), align_corners=True)
+      for i in range(_DEEPEST, 0, -1)
+    ]
+    x = self.merge(jnp.concatenate([*gathered, rows[0][-1]], -1))
+    return Logits(self.heads[3](x), side)
+
+  def _add_diagonal(self, rows: tuple, deepest: jax.Array) -> tuple:
+    """Rows of nodes with i + j < d -> with i + j ≤ d; `deepest` is x(d, 0)."""
+    rows = [*rows, (deepest,)]
+    for i in reversed(range(len(rows) - 1)):
+      inputs = [*rows[i], _ops.upsample2(rows[i + 1][-1], align_corners=True)]
+      j = len(rows[i])
+      if i > 0:
+        above = rows[i - 1][j]  # from the diagonal before
+        height, width = rows[i][0].shape[1:3]
+        inputs.append(_ops.resize(above, (height, width), align_corners=True))
+      rows[i] = (*rows[i], self._run(i, j, jnp.concatenate(inputs, -1)))
+    return tuple(rows)
+
+  def _run(self, i: int, j: int, x: jax.Array) -> jax.Array:
+    for block in self.nodes[i][j]:
+      x = block(x)
+    return x
+
+
+class AttentionBlock(nnx.Module):
+  """Residual block with a channel gate, then a spatial gate, before the sum (Res-CBAM)."""
+
+  def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+    self.conv1 = _blocks.ConvNormRelu(in_channels, out_channels, rngs=rngs)
+    self.conv2 = _blocks.ConvNorm(out_channels, out_channels, rngs=rngs)
+    self.channel = _blocks.ChannelAttention(out_channels, 16, rngs=rngs)
+    self.spatial = _blocks.Conv(2, 1, 7, bias=False, rngs=rngs)
+    self.shortcut = nnx.data(None)
+    if in_channels != out_channels:
+      self.shortcut = _blocks.ConvNorm(in_channels, out_channels, 1, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = self.conv2(self.conv1(x))
+    y = y * self.channel(y)
+    y = y * nnx.sigmoid(self.spatial(_ops.mean_and_max(y)))
+    return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+def _node(i: int, j: int, rngs: nnx.Rngs) -> nnx.List:
+  """One block in row 0, two in the others."""
+  if j == 0:
+    in_channels = _CHANNELS[i - 1] if i else 3
+  else:
+    in_channels = _CHANNELS[i] * j + _CHANNELS[i + 1] + (_CHANNELS[i - 1] if i else 0)
+  blocks = [AttentionBlock(in_channels, _CHANNELS[i], rngs=rngs)]
+  if i > 0:
+    blocks.append(AttentionBlock(_CHANNELS[i], _CHANNELS[i], rngs=rngs))
+  return nnx.List(blocks)
