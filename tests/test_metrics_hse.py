@@ -214,6 +214,11 @@ def test_merging_in_any_order_gives_the_result_of_one_pass():
   right.merge(left)
   assert right.result().as_dict() == whole.result().as_dict() == hse.score(maps, masks).as_dict()
   assert len(right) == 9
+  empty = hse.Accumulator()  # a host without images, before and after
+  empty.merge(hse.Accumulator())
+  empty.merge(right)
+  empty.merge(hse.Accumulator())
+  assert empty.result().as_dict() == whole.result().as_dict()
 
 
 def test_an_accumulator_stays_small_and_near_on_maps_larger_than_its_summary():

@@ -224,7 +224,8 @@ class Accumulator:
       raise ValueError(
         f"Cannot merge metrics of different options:\n  {self.options}\n  {other.options}"
       )
-    self.update_counts(other.counts(), other.positives, other.negatives)
+    if len(other):
+      self.update_counts(other.counts(), other.positives, other.negatives)
 
   def counts(self):
     """`Counts` of the images so far, in the order they were added."""
@@ -232,11 +233,10 @@ class Accumulator:
 
   def result(self):
     """The `Score` of the images so far."""
-    if not len(self):
-      raise ValueError("No image was added to the metric; call update(prob, mask) first.")
+    counts = self.counts()
     edges = pixels.edges_of(np.concatenate(self.positives))
     low, high = (pixels.counts_of(edges[-1], self.negatives, end) for end in ("low", "high"))
-    return _score(self.counts(), edges, low, high, self.options)
+    return _score(counts, edges, low, high, self.options)
 
 
 def detections(prob, mask, options):
@@ -289,6 +289,8 @@ class Counter:
 
   def counts(self):
     self._flush()
+    if not self._done:
+      raise ValueError("No image was added to the metric; call update(prob, mask) first.")
     if len(self._done) > 1:
       names = [f.name for f in dataclasses.fields(Counts)]
       self._done = [
@@ -297,11 +299,9 @@ class Counter:
     return self._done[0]
 
   def _flush(self):
-    if not self._images and self._done:
+    if not self._images:
       return
-    sizes, index, level, target_index, predicted, intersection = (
-      list(x) for x in (zip(*self._images, strict=True) if self._images else [()] * 6)
-    )
+    sizes, index, level, target_index, predicted, intersection = zip(*self._images, strict=True)
     self._images, self._pending = [], 0
     number, grid, options = len(sizes), len(self.grid), self.options
     ones = [np.ones(len(t), np.int16) for t in target_index]

@@ -126,7 +126,7 @@ def split(counts_at_edges):
 
 
 @functools.cache
-def _group_starts(number):
+def group_starts(number):
   """Ranks at which the groups of a summary of `number` negatives start."""
   starts, rank = list(range(min(number, EXACT))), min(number, EXACT)
   while rank < number:
@@ -158,7 +158,7 @@ def summarise(sorted_bits):
   new[1:] = scores[1:] != scores[:-1]
   first = np.flatnonzero(new)  # runs of equal scores
   if len(first) > 2 * EXACT:
-    first = _group_starts(len(scores))
+    first = group_starts(len(scores))
   last = np.append(first[1:], len(scores))[: len(first)] - 1
   count = np.diff(first, append=len(scores)).astype(np.uint32)
   return Summary(scores[first], scores[last], count)
