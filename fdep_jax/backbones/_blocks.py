@@ -147,7 +147,8 @@ class BatchNorm(nnx.Module):
       for stat, new in ((self.mean, mean), (self.var, unbiased)):
         old = stat[...]
         new = jax.lax.stop_gradient(new).astype(old.dtype)
-        stat[...] = self.momentum * old + (1 - self.momentum) * new
+        # Not `stat[...] =`: it asks tracers for their sharding, 9/10 of the time to trace MSDA-Net.
+        stat.set_value(self.momentum * old + (1 - self.momentum) * new)
     factor = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
     return ((wide - _row(mean)) * _row(factor) + _row(self.bias[...])).astype(x.dtype)
 

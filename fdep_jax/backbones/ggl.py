@@ -36,7 +36,7 @@ class GGLNet(Backbone):
     self.contrast = nnx.List([_blocks.LocalContrast(c, rngs=rngs) for c in _CHANNELS])
     # PyTorch's default initialisation: the published code never calls the gates' own.
     self.position = nnx.List([_blocks.Conv(2, 1, 7, rngs=rngs) for _ in _CHANNELS[:4]])
-    self.channel = nnx.List([ChannelAttention(c, rngs=rngs) for c in _CHANNELS[:4]])
+    self.channel = nnx.List([_blocks.ChannelAttention(c, 8, rngs=rngs) for c in _CHANNELS[:4]])
     self.up = nnx.List([_blocks.UpConvNormRelu(2 * c, c, rngs=rngs) for c in _CHANNELS[:4]])
     self.head = _blocks.Head(16, init="kaiming", rngs=rngs)
 
@@ -110,15 +110,3 @@ class GradientBlock(nnx.Module):
   def __call__(self, x: jax.Array, gradient: jax.Array) -> jax.Array:
     joint = jnp.concatenate([x, nnx.relu(self.gradient(gradient))], -1)
     return nnx.relu(x + self.joint(joint))
-
-
-class ChannelAttention(nnx.Module):
-  """B×1×1×C gate: one C → C/8 → C network on the global maximum and mean, summed, sigmoid."""
-
-  def __init__(self, channels: int, *, rngs: nnx.Rngs):
-    self.reduce = _blocks.Conv(channels, channels // 8, 1, bias=False, rngs=rngs)
-    self.expand = _blocks.Conv(channels // 8, channels, 1, bias=False, rngs=rngs)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    pooled = _ops.spatial_max(x), _ops.spatial_mean(x)
-    return nnx.sigmoid(sum(self.expand(nnx.relu(self.reduce(p))) for p in pooled))
