@@ -122,12 +122,7 @@ class DINOv2(nnx.Module):
     Raises:
       ValueError: the image or a level does not fit.
     """
-    height, width = image.shape[1] // self.patch, image.shape[2] // self.patch
-    maps = [
-      self.norm(tokens)[:, 1 + self.registers :].reshape(-1, height, width, self.width)
-      for tokens in self.tokens(image, levels)
-    ]
-    return [jax.lax.stop_gradient(level) for level in maps] if self.frozen else maps
+    return [self.feature_map(tokens, image.shape) for tokens in self.tokens(image, levels)]
 
   def tokens(self, image: jax.Array, levels: Sequence[int] | None = None) -> list[jax.Array]:
     """All tokens after the given blocks, before the final LayerNorm.
@@ -158,6 +153,12 @@ class DINOv2(nnx.Module):
     kept = jnp.zeros((len(order) + 1, *tokens.shape), tokens.dtype)
     (_, kept), _ = jax.lax.scan(step, (tokens, kept), (stacked, jnp.array(slots)))
     return [kept[order.index(level)] for level in levels]
+
+  def feature_map(self, tokens: jax.Array, image_shape: tuple[int, ...]) -> jax.Array:
+    """The patches among `tokens` of an image of B×H×W×3, normalised: B×H/14×W/14×D float32."""
+    batch, height, width = image_shape[0], *(side // self.patch for side in image_shape[1:3])
+    level = self.norm(tokens[:, 1 + self.registers :]).reshape(batch, height, width, self.width)
+    return jax.lax.stop_gradient(level) if self.frozen else level
 
   def position_embedding(self, height: int, width: int) -> jax.Array:
     """The position embedding of height×width patches, class token first: 1×(1 + h·w)×D float32.
@@ -244,18 +245,17 @@ class Block(nnx.Module):
     if self.swiglu:
       gate, value = jnp.split(x, 2, -1)
       return self.reduce(nnx.silu(gate) * value)
-    # The exact GELU; jax.nn's goes by erfc, which a CPU runs slower.
-    return self.reduce(0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)))
+    return self.reduce(nnx.gelu(x, approximate=False))
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """Softmax attention of B×N×heads×d; the softmax in float32."""
-  half = query.dtype in (jnp.bfloat16, jnp.float16)
-  if half and jax.default_backend() == "gpu":  # flash attention: no N×N array in memory
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+  # Heads first: a CPU runs these products a third faster so than through the einsum's own order.
+  query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))
   query = query * query.shape[-1] ** -0.5
-  score = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-  return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(score).astype(value.dtype), value)
+  score = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+  mixed = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(score).astype(value.dtype), value)
+  return jnp.moveaxis(mixed, 1, 2)
 
 
 class Linear(nnx.Module):

@@ -1,10 +1,10 @@
 """FDEP (paper Fig. 2): a detector, and during training a frozen prior fused into its top feature.
 
-                 ┌──────────────────────────── decode ──> light logits
-  image ─> encode┤ skips
-                 └ top ─> SAMF ─> SAMF ─> SAMF ─> SAMF ─> decode ─> main logits
-                            ▲       ▲       ▲       ▲      (same decoder parameters)
-  image ─> DINOv2 ─> level  0       1       2       3
+               ┌──────────────────────────── decode ──> light logits
+image ─> encode┤ skips
+               └ top ─> SAMF ─> SAMF ─> SAMF ─> SAMF ─> decode ─> main logits
+                          ▲       ▲       ▲       ▲      (same decoder parameters)
+image ─> DINOv2 ─> level  0       1       2       3
 """
 
 from collections.abc import Sequence

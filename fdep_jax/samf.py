@@ -1,4 +1,4 @@
-"""Semantic Alignment Modulation Fusion: DINOv2 levels into a detector's top feature (paper §3.2)."""
+"""SAMF: fuses DINOv2 levels into a detector's top feature (paper §3.2)."""
 
 import jax
 import jax.numpy as jnp

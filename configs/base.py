@@ -1,0 +1,68 @@
+"""Every setting, once. The other configs are this and a few lines.
+
+The defaults are the paper's (§4.2); where it is silent they are the released recipe of
+YuChuang1205/PAL, on which its experiments build. What is neither is marked OUR CHOICE.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  c = ConfigDict()
+  c.seed = 0
+  c.mode = "fdep"  # original | fdep_wo_coisd | fdep: which branches are trained
+  c.host_devices = 1  # devices that a CPU is split into; 1 elsewhere
+
+  c.model = ConfigDict()
+  c.model.backbone = "msda"  # a file name of fdep_jax/backbones
+  c.model.fusion = "samf"  # samf | add (Tab. 3)
+  c.model.bn_stats = "per_branch"  # per_branch | shared, running statistics. OUR CHOICE
+
+  c.data = ConfigDict()
+  c.data.root = "data/SIRST3"  # folder, "tfds:<builder>", or "synthetic"
+  c.data.crop = 448  # pixels; paper §4.2. 448 = 32·14, so that DINOv2 tiles it exactly
+  c.data.augment = "recipe"  # recipe | dihedral | none
+  c.data.target_crop_prob = 0.0  # share of crops placed on a target; PAL places none
+  c.data.val_fraction = 0.1  # of the train split, held out where select_on is val. OUR CHOICE
+  c.data.threads = 2  # that read and augment
+  c.data.synthetic_size = 128  # pixels; root "synthetic" only
+  c.data.synthetic_train = 400  # scenes
+  c.data.synthetic_test = 60  # scenes
+
+  c.dino = ConfigDict()
+  c.dino.checkpoint = "weights/dinov2_vitl14_pretrain.pth"  # or "random" (quick start only)
+  c.dino.levels = ()  # 0-based blocks; () for the quarter depths, ViT-L: 5, 11, 17, 23
+  c.dino.dtype = "float32"  # of its matrix products; bfloat16 on accelerators
+
+  c.loss = ConfigDict()
+  c.loss.light_weight = 1.0  # λ of L_main + λ·L_light, paper §3.3
+  c.loss.edge_mode = "intended"  # intended | released, see fdep_jax/losses.py
+
+  c.train = ConfigDict()
+  c.train.batch_size = 16  # global; paper §4.2
+  c.train.epochs = 400  # paper §4.2
+  c.train.steps = 0  # if > 0, wins over epochs
+  c.train.learning_rate = 1e-3  # AdamW; PAL (the paper's value is lost in its text)
+  c.train.weight_decay = 0.01  # on all parameters, norms and biases included; PyTorch's default
+  # Any optax schedule. In its arguments "learning_rate" stands for the number above, "steps" for
+  # the length of the run. PAL's rate is constant.
+  c.train.schedule = "constant_schedule"
+  c.train.schedule_args = ConfigDict({"value": "learning_rate"}, type_safe=False)
+  c.train.dtype = "float32"  # of activations; parameters, statistics and losses stay float32
+
+  c.eval = ConfigDict()
+  c.eval.every_epochs = 1.0  # how often the held-out images are scored during training
+  c.eval.select_on = "val"  # val | test: what the best checkpoint is chosen on. PAL: test
+  c.eval.batch_size = 16  # most images evaluated at once
+  c.eval.save_probs = False  # write the probability maps to workdir/probs
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every_steps = 500
+  c.checkpoint.keep = 2  # newest ones; the best is kept beside them
+
+  c.log = ConfigDict()
+  c.log.every_steps = 10
+  c.log.tensorboard = True
+  c.log.progress = True  # progress bar
+  c.log.compile_cache = "~/.cache/fdep_jax"  # compiled programs for the next run; "" for none
+  return c

@@ -1,0 +1,221 @@
+"""Evaluation: whole images at their own sizes, every trained branch, the paper's columns (§4.2)."""
+
+import json
+import logging
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from fdep_jax import checkpoint, data, mesh, run, settings
+from fdep_jax.metrics import hse
+
+COLUMNS = ("IoU", "nIoU", "Pd", "Fa·1e6", "HSE-P", "HSE-T", "HSE", "P(M)", "time (s)")
+PAD = 32  # pixels; reported images are zero-padded to multiples of it, as the reference does
+
+
+def make_forward(config: ConfigDict, model, prior, mean: float, std: float) -> Callable:
+  """A jitted (params, stats, rng, vit_state, image) → {branch: B×H×W float32 probabilities}.
+
+  `image` is B×H×W×3 uint8. Everything is in evaluation mode.
+  """
+  model = nnx.clone(model)
+  model.eval()
+  graphdef, _ = nnx.split(model)
+  vit_graphdef = nnx.split(prior.vit)[0] if prior else None
+
+  @jax.jit
+  def forward(params, stats, rng, vit_state, image):
+    model = nnx.merge(graphdef, params, stats, rng)
+    levels = run.frozen_levels(prior, vit_state, vit_graphdef, image) if prior else []
+    logits = run.branches(model, config.mode, run.normalise(image, mean, std), levels)
+    return {
+      name: jax.nn.sigmoid(branch.final[..., 0].astype(jnp.float32))
+      for name, branch in logits.items()
+    }
+
+  return forward
+
+
+def probabilities(
+  forward: Callable,
+  state: dict,
+  vit_state,
+  samples: Sequence[data.Sample],
+  batch_size: int,
+  the_mesh,
+  canvas: tuple[int, int] | None = None,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+  """(place in `samples`, {branch: H×W probabilities}) at the images' own sizes, shape by shape."""
+  devices = the_mesh.devices.size
+  batches = data.eval_batches(
+    samples,
+    PAD,
+    -(-batch_size // devices) * devices,
+    canvas=canvas,
+    row_multiple=devices,
+  )
+  for batch in batches:
+    image = mesh.put_batch(batch["image"], the_mesh)
+    probs = jax.device_get(forward(state["params"], state["stats"], state["rng"], vit_state, image))
+    for row, (index, (height, width)) in enumerate(
+      zip(batch["indices"], batch["sizes"], strict=True)
+    ):
+      yield index, {name: prob[row, :height, :width] for name, prob in probs.items()}
+
+
+def score(
+  maps: Iterator[tuple[int, dict[str, np.ndarray]]],
+  samples: Sequence[data.Sample],
+  save: pathlib.Path | None = None,
+) -> dict[str, hse.Score]:
+  """The metrics of every branch.
+
+  Args:
+    maps: what `probabilities` yields.
+    save: folder for `<branch>/<name>.npy` (float32), or None.
+  """
+  totals: dict[str, hse.Accumulator] = {}
+  for index, probs in maps:
+    for name, prob in probs.items():
+      totals.setdefault(name, hse.Accumulator()).update(prob, samples[index].mask)
+      if save is not None:
+        (save / name).mkdir(parents=True, exist_ok=True)
+        np.save(save / name / f"{samples[index].name.replace('/', '_')}.npy", prob)
+  return {name: total.result() for name, total in totals.items()}
+
+
+def count_parameters(params) -> int:
+  """P of the paper: all parameters without DINOv2."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def deployed_branch(mode: str) -> str:
+  """The branch that selection looks at and users deploy."""
+  return "main" if mode == "fdep_wo_coisd" else "light"
+
+
+def cost(config: ConfigDict, model, prior, repeats: int = 5) -> dict[str, float]:
+  """FLOPs and seconds of the deployed branch on one crop-sized image (batch 1, this machine)."""
+  model = nnx.clone(model)
+  model.eval()
+  graphdef, state = nnx.split(model)
+  vit = nnx.split(prior.vit) if prior and config.mode == "fdep_wo_coisd" else (None, None)
+
+  @jax.jit
+  def deployed(state, vit_state, image):
+    model = nnx.merge(graphdef, state)
+    normal = run.normalise(image, 0.5, 0.25)
+    if vit_state is None:
+      return model.light(normal).final
+    return model.main(normal, run.frozen_levels(prior, vit_state, vit[0], image)).final
+
+  image = jnp.zeros((1, config.data.crop, config.data.crop, 3), jnp.uint8)
+  compiled = deployed.lower(state, vit[1], image).compile()
+  flops = compiled.cost_analysis().get("flops", float("nan"))
+  seconds = []
+  for _ in range(repeats + 1):
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(state, vit[1], image))
+    seconds.append(time.perf_counter() - start)
+  return {"flops": flops, "seconds_per_image": statistics.median(seconds[1:])}
+
+
+def report(scores: dict[str, hse.Score]) -> dict[str, dict]:
+  """Metrics as JSON: fractions, null where a set without targets has none."""
+  return {name: score.as_dict() for name, score in scores.items()}
+
+
+def table(metrics: dict) -> str:
+  """The paper's columns, a row a branch; percent, Fa in 10⁻⁶."""
+  lines = [f"{'':<8}" + "".join(f"{c:>10}" for c in COLUMNS)]
+  for branch in ("main", "light"):
+    if branch not in metrics:
+      continue
+    m = metrics[branch]
+
+    def shown(key, factor, m=m):
+      return "-" if m[key] is None else f"{m[key] * factor:.2f}"
+
+    cells = [shown(k, 100) for k in ("iou", "niou", "pd")] + [shown("fa", 1e6)]
+    cells += [shown(k, 100) for k in ("hse_p", "hse_t", "hse")]
+    cells.append(f"{metrics['params'] / 1e6:.2f}")
+    deployed = branch == metrics["deployed"]
+    cells.append(f"{metrics['seconds_per_image']:.3f}" if deployed else "-")
+    lines.append(f"{branch:<8}" + "".join(f"{cell:>10}" for cell in cells))
+  return "\n".join(lines)
+
+
+def write_json(path: pathlib.Path, value) -> None:
+  """Writes the whole file or nothing."""
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps(value, indent=2) + "\n")
+  os.replace(partial, path)
+
+
+def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loaded=None) -> dict:
+  """Scores the best and the newest checkpoint on the test split; writes and prints the table.
+
+  Args:
+    workdir: of a run.
+    config: of the run; default its config.json.
+    loaded: (images, prior, model) where the caller has them.
+
+  Returns:
+    What `metrics.json` holds.
+
+  Raises:
+    FileNotFoundError: no run, no checkpoint, or its data or weights are gone.
+  """
+  workdir = run.run_folder(workdir)
+  config = config or settings.load(workdir)
+  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+  if not checkpoints.steps():
+    raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
+  if loaded is None:
+    run.check_inputs(config)
+    prior = run.load_prior(config)
+    loaded = run.load_images(config), prior, run.create_model(config, prior)
+  images, prior, model = loaded
+  the_mesh = mesh.make()
+  forward = make_forward(config, model, prior, images.mean, images.std)
+  vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh) if prior else None
+  _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+  like = {"params": params, "stats": stats, "rng": rng}
+
+  def measure(step: int, best: bool) -> dict:
+    state, _ = checkpoints.restore(like, step, best=best)
+    state = mesh.put_replicated(state, the_mesh)
+    maps = probabilities(forward, state, vit_state, images.test, config.eval.batch_size, the_mesh)
+    save = workdir / "probs" if config.eval.save_probs and best else None
+    return {**report(score(maps, images.test, save)), "checkpoint": step}
+
+  last = checkpoints.steps()[-1]
+  best = checkpoints.best_step()
+  chosen = measure(best, True) if best is not None else measure(last, False)
+  metrics = {
+    **chosen,
+    "params": count_parameters(params),
+    "deployed": deployed_branch(config.mode),
+    **cost(config, model, prior),
+    "split": "test",
+    "selected_on": config.eval.select_on,
+    "images": len(images.test),
+    "last": chosen if best in (None, last) else measure(last, False),
+  }
+  write_json(workdir / "metrics.json", metrics)
+  logging.info("wrote %s", workdir / "metrics.json")
+  print(
+    f"{len(images.test)} test images, step {metrics['checkpoint']} "
+    f"(best on {config.eval.select_on})"
+  )
+  print(table(metrics))
+  checkpoints.close()
+  return metrics

@@ -1,0 +1,145 @@
+"""Configs as users meet them: typos explained, values checked, a run folder kept to one config."""
+
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+
+from ml_collections import ConfigDict
+
+# A run may be continued with other values of these: they do not change what a step computes.
+_FREE = re.compile(
+  r"train\.(steps|epochs)|(log|checkpoint)\..*|host_devices|eval\.(batch_size|save_probs)|data\.threads"
+)
+
+_CHOICES = {
+  "mode": ("original", "fdep_wo_coisd", "fdep"),
+  "model.fusion": ("samf", "add"),
+  "model.bn_stats": ("per_branch", "shared"),
+  "data.augment": ("recipe", "dihedral", "none"),
+  "dino.dtype": ("float32", "bfloat16"),
+  "train.dtype": ("float32", "bfloat16"),
+  "loss.edge_mode": ("intended", "released"),
+  "eval.select_on": ("val", "test"),
+}
+_POSITIVE = (
+  "data.crop", "data.threads", "train.batch_size", "train.learning_rate", "eval.batch_size",
+  "checkpoint.every_steps", "checkpoint.keep", "log.every_steps", "host_devices",
+)  # fmt: skip
+
+
+def flat(config: ConfigDict) -> dict[str, object]:
+  """Every setting by its dotted name, as JSON takes it."""
+
+  def walk(prefix, value):
+    if isinstance(value, dict):
+      for key, inner in value.items():
+        yield from walk(f"{prefix}{key}.", inner)
+    else:
+      yield prefix[:-1], list(value) if isinstance(value, tuple) else value
+
+  return dict(walk("", config.to_dict()))
+
+
+def explain_flags(argv: list[str], error: Exception) -> str:
+  """What is wrong with a command line that could not be parsed: unknown settings by name."""
+  arguments = dict(
+    _split_flag(a, following) for a, following in zip(argv, [*argv[1:], ""], strict=True)
+  )
+  lines = []
+  if os.path.isfile(arguments.get("--config", "")):
+    spec = importlib.util.spec_from_file_location("config", arguments["--config"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    known = list(flat(module.get_config()))
+    for argument in arguments:
+      name = argument.removeprefix("--config.")
+      if name == argument or name in known:
+        continue
+      near = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+      near += [k for k in difflib.get_close_matches(name, known, 3, 0.5) if k not in near]
+      hint = f"The nearest are {', '.join(near)}." if near else f"There are {', '.join(known)}."
+      lines.append(f"The config has no setting {name!r}. {hint}")
+  return "\n".join(lines) or str(error)
+
+
+def _split_flag(argument: str, following: str) -> tuple[str, str]:
+  name, equals, value = argument.partition("=")
+  return name, value if equals else following
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses values that cannot work, all of them in one ValueError."""
+  values, problems = flat(config), []
+  for name, choices in _CHOICES.items():
+    if values[name] not in choices:
+      problems.append(f"{name} is {values[name]!r}; it must be one of {', '.join(choices)}.")
+  problems += [f"{n} is {values[n]}; it must be positive." for n in _POSITIVE if not values[n] > 0]
+  if values["train.steps"] <= 0 and values["train.epochs"] <= 0:
+    problems.append("train.steps and train.epochs are both 0; one of them must be positive.")
+  if not 0 < values["data.val_fraction"] < 1 and values["eval.select_on"] == "val":
+    problems.append(
+      f"data.val_fraction is {values['data.val_fraction']}; selecting on held-out train images "
+      "(eval.select_on=val) needs a fraction between 0 and 1."
+    )
+  if not 0 <= values["data.target_crop_prob"] <= 1:
+    problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
+  if values["dino.checkpoint"] == "random" and values["data.root"] != "synthetic":
+    problems.append(
+      'dino.checkpoint is "random", which only the quick start on synthetic scenes may use. '
+      "Name a DINOv2 checkpoint."
+    )
+  if values["train.batch_size"] % max(values["host_devices"], 1):
+    problems.append(
+      f"train.batch_size is {values['train.batch_size']}, which {values['host_devices']} host "
+      "devices cannot share equally."
+    )
+  if problems:
+    raise ValueError("\n  ".join([f"{len(problems)} problems in the config:", *problems]))
+
+
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Writes `config.json`, or refuses a folder that belongs to a config of other results.
+
+  Raises:
+    ValueError: naming every setting that differs, or that the folder cannot be written.
+  """
+  path = workdir / "config.json"
+  ours = flat(config)
+  if path.exists():
+    theirs = flat(load(workdir))
+    uses_length = "steps" in [v for k, v in ours.items() if k.startswith("train.schedule_args.")]
+    differing = [
+      key
+      for key in sorted({*ours, *theirs})
+      if ours.get(key) != theirs.get(key)
+      and (not _FREE.fullmatch(key) or (uses_length and key in ("train.steps", "train.epochs")))
+    ]
+    if differing:
+      lines = [f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in differing]
+      raise ValueError(
+        "\n  ".join([f"{workdir} holds a run of another config:", *lines])
+        + "\nChoose another --workdir, or the settings of the run that is there."
+      )
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    os.replace(partial, path)
+  except OSError as error:
+    raise ValueError(f"{workdir} cannot be written ({error.strerror}). Choose another.") from None
+
+
+def load(workdir: str | os.PathLike) -> ConfigDict:
+  """The config that a run folder was made with."""
+  path = pathlib.Path(workdir) / "config.json"
+  try:
+    return ConfigDict(json.loads(path.read_text()))
+  except FileNotFoundError:
+    raise FileNotFoundError(
+      f"{path} does not exist: {workdir} is not the folder of a run."
+    ) from None
+  except ValueError as error:
+    raise ValueError(f"{path} is not a config: {error}") from None

@@ -1,0 +1,87 @@
+"""Command line of fdep_jax: `python main.py --config configs/msda.py --workdir runs/msda`."""
+
+import logging
+import os
+import sys
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from fdep_jax import settings
+
+MODES = ("train", "eval", "score")
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", help_string="settings of a run to train")
+flags.DEFINE_string("workdir", None, "folder of the run")
+flags.DEFINE_enum("mode", "train", MODES, "train (then evaluate), eval, or score any maps")
+flags.DEFINE_string("predictions", None, "score: folder of probability maps")
+flags.DEFINE_string("masks", None, "score: folder of masks")
+flags.DEFINE_string("out", None, "folder for the results of score")
+
+
+def main(argv):
+  del argv
+  logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file it opens
+  mode = FLAGS.mode
+  needed = {"train": ("config", "workdir"), "eval": ("workdir",), "score": ("predictions", "masks")}
+  missing = [f"--{name}" for name in needed[mode] if not getattr(FLAGS, name)]
+  if missing:
+    raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
+  if mode == "score":
+    from fdep_jax import score
+
+    score.run(FLAGS.predictions, FLAGS.masks, FLAGS.out)
+    return
+  config = FLAGS.config if mode == "train" else settings.load(FLAGS.workdir)
+  settings.check(config)
+  start_jax(config)
+  from fdep_jax import evaluate, train
+
+  if mode == "train":
+    train.train(config, FLAGS.workdir)
+  else:
+    evaluate.evaluate(FLAGS.workdir, config)
+
+
+def start_jax(config):
+  """What must be set before jax finds its devices."""
+  import jax
+
+  if config.host_devices > 1:
+    jax.config.update("jax_num_cpu_devices", config.host_devices)
+  if config.log.compile_cache:
+    folder = os.path.expanduser(config.log.compile_cache)
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def parse(argv):
+  """Flags, with a sentence for a setting that no config has."""
+  try:
+    return FLAGS(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+    sys.exit(_fail(settings.explain_flags(argv, error), 2))
+
+
+def run_main(argv):
+  """Exit codes: 0 done, 2 bad arguments or input, 75 preempted and saved, 1 anything else."""
+  try:
+    main(argv)
+  except (ValueError, FileNotFoundError) as error:
+    sys.exit(_fail(error, 2))
+  except FloatingPointError as error:
+    sys.exit(_fail(error, 1))
+  except Exception as error:
+    if type(error).__name__ == "Preempted":
+      sys.exit(_fail(error, 75))
+    raise
+
+
+def _fail(error, code):
+  print(error, file=sys.stderr)
+  return code
+
+
+if __name__ == "__main__":
+  app.run(run_main, flags_parser=parse)
