@@ -331,7 +331,7 @@ def _sizes(state, naming: _Naming) -> dict[str, int | bool]:
   return {
     "width": width,
     "depth": max(blocks) + 1,
-    "registers": np.shape(state[naming.registers])[1] if naming.registers in state else 0,
+    "registers": (0, 0, *np.shape(state.get(naming.registers, ())))[-2],
     "swiglu": swiglu,
     "hidden": hidden // 2 if swiglu else hidden,
     "patch": kernel[2],
