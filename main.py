@@ -24,6 +24,7 @@ def main(argv):
   del argv
   logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
   absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file it opens
+  logging.getLogger("jax").setLevel(logging.WARNING)  # and jax every accelerator that is absent
   mode = FLAGS.mode
   needed = {"train": ("config", "workdir"), "eval": ("workdir",), "score": ("predictions", "masks")}
   missing = [f"--{name}" for name in needed[mode] if not getattr(FLAGS, name)]

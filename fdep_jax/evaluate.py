@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import checkpoint, data, mesh, run, settings
+from fdep_jax import checkpoint, data, mesh, report, run, settings
 from fdep_jax.metrics import hse
 
 COLUMNS = ("IoU", "nIoU", "Pd", "Fa·1e6", "HSE-P", "HSE-T", "HSE", "P(M)", "time (s)")
@@ -128,7 +128,7 @@ def cost(config: ConfigDict, model, prior, repeats: int = 5) -> dict[str, float]
   return {"flops": flops, "seconds_per_image": statistics.median(seconds[1:])}
 
 
-def report(scores: dict[str, hse.Score]) -> dict[str, dict]:
+def results(scores: dict[str, hse.Score]) -> dict[str, dict]:
   """Metrics as JSON: fractions, null where a set without targets has none."""
   return {name: score.as_dict() for name, score in scores.items()}
 
@@ -151,6 +151,20 @@ def table(metrics: dict) -> str:
     cells.append(f"{metrics['seconds_per_image']:.3f}" if deployed else "-")
     lines.append(f"{branch:<8}" + "".join(f"{cell:>10}" for cell in cells))
   return "\n".join(lines)
+
+
+def _examples(samples: Sequence[data.Sample], count: int = 5) -> list[int]:
+  """Places of images with targets, spread over the set."""
+  found = [i for i, sample in enumerate(samples) if sample.mask.any()]
+  return found[:: max(len(found) // count, 1)][:count]
+
+
+def _watch(maps, shown: dict[int, dict]):
+  """Passes `maps` on and keeps those of the images to be shown."""
+  for index, probs in maps:
+    if index in shown:
+      shown[index] = probs
+    yield index, probs
 
 
 def write_json(path: pathlib.Path, value) -> None:
@@ -190,16 +204,18 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   like = {"params": params, "stats": stats, "rng": rng}
 
+  shown = {i: {} for i in _examples(images.test)}
+
   def measure(step: int, best: bool) -> dict:
     state, _ = checkpoints.restore(like, step, best=best)
     state = mesh.put_replicated(state, the_mesh)
     maps = probabilities(forward, state, vit_state, images.test, config.eval.batch_size, the_mesh)
     save = workdir / "probs" if config.eval.save_probs and best else None
-    return {**report(score(maps, images.test, save)), "checkpoint": step}
+    return {**results(score(_watch(maps, shown), images.test, save)), "checkpoint": step}
 
-  last = checkpoints.steps()[-1]
-  best = checkpoints.best_step()
-  chosen = measure(best, True) if best is not None else measure(last, False)
+  last, best = checkpoints.steps()[-1], checkpoints.best_step()
+  newest = None if best == last else measure(last, False)
+  chosen = newest if best is None else measure(best, True)
   metrics = {
     **chosen,
     "params": count_parameters(params),
@@ -208,9 +224,14 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     "split": "test",
     "selected_on": config.eval.select_on,
     "images": len(images.test),
-    "last": chosen if best in (None, last) else measure(last, False),
+    "last": newest or chosen,
   }
   write_json(workdir / "metrics.json", metrics)
+  if shown:
+    source = "no prior" if prior is None else f"prior: {config.dino.checkpoint}"
+    caption = f"{config.model.backbone}, {config.mode}, {source}, step {metrics['checkpoint']}"
+    chosen_samples = [images.test[i] for i in shown]
+    report.examples(workdir / "examples.png", chosen_samples, list(shown.values()), caption)
   logging.info("wrote %s", workdir / "metrics.json")
   print(
     f"{len(images.test)} test images, step {metrics['checkpoint']} "

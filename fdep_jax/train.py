@@ -218,7 +218,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     if value > best or checkpoints.best_step() is None:
       best = value
       save(step, value if math.isfinite(value) else None)
-    return evaluate.report(scores)
+    return evaluate.results(scores)
 
   with (
     Log(workdir, config, start) as log,

@@ -1,8 +1,10 @@
 """Fixtures: CPU only, ranks never broadcast silently, real data where the folder of evidence is."""
 
+import importlib
 import importlib.util
 import os
 import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -31,3 +33,15 @@ def formula(shared):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+@pytest.fixture
+def toy(monkeypatch):
+  """The module of a tiny detector, made known to `backbones` as a dropped-in file would be."""
+  from fdep_jax import backbones
+
+  folder = pathlib.Path(__file__).parent / "toy_backbones"
+  monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(folder)])
+  yield importlib.import_module("fdep_jax.backbones.toy")
+  sys.modules.pop("fdep_jax.backbones.toy", None)
+  vars(backbones).pop("toy", None)

@@ -1,0 +1,28 @@
+# `make quickstart` and `make test` take a bare clone with Python 3.11 to the end.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: quickstart test test-full lint
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# Minutes on two cores; leaves runs/quickstart/examples.png.
+quickstart: .venv/run
+	$(BIN)/python main.py --config configs/quickstart.py --workdir runs/quickstart
+
+test: .venv/dev
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-full: .venv/dev
+	$(BIN)/python -m pytest -q -n 2
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
