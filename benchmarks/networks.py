@@ -1,0 +1,407 @@
+"""Every network's forward pass and train step, ours beside the published PyTorch code, in one run.
+
+  python benchmarks/networks.py --reference ../PAL --torch-python ../torch-env/bin/python
+
+`--reference` is your own checkout of github.com/YuChuang1205/PAL; `--torch-python` an interpreter
+with torch, torchvision and PyWavelets (by default this one). Without `--reference` only ours runs.
+
+Two worker processes, one for each framework, are driven over their stdin and stdout, so that their
+timings alternate although neither needs the other installed. Both run on the same two cores in
+float32: forward in evaluation mode, batch 1, 256×256; one train step of the network alone, batch 4,
+224×224, AdamW on the binary cross-entropy averaged over pixels and summed over heads. PyTorch runs
+eagerly in both memory layouts on two threads, JAX on two host devices that share the batch. Our
+networks carry the PyTorch network's weights, and the table states how far the predictions differ.
+"""
+
+import argparse
+import copy
+import functools
+import importlib
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+import warnings
+
+CORES = 2
+FORWARD_SHAPE = (1, 256, 256)
+TRAIN_SHAPE = (4, 224, 224)
+TASKS = {
+  "forward": "Forward, batch 1, 256×256",
+  "train": "Train step, batch 4, 224×224",
+}
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
+PUBLISHED = {  # our name -> the published one, and what its constructor needs to return all heads
+  "acm": ("ACM", {}),
+  "alcl": ("ALCL", {}),
+  "alcnet": ("ALC", {}),
+  "dna": ("DNA", {"mode": "train"}),
+  "ggl": ("GGL", {}),
+  "mlcl": ("MLCL", {}),
+  "msda": ("MSDA", {}),
+  "uiu": ("UIU", {"mode": "train"}),
+}
+
+FIXED_FILTER = re.compile(r"\.w_[lh][lh]$")  # MSDA-Net's Haar filters: buffers, nothing learned
+
+
+def arrays(shape):
+  """Images B×H×W×3 and sparse masks B×H×W×1, float32, the same in both workers."""
+  import numpy as np
+
+  random = np.random.default_rng(0)
+  image = random.standard_normal((*shape, 3), np.float32)
+  return image, (random.random((*shape, 1)) < 1e-3).astype(np.float32)
+
+
+def seconds_per_call(call):
+  """One call's time; short calls are averaged over 0.2 s."""
+  calls, start = 0, time.perf_counter()
+  while True:
+    call()
+    calls += 1
+    elapsed = time.perf_counter() - start
+    if elapsed > 0.2:
+      return elapsed / calls
+
+
+class JaxWorker:
+  """Ours."""
+
+  variants = ("ours",)
+
+  def __init__(self):
+    flag = f"--xla_force_host_platform_device_count={CORES}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    import jax
+
+    self.calls = {}
+    self.version = f"jax {jax.__version__}"
+
+  def describe(self):
+    from fdep_jax import backbones
+
+    return {"version": self.version, "variants": self.variants, "networks": backbones.names()}
+
+  def prepare(self, name, folder):
+    """Compiles both tasks.
+
+    Args:
+      folder: where the PyTorch worker left weights and logits, or None for fresh weights.
+
+    Returns:
+      Seconds to trace and compile the train step, and the relative difference of the logits.
+    """
+    import numpy as np
+    from flax import nnx
+
+    import converters
+    from fdep_jax import backbones
+
+    self.calls = {}
+    difference = None
+    if folder is None:
+      net = backbones.create(name, rngs=nnx.Rngs(0))
+    else:
+      net = converters.load_backbone(name, dict(np.load(f"{folder}/weights.npz")))
+    net.eval()
+    forward = self._forward(net)
+    if folder is not None:
+      theirs = np.load(f"{folder}/logits.npy")[:, 0, :, :, None]
+      difference = float(np.linalg.norm(forward().final - theirs) / np.linalg.norm(theirs))
+    net.train()
+    step, compile_seconds = self._train_step(net)
+    self.calls = {"forward": forward, "train": step}
+    return {"compile": compile_seconds, "difference": difference}
+
+  def _forward(self, net):
+    import jax
+    from flax import nnx
+
+    graphdef, variables = nnx.split(net)
+    leaves, tree = jax.tree.flatten(variables)
+    run = jax.jit(lambda leaves, image: nnx.merge(graphdef, tree.unflatten(leaves))(image))
+    image = jax.device_put(arrays(FORWARD_SHAPE)[0], jax.devices()[0])
+
+    def call():
+      return jax.block_until_ready(run(leaves, image))
+
+    call()
+    return call
+
+  def _train_step(self, net):
+    import jax
+    import optax
+    from flax import nnx
+
+    from fdep_jax import mesh as meshes
+
+    mesh = meshes.make()
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    graphdef, params, rest = nnx.split(net, nnx.Param, ...)
+    # Flat lists cross the jit boundary faster than nnx's states.
+    leaves, tree = jax.tree.flatten((params, rest, optimizer.init(params)))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=meshes.replicated(mesh))
+    def step(leaves, image, mask):
+      params, rest, moments = tree.unflatten(leaves)
+
+      def loss_and_rest(params):
+        net = nnx.merge(graphdef, params, rest, copy=True)
+        losses = [optax.sigmoid_binary_cross_entropy(h, mask).mean() for h in net(image).heads]
+        return sum(losses), nnx.state(net, nnx.Not(nnx.Param))
+
+      (loss, rest), grads = jax.value_and_grad(loss_and_rest, has_aux=True)(params)
+      updates, moments = optimizer.update(grads, moments, params)
+      return jax.tree.leaves((optax.apply_updates(params, updates), rest, moments)), loss
+
+    image, mask = meshes.put_batch(arrays(TRAIN_SHAPE), mesh)
+    state = meshes.put_replicated(leaves, mesh)
+
+    def call():
+      nonlocal state
+      state, loss = step(state, image, mask)
+      loss.block_until_ready()
+
+    seconds = []
+    for _ in range(2):
+      start = time.perf_counter()
+      call()
+      seconds.append(time.perf_counter() - start)
+    return call, seconds[0] - seconds[1]
+
+  def measure(self, variant, task):
+    return seconds_per_call(self.calls[task])
+
+
+class TorchWorker:
+  """The published code, in both memory layouts."""
+
+  variants = ("NCHW", "channels_last")
+
+  def __init__(self, reference):
+    sys.path.insert(0, reference)
+    warnings.simplefilter("ignore")  # of functions that newer PyTorch renames
+    import torch
+
+    torch.set_num_threads(CORES)
+    self.calls = {}
+    self.version = f"torch {torch.__version__}"
+
+  def describe(self):
+    return {"version": self.version, "variants": self.variants, "networks": sorted(PUBLISHED)}
+
+  def prepare(self, name, folder):
+    """Builds the network in both layouts; leaves its weights and logits in `folder`."""
+    import numpy as np
+    import torch
+
+    self.calls = {}
+    published, options = PUBLISHED[name]
+    module = importlib.import_module(f"model.{published}.{published}_no_sigmoid")
+    if name == "msda":
+      # Its hand-written Haar gradients cast the filters to float16, which float32 training
+      # refuses. For this module alone the name float16 means float32; the operations are the same.
+      module.torch = types.SimpleNamespace(**{**vars(torch), "float16": torch.float32})
+    torch.manual_seed(0)
+    net = getattr(module, f"{published}_No_Sigmoid")(**options)
+    weights = {k: v.numpy() for k, v in net.state_dict().items() if not FIXED_FILTER.search(k)}
+    np.savez(f"{folder}/weights.npz", **weights)
+
+    formats = (torch.contiguous_format, torch.channels_last)
+    for variant, memory_format in zip(self.variants, formats, strict=True):
+      self.calls[variant] = self._calls(copy.deepcopy(net), memory_format)
+    heads = self.calls["NCHW"]["forward"]()
+    np.save(f"{folder}/logits.npy", heads[0 if name == "uiu" else -1].numpy())
+
+  def _calls(self, net, memory_format):
+    import torch
+
+    def put(array):
+      return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+
+    net = net.to(memory_format=memory_format)
+    optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    cross_entropy = torch.nn.BCEWithLogitsLoss()
+    image = put(arrays(FORWARD_SHAPE)[0])
+    images, masks = map(put, arrays(TRAIN_SHAPE))
+
+    def heads_of(images):
+      logits = net(images)
+      return list(logits) if isinstance(logits, list | tuple) else [logits]
+
+    def forward():
+      net.eval()
+      with torch.inference_mode():
+        return heads_of(image)
+
+    def train():
+      net.train()
+      optimizer.zero_grad()
+      sum(cross_entropy(head, masks) for head in heads_of(images)).backward()
+      optimizer.step()
+
+    return {"forward": forward, "train": train}
+
+  def measure(self, variant, task):
+    return seconds_per_call(self.calls[variant][task])
+
+
+def serve(worker):
+  """Answers [method, *arguments] lines on stdin with {"value"} or {"error"} lines on stdout."""
+  replies = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)  # what anything else prints must not mix with the replies
+  for line in sys.stdin:
+    method, *arguments = json.loads(line)
+    try:
+      reply = {"value": getattr(worker, method)(*arguments)}
+    except Exception as error:
+      traceback.print_exc()
+      reply = {"error": f"{type(error).__name__}: {error}"}
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
+
+
+class Remote:
+  """A worker in a process of its own; calls raise RuntimeError where it reports an error."""
+
+  def __init__(self, python, *arguments):
+    self.process = subprocess.Popen(
+      [python, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    self.about = self("describe")
+
+  def __call__(self, method, *arguments):
+    try:
+      self.process.stdin.write(json.dumps([method, *arguments]) + "\n")
+      self.process.stdin.flush()
+    except BrokenPipeError:
+      pass
+    line = self.process.stdout.readline()
+    if not line:
+      raise SystemExit(f"{self.process.args[0]} stopped (code {self.process.wait()}); see above.")
+    reply = json.loads(line)
+    if "error" in reply:
+      raise RuntimeError(reply["error"])
+    return reply["value"]
+
+
+def time_network(name, ours, theirs, rounds):
+  """Facts of our network, {task: {variant: median seconds}}, and a line for each failure."""
+  facts, failures, contenders = {}, [], []
+  with tempfile.TemporaryDirectory() as folder:
+    for worker in (theirs, ours):
+      if worker is None:
+        continue
+      try:
+        weights = folder if worker is theirs or contenders else None
+        facts |= worker("prepare", name, weights) or {}
+        contenders += [(worker, variant) for variant in worker.about["variants"]]
+      except RuntimeError as error:
+        failures.append(f"{name}, {worker.about['version']}: {error}")
+  medians = {}
+  for task in TASKS:
+    seconds = {contender: [] for contender in contenders}
+    for _ in range(1 + rounds):  # the first warms up
+      for contender in list(seconds):
+        worker, variant = contender
+        try:
+          seconds[contender].append(worker("measure", variant, task))
+        except RuntimeError as error:
+          failures.append(f"{name}, {variant}, {task}: {error}")
+          del seconds[contender]
+    medians[task] = {variant: statistics.median(s[1:]) for (_, variant), s in seconds.items()}
+  return facts, medians, failures
+
+
+def table(task, rows, layouts):
+  """Markdown: milliseconds and ratios of one task.
+
+  Args:
+    rows: name -> (facts, {task: {variant: seconds}}).
+    layouts: PyTorch's variants.
+  """
+  extra = {"forward": "difference", "train": "compile"}[task]
+  columns = ["ours ms", *(f"{v} ms" for v in layouts), *(f"ours / {v}" for v in layouts)]
+  if layouts or extra == "compile":
+    columns.append({"difference": "logits differ by", "compile": "our compile s"}[extra])
+  lines = [f"{TASKS[task]}:", "", f"| network | {' | '.join(columns)} |"]
+  lines.append("| --- |" + " ---: |" * len(columns))
+  ratios = {variant: [] for variant in layouts}
+  for name, (facts, medians) in rows.items():
+    seconds = medians[task]
+    cells = [f"{1e3 * seconds[v]:.1f}" if v in seconds else "–" for v in ("ours", *layouts)]
+    for variant in layouts:
+      if variant in seconds and "ours" in seconds:
+        ratios[variant].append(seconds["ours"] / seconds[variant])
+        cells.append(f"{ratios[variant][-1]:.2f}")
+      else:
+        cells.append("–")
+    value = facts.get(extra)
+    cells.append(
+      "–" if value is None else f"{value:.1e}" if extra == "difference" else f"{value:.1f}"
+    )
+    lines.append(f"| {name} | {' | '.join(cells[: len(columns)])} |")
+  if any(ratios.values()):
+    medians = [f"{statistics.median(r):.2f}" if r else "–" for r in ratios.values()]
+    blanks = [""] * (1 + len(layouts))
+    lines.append(f"| median | {' | '.join([*blanks, *medians, ''])} |")
+  return "\n".join(lines)
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--reference", help="your checkout of YuChuang1205/PAL")
+  parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch")
+  parser.add_argument("--networks", help="comma-separated; default: all")
+  parser.add_argument("--rounds", type=int, default=7, help="timings of each; the median counts")
+  parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
+  flags = parser.parse_args()
+  if flags.worker:
+    serve(JaxWorker() if flags.worker == "jax" else TorchWorker(flags.reference))
+    return
+  if flags.reference and not (pathlib.Path(flags.reference) / "model").is_dir():
+    parser.error(
+      f"{flags.reference} has no folder model/: give the root of a checkout of "
+      "github.com/YuChuang1205/PAL."
+    )
+  if hasattr(os, "sched_setaffinity"):  # the workers inherit it; choose others with taskset
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+
+  ours = Remote(sys.executable, "--worker", "jax")
+  theirs = None
+  if flags.reference:
+    reference = str(pathlib.Path(flags.reference).resolve())
+    theirs = Remote(flags.torch_python, "--worker", "torch", "--reference", reference)
+  known = ours.about["networks"]
+  names = flags.networks.split(",") if flags.networks else known
+  if unknown := sorted(set(names) - set(known)):
+    parser.error(f"--networks has {', '.join(unknown)}; there are {', '.join(known)}.")
+
+  rows, failures = {}, []
+  for name in names:
+    print(f"{name} …", file=sys.stderr, flush=True)
+    facts, medians, failed = time_network(name, ours, theirs, flags.rounds)
+    rows[name] = (facts, medians)
+    failures += failed
+  versions = " and ".join(worker.about["version"] for worker in (ours, theirs) if worker)
+  print(f"{versions}, {CORES} cores, float32, medians of {flags.rounds} alternating rounds.\n")
+  layouts = theirs.about["variants"] if theirs else []
+  print("\n\n".join(table(task, rows, layouts) for task in TASKS))
+  if failures:
+    raise SystemExit("\n" + "\n".join(f"Failed: {line}" for line in failures))
+
+
+if __name__ == "__main__":
+  main()
