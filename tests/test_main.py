@@ -1,0 +1,222 @@
+"""The command line as a user meets it: exit codes, one message, nothing half-written."""
+
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import base, msda
+from fdep_jax import run, settings, train
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "main.py", *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def make_folder(path: pathlib.Path, count: int = 4) -> pathlib.Path:
+  """A small dataset with one target an image."""
+  rng = np.random.default_rng(0)
+  for part in ("images", "masks", "splits"):
+    (path / part).mkdir(parents=True)
+  for i in range(count):
+    mask = np.zeros((40, 48), np.uint8)
+    mask[10 + i : 13 + i, 20:23] = 255
+    Image.fromarray(rng.integers(0, 200, (40, 48), np.uint8)).save(path / f"images/{i}.png")
+    Image.fromarray(mask).save(path / f"masks/{i}.png")
+  half = count // 2
+  (path / "splits/train.txt").write_text("\n".join(map(str, range(half))))
+  (path / "splits/test.txt").write_text("\n".join(map(str, range(half, count))))
+  return path
+
+
+def toy_config(root, **changes):
+  config = base.get_config()
+  config.update_from_flattened_dict(
+    {
+      "mode": "original",
+      "model.backbone": "toy",
+      "data.root": str(root),
+      "data.crop": 32,
+      "data.val_fraction": 0.5,
+      "train.batch_size": 2,
+      "train.steps": 2,
+      "log.progress": False,
+      **changes,
+    }
+  )
+  return config
+
+
+def refused(config, workdir, error=ValueError) -> str:
+  """The message of a training that must not begin; the folder must stay untouched."""
+  with pytest.raises(error) as info:
+    train.train(config, workdir)
+  assert not pathlib.Path(workdir).exists()
+  return str(info.value)
+
+
+def test_a_misspelt_setting_gets_the_nearest_names():
+  done = command("--config", "configs/msda.py", "--workdir", "never", "--config.train.lrr=1")
+  assert done.returncode == 2
+  assert "no setting 'train.lrr'" in done.stderr and "train.learning_rate" in done.stderr
+  assert "Traceback" not in done.stderr and not (ROOT / "never").exists()
+
+
+def test_missing_data_and_weights_are_named_together():
+  config = msda.get_config()
+  config.data.root, config.dino.checkpoint = "nowhere/SIRST3", "nowhere/dinov2.pth"
+  with pytest.raises(FileNotFoundError) as info:
+    run.check_inputs(config)
+  message = str(info.value)
+  assert "nowhere/SIRST3" in message and "nowhere/dinov2.pth" in message
+  assert "python -m converters.dinov2 IN OUT" in message and "--config.data.root" in message
+
+
+def test_the_papers_config_does_not_fall_back_on_anything(tmp_path):
+  absent = ("--config.data.root=nowhere/SIRST3", "--config.dino.checkpoint=nowhere/x.pth")
+  done = command("--config", "configs/msda.py", "--workdir", tmp_path / "run", *absent)
+  assert done.returncode == 2 and "nowhere/SIRST3" in done.stderr
+  assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_flags_that_a_mode_needs_are_named():
+  done = command("--mode", "score")
+  assert done.returncode == 2 and "--predictions and --masks" in done.stderr
+
+
+def test_every_bad_value_of_a_config_is_listed():
+  config = base.get_config()
+  config.mode, config.train.batch_size, config.eval.select_on = "fdpe", 0, "train"
+  with pytest.raises(ValueError) as info:
+    settings.check(config)
+  message = str(info.value)
+  assert "3 problems" in message
+  assert "mode is 'fdpe'" in message and "original, fdep_wo_coisd, fdep" in message
+
+
+def test_only_the_quick_start_may_use_a_random_prior(toy, tmp_path):
+  config = toy_config(make_folder(tmp_path / "data"), mode="fdep", **{"dino.checkpoint": "random"})
+  assert "only the quick start" in refused(config, tmp_path / "run")
+
+
+def test_a_missing_split_file_is_refused(toy, tmp_path):
+  root = make_folder(tmp_path / "data")
+  (root / "splits/train.txt").unlink()
+  assert "train" in refused(toy_config(root), tmp_path / "run")
+
+
+def test_an_empty_folder_is_refused(toy, tmp_path):
+  (tmp_path / "data").mkdir()
+  assert str(tmp_path / "data") in refused(toy_config(tmp_path / "data"), tmp_path / "run")
+
+
+def test_a_mask_of_another_size_is_refused(toy, tmp_path):
+  root = make_folder(tmp_path / "data")
+  Image.new("L", (50, 40)).save(root / "masks/1.png")
+  message = refused(toy_config(root), tmp_path / "run")
+  assert "1.png" in message and "40" in message and "50" in message
+
+
+def test_the_published_mask_of_misc_111_is_refused(toy, shared, tmp_path):
+  root = make_folder(tmp_path / "data")
+  source = shared / "data/NUAA-SIRST/images/Misc_111.png"
+  faulty = next((shared / "data/faulty").glob("Misc_111_mask*"))
+  shutil.copy(source, root / "images/Misc_111.png")
+  shutil.copy(faulty, root / "masks/Misc_111.png")
+  (root / "splits/train.txt").write_text("0\nMisc_111\n")
+  message = refused(toy_config(root), tmp_path / "run")
+  assert "Misc_111" in message and "592" in message and "325" in message
+
+
+def test_a_truncated_image_is_refused(toy, tmp_path):
+  root = make_folder(tmp_path / "data")
+  content = (root / "images/1.png").read_bytes()
+  (root / "images/1.png").write_bytes(content[: len(content) // 2])
+  assert "1.png" in refused(toy_config(root), tmp_path / "run")
+
+
+def test_masks_without_any_target_are_refused(toy, tmp_path):
+  root = make_folder(tmp_path / "data")
+  for path in (root / "masks").iterdir():
+    Image.new("L", (48, 40)).save(path)
+  assert "black" in refused(toy_config(root), tmp_path / "run")
+
+
+def test_a_crop_that_the_network_cannot_take_is_refused(toy, tmp_path):
+  config = toy_config(make_folder(tmp_path / "data"), **{"data.crop": 30})
+  message = refused(config, tmp_path / "run")
+  assert "data.crop is 30" in message and "multiple of 4" in message
+
+
+class Attack:
+  def __init__(self, marker):
+    self.marker = marker
+
+  def __reduce__(self):
+    return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("content", ["attack", "text", "other", "partial"])
+def test_a_file_that_is_no_dinov2_is_refused(toy, tmp_path, content):
+  root, path, marker = make_folder(tmp_path / "data"), tmp_path / "vit.pth", tmp_path / "ran"
+  if content == "attack":
+    path.write_bytes(pickle.dumps({"cls_token": Attack(marker)}))
+  elif content == "text":
+    path.write_text("<html>404 Not Found</html>")
+  else:
+    from safetensors.numpy import save_file
+
+    name = "conv.weight" if content == "other" else "blocks.0.norm1.weight"
+    save_file({name: np.zeros((16,), np.float32)}, path)
+  config = toy_config(root, mode="fdep", **{"dino.checkpoint": str(path)})
+  message = refused(config, tmp_path / "run")
+  assert str(path) in message and not marker.exists()
+  if content == "attack":
+    assert "system" in message
+
+
+def test_a_folder_that_cannot_be_written_is_refused(toy, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match="cannot be written"):
+    train.train(toy_config(make_folder(tmp_path / "data")), tmp_path / "file" / "run")
+
+
+def test_a_terminated_run_saves_and_says_so(tmp_path):
+  arguments = ["--config", "configs/quickstart.py", "--workdir", tmp_path / "run"]
+  settings_ = ["mode=original", "model.backbone=acm", "host_devices=1", "train.steps=100000",
+               "data.synthetic_train=12", "data.synthetic_test=2", "data.synthetic_size=64",
+               "data.crop=32", "train.batch_size=2", "log.every_steps=1",
+               "eval.every_epochs=1e6"]  # fmt: skip
+  process = subprocess.Popen(
+    [sys.executable, "main.py", *map(str, arguments), *(f"--config.{s}" for s in settings_)],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  log = tmp_path / "run" / "metrics.jsonl"
+  deadline = time.time() + 240
+  while time.time() < deadline and process.poll() is None:
+    if log.exists() and log.read_text().count("\n") >= 2:
+      break
+    time.sleep(0.2)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 75, errors
+  assert "saved" in errors
+  assert any((tmp_path / "run" / "checkpoints").iterdir())

@@ -1,0 +1,204 @@
+"""Training end to end on a toy detector: determinism, resuming, what is and is not trained."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from configs import base
+from fdep_jax import checkpoint, evaluate, mesh, run, settings, train
+
+
+def toy_config(**changes):
+  """Synthetic 64×64 scenes, a small random prior, a few steps."""
+  config = base.get_config()
+  config.update_from_flattened_dict(
+    {
+      "model.backbone": "toy",
+      "data.root": "synthetic",
+      "data.crop": 32,
+      "data.synthetic_size": 64,
+      "data.synthetic_train": 12,
+      "data.synthetic_test": 3,
+      "data.val_fraction": 0.25,
+      "dino.checkpoint": "random",
+      "train.batch_size": 4,
+      "train.steps": 8,
+      "checkpoint.every_steps": 4,
+      "log.tensorboard": False,
+      "log.progress": False,
+      **changes,
+    }
+  )
+  return config
+
+
+def parameters(workdir, config) -> dict[str, np.ndarray]:
+  prior = run.load_prior(config)
+  model = run.create_model(config, prior)
+  optimizer = train.make_optimizer(config, 1)
+  checkpoints = checkpoint.Checkpoints(workdir)
+  state, _ = checkpoints.restore(train.init_state(model, optimizer))
+  checkpoints.close()
+  return {k: np.asarray(v) for k, v in checkpoint.flatten(state).items()}
+
+
+def lines(workdir) -> list[dict]:
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_same_seed_and_an_interruption_give_identical_parameters(toy, tmp_path):
+  config = toy_config(**{"train.steps": 20, "log.every_steps": 1})
+  train.train(config, tmp_path / "a")
+  train.train(config, tmp_path / "b")
+  train.train(toy_config(**{"train.steps": 7, "log.every_steps": 1}), tmp_path / "c")
+  assert checkpoint.Checkpoints(tmp_path / "c").steps()[-1] == 7
+  train.train(config, tmp_path / "c")
+  a, b, c = (parameters(tmp_path / name, config) for name in "abc")
+  assert any(k.startswith("opt/") for k in a) and any(k.startswith("rng/") for k in a)
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key], key)
+    np.testing.assert_array_equal(a[key], c[key], key)
+  losses = [
+    {line["step"]: line["loss"] for line in lines(tmp_path / name) if "loss" in line}
+    for name in "abc"
+  ]
+  assert losses[0] == losses[1] == losses[2]
+  assert sorted(losses[2]) == list(range(1, 21))
+
+
+@pytest.mark.parametrize("mode", ["original", "fdep_wo_coisd", "fdep"])
+def test_every_mode_trains_and_reports_its_branches(toy, tmp_path, mode):
+  config = toy_config(mode=mode)
+  metrics = train.train(config, tmp_path)
+  assert metrics == json.loads((tmp_path / "metrics.json").read_text())
+  branches = {"original": {"light"}, "fdep_wo_coisd": {"main"}, "fdep": {"light", "main"}}[mode]
+  assert {"light", "main"} & set(metrics) == branches
+  for name in branches:
+    assert {"hse", "hse_p", "hse_t", "iou", "niou", "pd", "fa"} <= set(metrics[name])
+  assert {"params", "flops", "seconds_per_image", "checkpoint", "split", "last"} <= set(metrics)
+  assert settings.load(tmp_path).mode == mode
+  assert (tmp_path / "examples.png").stat().st_size > 1000
+  values = [line["loss"] for line in lines(tmp_path) if "loss" in line]
+  assert all(math.isfinite(v) for v in values)
+  again = evaluate.evaluate(tmp_path)  # from the folder alone
+  for name in branches:
+    assert again[name] == metrics[name]
+
+
+def parts(config):
+  prior = run.load_prior(config)
+  model = run.create_model(config, prior)
+  optimizer = train.make_optimizer(config, 1)
+  return prior, model, optimizer, train.init_state(model, optimizer)
+
+
+def batch(size: int = 4, crop: int = 32):
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (size, crop, crop, 3), np.uint8)
+  return {"image": image, "mask": rng.random((size, crop, crop)) < 0.05}
+
+
+def test_the_prior_is_neither_trained_nor_saved_nor_differentiated(toy):
+  config = toy_config()
+  prior, model, optimizer, state = parts(config)
+  names = list(checkpoint.flatten(state))
+  shapes = {leaf.shape for leaf in jax.tree.leaves(nnx.split(prior.vit)[1])}
+  matrices = {shape for shape in shapes if len(shape) == 3 and shape[0] == prior.vit.depth}
+  assert matrices and not any("vit" in name or "dino" in name for name in names)
+  assert not matrices & {leaf.shape for leaf in jax.tree.leaves(state)}
+  step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
+  jaxpr = jax.make_jaxpr(step)(state, nnx.split(prior.vit)[1], batch())
+  scans = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "scan"]
+  over_blocks = [eqn for eqn in scans if eqn.params["length"] == prior.vit.depth]
+  assert len(over_blocks) == 1 and not over_blocks[0].params["reverse"]  # forward, once
+
+
+def equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for value in eqn.params.values():
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from equations(inner)
+
+
+def test_a_step_is_adamw_with_decay_on_every_parameter(toy):
+  config = toy_config(mode="original")
+  _, model, optimizer, state = parts(config)
+  zero = jax.tree.map(jnp.zeros_like, state["params"])
+  updates, _ = optimizer.update(zero, state["opt"], state["params"])
+  for update, value in zip(jax.tree.leaves(updates), jax.tree.leaves(state["params"]), strict=True):
+    np.testing.assert_allclose(update, -1e-3 * 0.01 * value, rtol=1e-5)
+
+
+def test_eight_devices_take_the_step_of_one(toy):
+  config = toy_config(**{"train.batch_size": 8})
+  prior, model, optimizer, state = parts(config)
+  results = []
+  for devices in (jax.devices()[:1], jax.devices()):
+    the_mesh = mesh.make(devices)
+    step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
+    vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh)
+    current = mesh.put_replicated(state, the_mesh)
+    for _ in range(2):
+      current, metrics = step(current, vit_state, mesh.put_batch(batch(8), the_mesh))
+    results.append((jax.device_get(current["params"]), float(metrics["loss"])))
+  assert len(jax.devices()) == 8
+  np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
+  for a, b in zip(*(jax.tree.leaves(params) for params, _ in results), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters(toy):
+  values = []
+  for dtype in ("float32", "bfloat16"):
+    config = toy_config(**{"train.dtype": dtype})
+    prior, model, optimizer, state = parts(config)
+    step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
+    state, metrics = step(state, nnx.split(prior.vit)[1], batch())
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state["params"], state["stats"])))
+    values.append(float(metrics["loss"]))
+  assert values[0] == pytest.approx(values[1], rel=0.03) and values[0] != values[1]
+
+
+def test_any_optax_schedule_is_named_by_the_config():
+  config = toy_config(**{"train.schedule": "cosine_decay_schedule"})
+  config.train.schedule_args = {"init_value": "learning_rate", "decay_steps": "steps"}
+  ours, theirs = train.make_schedule(config, 50), optax.schedules.cosine_decay_schedule(1e-3, 50)
+  for step in (0, 10, 50):
+    assert ours(step) == theirs(step)
+  config.train.schedule = "cosine"
+  with pytest.raises(ValueError, match="optax has .*cosine_decay_schedule"):
+    train.make_schedule(config, 50)
+  config.train.schedule = "constant_schedule"
+  with pytest.raises(ValueError, match="do not fit constant_schedule"):
+    train.make_schedule(config, 50)
+
+
+def test_epochs_count_every_image_once():
+  config = toy_config(**{"train.steps": 0, "train.epochs": 3, "train.batch_size": 16})
+  assert train.total_steps(config, 100) == 19  # 300 images / 16
+  assert train.total_steps(base.get_config(), 1676) == 41_900  # the paper's run
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(toy, tmp_path):
+  config = toy_config(**{"train.learning_rate": 1e30, "log.every_steps": 1})
+  with pytest.raises(FloatingPointError, match="at step .* Lower train.learning_rate"):
+    train.train(config, tmp_path)
+
+
+def test_a_run_folder_keeps_its_config(toy, tmp_path):
+  config = toy_config(**{"train.steps": 4})
+  settings.claim_workdir(tmp_path, config)
+  before = (tmp_path / "config.json").read_bytes()
+  for change in ({"seed": 1}, {"train.batch_size": 2}, {"loss.edge_mode": "released"}):
+    with pytest.raises(ValueError, match=f"{list(change)[0]}: .* there, .* here"):
+      train.train(toy_config(**{"train.steps": 4, **change}), tmp_path)
+  assert (tmp_path / "config.json").read_bytes() == before
+  settings.claim_workdir(tmp_path, toy_config(**{"train.steps": 9, "log.every_steps": 3}))
