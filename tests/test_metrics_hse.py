@@ -279,3 +279,49 @@ def test_minus_zero_is_zero():
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     assert hse.score([prob], [mask]).as_dict() == hse.score([abs(prob)], [mask]).as_dict()
+
+
+def test_agrees_with_pyirstdmetrics_on_iou_niou_pd_and_fa():
+  theirs = pytest.importorskip("py_irstd_metrics")
+  rng = np.random.default_rng(5)
+  targets = theirs.ProbabilityDetectionAndFalseAlarmRate(num_bins=1, distance_threshold=3)
+  handlers = {
+    "iou": theirs.IoUHandler(with_dynamic=False, with_binary=True, sample_based=False),
+    "niou": theirs.IoUHandler(with_dynamic=False, with_binary=True, sample_based=True),
+  }
+  plain = theirs.CMMetrics(num_bins=2, threshold=0.5, metric_handlers=handlers)
+  probs, masks = [], []
+  for _ in range(20):
+    mask = rng.random((40, 50)) < rng.choice([0, 0.01])
+    prob = np.maximum(rng.random((40, 50)) ** 9, np.roll(mask, 1, axis=0) * 0.8).astype(np.float32)
+    probs.append(prob), masks.append(mask)
+    targets.update(prob, mask), plain.update(prob, mask)
+  score, found = hse.score(probs, masks), plain.get()
+  assert 0.1 < score.pd < 1 and score.fa > 0
+  assert score.pd == pytest.approx(targets.get()["probability_detection"][0], abs=1e-12)
+  assert score.fa == pytest.approx(targets.get()["false_alarm"][0], abs=1e-12)
+  for name in handlers:
+    assert getattr(score, name) == pytest.approx(found[name]["binary"], abs=1e-12)
+
+
+@pytest.mark.slow
+def test_equals_sklearn_and_skimage_and_the_jitted_counts_on_a_trained_acms_maps(shared, tmp_path):
+  checkpoint = shared / "weights" / "reference" / "acm_sirst3_1channel.pth.tar"
+  benchmark.make_maps(shared / "data", checkpoint, tmp_path, limit=12)
+  for name in ("NUAA-SIRST", "NUDT-SIRST"):
+    probs, masks = benchmark.read(tmp_path / name, shared / "data" / name / "masks")
+    ours, theirs = hse.score(probs, masks), benchmark.straightforward(probs, masks)
+    for key, value in theirs.items():
+      assert getattr(ours, key) == pytest.approx(value, abs=1e-6), key
+    route = benchmark.jitted_route(probs, masks)
+    assert route["counts_equal"] and route["score_equal"] and route["compiles"] == 1
+    assert route["images_on_the_cpu_route"] < 4
+
+
+def test_roc_prefers_the_worse_of_two_detectors_and_hse_does_not(tmp_path):
+  from benchmarks import why_not_roc
+
+  found = why_not_roc.figure(tmp_path / "figure.png")
+  assert found["I"].roc_auc > found["II"].roc_auc + 0.01
+  assert found["I"].hse < 0.1 < 0.9 < found["II"].hse
+  assert (tmp_path / "figure.png").stat().st_size > 10_000

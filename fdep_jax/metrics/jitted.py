@@ -28,7 +28,7 @@ class Budget:
   targets: int = 64
 
 
-def add(total, probs, masks, sizes, budget=None):
+def add(total, probs, masks, sizes, budget=None, keep=slice(None)):
   """Counts a batch on the device and adds it to an accumulator, image by image in order.
 
   Args:
@@ -37,6 +37,7 @@ def add(total, probs, masks, sizes, budget=None):
     masks: B×H×W bool.
     sizes: B×2 int32, height and width of each image.
     budget: a `Budget`.
+    keep: which images to add, a slice; the others only fill up the batch.
 
   Returns:
     How many of the images took the CPU's route.
@@ -59,8 +60,10 @@ def add(total, probs, masks, sizes, budget=None):
       budget=budget or Budget(),
     )
   )
-  for i, flagged in enumerate(found["flagged"]):
-    if flagged:
+  slower = 0
+  for i in range(len(found["flagged"]))[keep]:
+    if found["flagged"][i]:
+      slower += 1
       height, width = (int(n) for n in np.asarray(sizes)[i])
       prob, mask = np.asarray(probs[i]), np.asarray(masks[i])
       total.update(prob[:height, :width], mask[:height, :width])
@@ -76,7 +79,7 @@ def add(total, probs, masks, sizes, budget=None):
       [positives],
       [pixels.Summary(high, low, number)],
     )
-  return int(found["flagged"].sum())
+  return slower
 
 
 @functools.partial(jax.jit, static_argnames=("half", "max_distance", "connectivity", "budget"))
