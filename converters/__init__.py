@@ -39,7 +39,7 @@ def load_backbone(name: str, path_or_state: PathOrState) -> backbones.Backbone:
   # Shapes only: the values all come from the file, and drawing initial ones takes seconds.
   net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0), **options))
   try:
-    _rules.fill(net, state, table.rules(net), _dead(table, net))
+    _rules.fill(net, state, table.rules(net), _dead(table, net), _fixed(table))
   except ValueError as error:
     source = "" if isinstance(path_or_state, dict) else f"{path_or_state}: "
     raise ValueError(f"{source}not a checkpoint of {name}. {error}") from None
@@ -57,7 +57,7 @@ def to_torch(net: backbones.Backbone) -> dict[str, np.ndarray]:
     but never runs get their default initial values.
   """
   table = _table(type(net).__module__.rsplit(".", 1)[-1])
-  return _rules.unfill(net, table.rules(net), _dead(table, net))
+  return _rules.unfill(net, table.rules(net), _dead(table, net), _fixed(table))
 
 
 def load_dinov2(path_or_state: PathOrState, dtype=jnp.float32, **options) -> DINOv2:
@@ -81,6 +81,10 @@ def _table(name: str):
 
 def _dead(table, net) -> list[_rules.Dead]:
   return table.dead(net) if hasattr(table, "dead") else []
+
+
+def _fixed(table) -> dict[str, np.ndarray]:
+  return table.fixed() if hasattr(table, "fixed") else {}
 
 
 def _state(path_or_state: PathOrState) -> dict[str, np.ndarray]:

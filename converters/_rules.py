@@ -72,7 +72,7 @@ def fill(
   state: dict[str, np.ndarray],
   rules: list[Rule],
   dead: list[Dead] = (),
-  unused: dict[str, str] | None = None,
+  fixed: dict[str, np.ndarray] | None = None,
 ) -> list[str]:
   """Writes a state_dict into `module`, in place.
 
@@ -81,7 +81,8 @@ def fill(
     state: PyTorch name -> array.
     rules: every layer of ours, once.
     dead: layers of the published code that we do not have; may be absent from `state`.
-    unused: further exact PyTorch names that are left out -> reason.
+    fixed: constants that the published code stores and ours has in its code, name -> value; may be
+      absent from `state`.
 
   Returns:
     A line for each name that was left out, with the reason.
@@ -125,9 +126,10 @@ def fill(
     for suffix in (*entry.shapes, *entry.kind.counters):
       if left.pop(f"{entry.layer}.{suffix}", None) is not None:
         skipped.append(f"{entry.layer}.{suffix}: unused, {entry.reason}")
-  for name, reason in (unused or {}).items():
-    if left.pop(name, None) is not None:
-      skipped.append(f"{name}: unused, {reason}")
+  for name, constant in (fixed or {}).items():
+    given = left.pop(name, constant)
+    if np.shape(given) != constant.shape or not np.allclose(given, constant, atol=1e-3):
+      problems.append(f"{name}: another constant than the network's ({constant.ravel().tolist()})")
   problems += [f"{name}: unknown, no rule takes it" for name in left]
   missing_targets = set(targets) - {
     f"{path}/{ours}" for _, path, kind in rules for ours in kind.names.values()
@@ -151,7 +153,12 @@ def _unflatten(module: nnx.Module, targets: dict[str, nnx.Variable]):
   )
 
 
-def unfill(module: nnx.Module, rules: list[Rule], dead: list[Dead] = ()) -> dict[str, np.ndarray]:
+def unfill(
+  module: nnx.Module,
+  rules: list[Rule],
+  dead: list[Dead] = (),
+  fixed: dict[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
   """The way back: a state_dict that the published PyTorch network loads with `strict=True`.
 
   Dead layers get PyTorch's default initial values, drawn from a fixed seed.
@@ -170,6 +177,7 @@ def unfill(module: nnx.Module, rules: list[Rule], dead: list[Dead] = ()) -> dict
       state[f"{layer}.{suffix}"] = np.ascontiguousarray(array)
     for suffix in kind.counters:
       state[f"{layer}.{suffix}"] = np.zeros((), np.int64)
+  state |= fixed or {}
   rng = np.random.default_rng(0)
   for entry in dead:
     for suffix, shape in entry.shapes.items():

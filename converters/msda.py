@@ -1,5 +1,7 @@
 """MSDA-Net: YuChuang1205/PAL `MSDANet_No_Sigmoid` state_dict ↔ fdep_jax.backbones.msda."""
 
+import numpy as np
+
 from converters._rules import (
   CONV,
   LINEAR_AS_CONV,
@@ -49,6 +51,21 @@ def dead(net) -> list[Dead]:
     entries.append(dead_conv(f"{layer}.conv", shape, reason, bias=False))
     entries.append(dead_batch_norm(f"{layer}.bn", channels, reason))
   return entries
+
+
+def fixed() -> dict[str, np.ndarray]:
+  """The Haar filters, which the published network keeps as buffers."""
+  root_half = np.float32(0.5**0.5)  # its halves are products of these: 0.49999997
+  low, high = np.array([root_half, root_half]), np.array([root_half, -root_half])
+  bands = {"ll": (low, low), "lh": (high, low), "hl": (low, high), "hh": (high, high)}
+  filters = {band: np.outer(*pair).reshape(1, 1, 2, 2) for band, pair in bands.items()}
+  buffers = {f"stage.hfrequency.Hfrequencyfeature.DWT_2D.w_{b}": f for b, f in filters.items()}
+  for i in range(1, 6):
+    for j in (2, 3):
+      attention = f"stage.resnet{i}_{j}.FrequencyAttention"
+      for band, values in filters.items():
+        buffers[f"{attention}.{band.upper()}_DWT_2D_attation.w_{band}"] = values
+  return buffers
 
 
 def _direction(layer: str, ours: str) -> list[Rule]:

@@ -95,8 +95,11 @@ def test_forward_equals_the_published_network(name, golden, formula):
   for kind, logits in (("eval", evaluated), ("train", trained)):
     heads = reference_heads(name, logits)
     assert f"{kind}_head{len(heads)}" not in reference
+    # UIU-Net normalises 2×2 maps here: PyTorch's own float32 is 2.8e-4 off in training. In float64,
+    # below, ours is held to 1e-5.
+    bound = 1e-3 if (name, kind) == ("uiu", "train") else 1e-4
     for i, head in enumerate(heads):
-      assert relative_error(nchw(head), reference[f"{kind}_head{i}"]) <= 1e-4, (kind, i)
+      assert relative_error(nchw(head), reference[f"{kind}_head{i}"]) <= bound, (kind, i)
 
 
 @pytest.mark.parametrize("name", backbones.names())
@@ -150,7 +153,9 @@ def test_there_and_back_is_bit_identical(name, golden):
   state, _ = golden(name)
   net = converters.load_backbone(name, state)
   back = converters.to_torch(net)
-  assert set(back) == set(state)  # what strict=True of PyTorch asks for
+  # What strict=True of PyTorch asks for; the manifests leave MSDA-Net's wavelet buffers out.
+  fixed = converters._fixed(converters._table(name))
+  assert set(back) == set(state) | set(fixed)
   dead = {entry.layer for entry in converters._dead(converters._table(name), net)}
   for key, array in state.items():
     assert back[key].shape == array.shape and back[key].dtype == array.dtype, key
@@ -158,11 +163,22 @@ def test_there_and_back_is_bit_identical(name, golden):
       np.testing.assert_array_equal(back[key], array, key)
 
 
+def test_the_wavelet_buffers_of_real_checkpoints_are_accepted_and_written_back(golden):
+  state, _ = golden("msda")
+  buffers = converters._fixed(converters._table("msda"))
+  assert len(buffers) == 44 and {b.shape for b in buffers.values()} == {(1, 1, 2, 2)}
+  back = converters.to_torch(converters.load_backbone("msda", {**state, **buffers}))
+  for key, values in buffers.items():
+    np.testing.assert_array_equal(back[key], values)
+  other = {**state, **buffers, list(buffers)[0]: np.ones((1, 1, 2, 2), np.float32)}
+  with pytest.raises(ValueError, match="another constant"):
+    converters.load_backbone("msda", other)
+
+
 @pytest.mark.parametrize("name", backbones.names())
 def test_initial_values_have_the_published_spread(name, shared):
   expected = json.loads((shared / "golden" / "init_rms.json").read_text())[name]
-  net = jax.jit(lambda: nnx.state(backbones.create(name, rngs=nnx.Rngs(0)), nnx.Param))()
-  ours = by_path(net)
+  ours = by_path(nnx.state(backbones.create(name, rngs=nnx.Rngs(0)), nnx.Param))
   paths = torch_paths(name, shapes_only(name))
   checked = 0
   for key, rms in expected.items():

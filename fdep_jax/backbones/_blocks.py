@@ -1,4 +1,4 @@
-"""Layers that several backbones share: convolutions, norms and blocks with PyTorch's conventions."""
+"""Layers that several backbones share: convolutions, norms and blocks, with PyTorch defaults."""
 
 from typing import Literal
 
@@ -288,8 +288,8 @@ class UpConvNormRelu(ConvNormRelu):
     return nnx.relu(self.norm(_ops.upsample2(self.conv(x), align_corners=True)))
 
 
-# Weight of the old value in most BatchNorms of ACM and ALCNet. Their MXNet original keeps 0.9 of it;
-# the published PyTorch port hands the same 0.9 to PyTorch, where it weighs the new value.
+# Weight of the old value in most BatchNorms of ACM and ALCNet. Their MXNet original keeps 0.9 of
+# it; the published PyTorch port hands the same 0.9 to PyTorch, where it weighs the new value.
 _PORTED_MOMENTUM = 0.1
 
 FusionNorm = Literal["group", "batch"]

@@ -122,15 +122,15 @@ def haar(x: jax.Array, *, stride: int) -> dict[str, jax.Array]:
   Source: YuChuang1205/PAL model/MSDA, `FrequencyAttention` and the stage's high-frequency branch.
   """
   if stride == 1:
-    padded = jnp.pad(x, [(0, 0), (1, 0), (1, 0), (0, 0)])
-    above, below = padded[:, :-1], padded[:, 1:]
-    take = lambda rows: (rows[:, :, :-1], rows[:, :, 1:])
+    x = jnp.pad(x, [(0, 0), (1, 0), (1, 0), (0, 0)])
+    first, second = slice(None, -1), slice(1, None)
   else:
-    above, below = x[:, 0::2], x[:, 1::2]
-    take = lambda rows: (rows[:, :, 0::2], rows[:, :, 1::2])
-  # Separable: two sums and differences of rows, then of columns, instead of a grouped convolution.
-  sum_left, sum_right = take(0.5 * (above + below))
-  difference_left, difference_right = take(0.5 * (above - below))
+    first, second = slice(0, None, 2), slice(1, None, 2)
+  # Separable: sums and differences of rows, then of columns, instead of a grouped convolution.
+  above, below = x[:, first], x[:, second]
+  total, difference = 0.5 * (above + below), 0.5 * (above - below)
+  sum_left, sum_right = total[:, :, first], total[:, :, second]
+  difference_left, difference_right = difference[:, :, first], difference[:, :, second]
   return {
     "ll": sum_left + sum_right,
     "lh": difference_left + difference_right,

@@ -83,15 +83,8 @@ class DirectionBlock(nnx.Module):
   """Four receptive fields, then attention over Haar bands and channels; residual."""
 
   def __init__(self, channels: int, *, rngs: nnx.Rngs):
-    unit = lambda size, dilation=1: _conv(channels, channels, size, dilation, rngs)
-    self.branches = nnx.List(
-      [
-        nnx.List([unit(1)]),
-        nnx.List([unit(1), unit(3)]),
-        nnx.List([unit(3), unit(3, 3)]),
-        nnx.List([unit(5), unit(3, 5)]),
-      ]
-    )
+    fields = ([(1, 1)], [(1, 1), (3, 1)], [(3, 1), (3, 3)], [(5, 1), (3, 5)])
+    self.branches = _branches(channels, fields, rngs)
     self.merge = _conv(4 * channels, channels, 3, 1, rngs)
     self.frequency = FrequencyAttention(channels, rngs=rngs)
     self.squeeze = _blocks.SqueezeExcitation(channels, rngs=rngs)
@@ -122,10 +115,8 @@ class ContextBlock(nnx.Module):
   """Three receptive fields, concatenated and merged (the decoder's local-contrast block)."""
 
   def __init__(self, channels: int, *, rngs: nnx.Rngs):
-    unit = lambda size, dilation=1: _conv(channels, channels, size, dilation, rngs)
-    self.branches = nnx.List(
-      [nnx.List([unit(1)]), nnx.List([unit(3), unit(3, 3)]), nnx.List([unit(5), unit(3, 5)])]
-    )
+    fields = ([(1, 1)], [(3, 1), (3, 3)], [(5, 1), (3, 5)])
+    self.branches = _branches(channels, fields, rngs)
     self.merge = _conv(3 * channels, channels, 3, 1, rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -150,6 +141,16 @@ class Fusion(nnx.Module):
 def _conv(in_channels, out_channels, size, dilation, rngs) -> _blocks.ConvNormRelu:
   return _blocks.ConvNormRelu(
     in_channels, out_channels, size, dilation=dilation, bias=False, rngs=rngs
+  )
+
+
+def _branches(channels: int, fields, rngs) -> nnx.List:
+  """Chains of convolutions, each given by its layers' (kernel size, dilation)."""
+  return nnx.List(
+    [
+      nnx.List([_conv(channels, channels, size, dilation, rngs) for size, dilation in layers])
+      for layers in fields
+    ]
   )
 
 

@@ -1,0 +1,428 @@
+"""What FDEP asks of every file in `backbones/`, and what it does with them.
+
+Networks are traced with shapes alone; what an output depends on is read off the traced program.
+Only the last condition of the contract compiles and runs them.
+"""
+
+import functools
+import importlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from fdep_jax import backbones
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.fdep import FDEP
+
+NETWORKS = backbones.names()
+SIZES = ((1, 3), (4, 3))  # rows and columns of an image, in strides
+WIDTH, LEVELS = 8, 2  # of a small stand-in for DINOv2
+
+# 10⁹ multiply-adds of convolutions and linear layers at 448×448, batch 1: in `encode`, which a
+# training step runs once, and in `decode`, which it runs twice. From the design's count on the
+# published networks (to two decimals), but for
+# - alcl, ggl: the skips' gates do not depend on the top feature (0.21, 0.03 from decode to encode);
+# - alcl, ggl: 1×1 convolutions run before the doubling they follow there (0.31 less in decode).
+GMAC = {
+  "acm": (0.59, 0.46),
+  "alcl": (17.20 + 2.06 + 0.21, 1.18 - 0.21 - 0.31),
+  "alcnet": (0.77, 0.15),
+  "dna": (7.17 + 17.70, 17.79),
+  "ggl": (26.61 + 2.06 + 0.03, 1.01 - 0.03 - 0.31),
+  "mlcl": (10.26 + 6.99, 4.23),
+  "msda": (45.09 + 13.36, 5.60),
+  "uiu": (52.25, 114.03),
+}
+
+
+# Networks as shapes, and what the traced programs say.
+
+
+def shapes_only(cls: type[Backbone]) -> Backbone:
+  return nnx.eval_shape(lambda: cls(rngs=nnx.Rngs(0)))
+
+
+def image_of(net: Backbone, height: int, width: int, batch: int = 2) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((batch, height, width, net.in_channels), jnp.float32)
+
+
+@functools.cache
+def traced(cls: type[Backbone], height: int, width: int, batch: int = 2):
+  """The programs of encode and decode with their results' shapes: encode, decode, top, logits."""
+  net = shapes_only(cls)
+  graphdef, state = nnx.split(net)
+  image = image_of(net, height, width, batch)
+  encode, (skips, top) = jax.make_jaxpr(
+    lambda state, image: nnx.merge(graphdef, state).encode(image), return_shape=True
+  )(state, image)
+  decode, logits = jax.make_jaxpr(
+    lambda state, skips, top: nnx.merge(graphdef, state).decode(skips, top), return_shape=True
+  )(state, skips, top)
+  labels = label("parameter", state) + label("skip", skips) + label("top", top)
+  return (
+    follow(encode, label("parameter", state) + label("image", image)),
+    follow(decode, labels),
+    top,
+    logits,
+  )
+
+
+@functools.cache
+def attached(cls: type[Backbone]):
+  """FDEP on the network, as shapes: graphdef, parameters, all else, image, levels."""
+  model = nnx.eval_shape(
+    lambda: FDEP(cls(rngs=nnx.Rngs(0)), dino_width=WIDTH, num_levels=LEVELS, rngs=nnx.Rngs(0))
+  )
+  model.set_attributes(deterministic=True, raise_if_not_found=False)
+  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+  image = image_of(model.backbone, 2 * cls.stride, 3 * cls.stride)
+  levels = [jax.ShapeDtypeStruct((2, 3, 2, WIDTH), jnp.float32)] * LEVELS
+  return graphdef, params, rest, image, levels
+
+
+def label(name: str, tree) -> list[frozenset[str]]:
+  return [frozenset([name])] * len(jax.tree.leaves(tree))
+
+
+def owners(state) -> list[frozenset[str]]:
+  """The first part of every leaf's path: "backbone", "fusion", "main_stats"."""
+  return [frozenset([str(path[0])]) for path, _ in nnx.to_flat_state(state)]
+
+
+def paths(state) -> list[str]:
+  return ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+
+
+class Program:
+  """What a traced program's outputs and operations depend on, by labels of its inputs."""
+
+  def __init__(self):
+    self.outputs = []
+    self.operations = []  # (name, labels it depends on)
+    self.products = []  # (multiply-adds, labels) of convolutions and matrix products of data
+
+  @property
+  def gmac(self) -> float:
+    return sum(count for count, _ in self.products) / 1e9
+
+
+def follow(closed: ClosedJaxpr, labels: list[frozenset[str]]) -> Program:
+  program = Program()
+  program.outputs = _follow(closed.jaxpr, labels, program)
+  return program
+
+
+def _follow(jaxpr: Jaxpr, labels, program: Program) -> list[frozenset[str]]:
+  known = dict(zip(jaxpr.invars, labels, strict=True))
+
+  def read(atom) -> frozenset[str]:
+    return frozenset() if isinstance(atom, Literal) else known.get(atom, frozenset())
+
+  for eqn in jaxpr.eqns:
+    inputs = [read(atom) for atom in eqn.invars]
+    depends = frozenset().union(*inputs)
+    assert eqn.primitive.name not in ("scan", "while", "cond"), "not followed"
+    if eqn.primitive.name in ("jit", "custom_jvp_call", "custom_vjp_call"):
+      inner = next(value for value in eqn.params.values() if isinstance(value, ClosedJaxpr))
+      outputs = _follow(inner.jaxpr, inputs, program)
+    else:
+      outputs = [depends] * len(eqn.outvars)
+      program.operations.append((eqn.primitive.name, depends))
+      # A product with a constant is an interpolation, not a layer.
+      if eqn.primitive.name in ("conv_general_dilated", "dot_general") and all(inputs):
+        program.products.append((multiply_adds(eqn), depends))
+    known.update(zip(eqn.outvars, outputs, strict=True))
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def multiply_adds(eqn) -> int:
+  """Output elements times the terms of each."""
+  left, right = (atom.aval for atom in eqn.invars)
+  if eqn.primitive.name == "conv_general_dilated":
+    out_channels = right.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return eqn.outvars[0].aval.size * right.size // out_channels
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  return eqn.outvars[0].aval.size * int(np.prod([left.shape[axis] for axis in contracted]))
+
+
+def filled(state, seed: int = 0):
+  """A state of shapes with numbers in it; drawn by numpy, as nothing must compile."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, variable):
+    shape, kind = variable.shape, path[-1]
+    if not jnp.issubdtype(variable.dtype, jnp.floating):  # of dropout, which is off
+      is_key = jax.dtypes.issubdtype(variable.dtype, jax.dtypes.prng_key)
+      return jax.random.key(0) if is_key else np.zeros(shape, variable.dtype)
+    values = rng.standard_normal(shape, np.float32)
+    if kind == "kernel":
+      return values * np.float32((2 / np.prod(shape[:-1])) ** 0.5)
+    return (1 if kind in ("scale", "var") else 0) + 0.1 * values
+
+  flat = [
+    (path, variable.replace(draw(path, variable))) for path, variable in nnx.to_flat_state(state)
+  ]
+  return nnx.from_flat_state(flat)
+
+
+# The contract: functions of a class, so that they hold for a network that a test drops in, too.
+
+
+def logits_have_the_images_size(cls: type[Backbone]):
+  for rows, columns in SIZES:
+    height, width = rows * cls.stride, columns * cls.stride
+    _, _, _, logits = traced(cls, height, width)
+    assert isinstance(logits, Logits)
+    for head in logits.heads:
+      assert head.shape == (2, height, width, 1)
+      assert head.dtype == jnp.float32
+
+
+def top_is_what_the_class_says(cls: type[Backbone]):
+  for rows, columns in SIZES:
+    height, width = rows * cls.stride, columns * cls.stride
+    _, _, top, _ = traced(cls, height, width)
+    assert top.shape == (2, height // cls.top_stride, width // cls.top_stride, cls.top_channels)
+
+
+def images_that_do_not_fit_are_refused(cls: type[Backbone]):
+  # Nothing can have been compiled or computed: the network holds shapes only.
+  net = shapes_only(cls)
+  graphdef, state = nnx.split(net)
+  s, channels = cls.stride, net.in_channels
+
+  def evaluate(image):
+    return jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, image)
+
+  for height, width, padded in (
+    (s + 1, 2 * s, f"{2 * s}×{2 * s}"),
+    (3 * s, 2 * s - 1, f"{3 * s}×{2 * s}"),
+  ):
+    with pytest.raises(ValueError) as error:
+      evaluate(image_of(net, height, width))
+    assert f"{height}×{width}" in str(error.value)
+    assert f"multiples of {s}" in str(error.value)
+    assert f"Pad it with zeros to {padded}" in str(error.value)
+  for shape in ((2, s, s, channels + 1), (2, channels, s, s), (s, s, channels)):
+    with pytest.raises(ValueError, match=f"needs B×H×W×{channels}.*[Tt]ranspose") as error:
+      evaluate(jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert "×".join(map(str, shape)) in str(error.value)
+
+
+def decode_repeats_nothing_of_encode(cls: type[Backbone]):
+  _, decode, _, _ = traced(cls, 4 * cls.stride, 3 * cls.stride)
+  assert decode.products
+  repeated = [count for count, depends in decode.products if "top" not in depends]
+  assert not repeated, f"{len(repeated)} layers of decode do not depend on `top`"
+  # Nor anything else but views of what encode hands over.
+  views = {"broadcast_in_dim", "concatenate", "reshape", "slice", "squeeze", "transpose"}
+  others = {name for name, on in decode.operations if "skip" in on and "top" not in on} - views
+  assert not others, others
+
+
+def deployment_needs_the_backbone_alone(cls: type[Backbone]):
+  graphdef, params, rest, image, levels = attached(cls)
+  program = follow(
+    jax.make_jaxpr(lambda params, rest, image: nnx.merge(graphdef, params, rest).light(image))(
+      params, rest, image
+    ),
+    owners(params) + owners(rest) + label("image", image),
+  )
+  assert frozenset().union(*program.outputs) == {"backbone", "image"}
+  # And its state is that of the network on its own, name by name.
+  backbone = nnx.merge(graphdef, params, rest).backbone
+  alone, inside = nnx.state(shapes_only(cls)), nnx.state(backbone)
+  assert paths(alone) == paths(inside)
+  assert [x.shape for x in jax.tree.leaves(alone)] == [x.shape for x in jax.tree.leaves(inside)]
+
+
+def every_parameter_reaches_its_losses(cls: type[Backbone]):
+  # The gradient's program, not its value: many gradients are zero by accident (units that are off)
+  # or but for rounding (biases before a BatchNorm), but those depend on the loss; what is cut off
+  # gets a constant. The backbone must feel both branches' losses, the fusion the main one's alone.
+  graphdef, params, rest, image, levels = attached(cls)
+
+  def heads(params, rest, image, levels):
+    main, light = nnx.merge(graphdef, params, rest, copy=True)(image, levels)
+    return main.heads, light.heads
+
+  def pull_back(params, rest, image, levels, main, light):
+    _, pull = jax.vjp(lambda params: heads(params, rest, image, levels), params)
+    return pull((main, light))[0]
+
+  _, _, _, logits = traced(cls, *image.shape[1:3])
+  main, light = logits.heads, logits.heads
+  program = follow(
+    jax.make_jaxpr(pull_back)(params, rest, image, levels, main, light),
+    label("model", (params, rest, image, levels)) + label("main", main) + label("light", light),
+  )
+  reached = dict(zip(paths(params), program.outputs, strict=True))
+  assert set(reached) == set(paths(params))
+  expected = {
+    path: {"main"} if path.startswith("fusion/") else {"main", "light"} for path in reached
+  }
+  assert {path: on - {"model"} for path, on in reached.items()} == expected
+
+
+def fdep_encodes_once_and_decodes_twice(cls: type[Backbone]):
+  graphdef, params, rest, image, levels = attached(cls)
+  labels = owners(params) + owners(rest) + label("image", image) + label("level", levels)
+
+  def program(method: str) -> Program:
+    def run(params, rest, image, levels):
+      return getattr(nnx.merge(graphdef, params, rest), method)(image, levels)
+
+    return follow(jax.make_jaxpr(run)(params, rest, image, levels), labels)
+
+  main, both = program("main"), program("__call__")
+  _, decode, _, logits = traced(cls, *image.shape[1:3])
+  assert np.isclose(both.gmac, main.gmac + decode.gmac, rtol=1e-9)
+  main_final, light = both.outputs[0], both.outputs[len(logits.heads) :]
+  assert {"fusion", "level"} <= main_final
+  assert not {"fusion", "level"} & frozenset().union(*light)
+
+
+def both_branches_are_finite_and_different(cls: type[Backbone]):
+  graphdef, params, rest, image, levels = attached(cls)
+  rng = np.random.default_rng(0)
+
+  # Half of the compile time goes into making it fast, which one run does not need.
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  def run(params, rest, image, levels):
+    return nnx.merge(graphdef, params, rest, copy=True)(image, levels)
+
+  draw = functools.partial(jax.tree.map, lambda x: rng.standard_normal(x.shape, np.float32))
+  main, light = run(filled(params), filled(rest), draw(image), draw(levels))
+  for head in (*main.heads, *light.heads):
+    assert np.isfinite(head).all()
+    assert np.std(head) > 0
+  difference = np.linalg.norm(main.final - light.final) / np.linalg.norm(light.final)
+  assert difference > 1e-2
+
+
+CONTRACT = (
+  logits_have_the_images_size,
+  top_is_what_the_class_says,
+  images_that_do_not_fit_are_refused,
+  decode_repeats_nothing_of_encode,
+  deployment_needs_the_backbone_alone,
+  every_parameter_reaches_its_losses,
+  fdep_encodes_once_and_decodes_twice,
+  both_branches_are_finite_and_different,
+)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("condition", CONTRACT, ids=lambda condition: condition.__name__)
+def test_every_network_keeps_the_contract(condition, name):
+  condition(backbones.network_class(name))
+
+
+def test_every_network_has_its_cost_in_the_table():
+  assert sorted(GMAC) == NETWORKS
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_costs_what_the_published_one_does(name):
+  encode, decode, _, _ = traced(backbones.network_class(name), 448, 448, batch=1)
+  # 0.005 for each figure of the sums above.
+  np.testing.assert_allclose([encode.gmac, decode.gmac], GMAC[name], rtol=0.02, atol=0.01)
+
+
+# Adding a network.
+
+TOY = '''
+"""A network of three layers."""
+
+from fdep_jax.backbones import _blocks
+from fdep_jax.backbones._base import Backbone, Logits
+
+
+class Toy(Backbone):
+  stride = 2
+  top_stride = 2
+  top_channels = 8
+  paper_name = "Toy"
+
+  def __init__(self, *, rngs):
+    self.skip = _blocks.Conv(3, 1, rngs=rngs)
+    self.down = _blocks.ConvNormRelu(3, 8, stride=2, rngs=rngs)
+    self.up = _blocks.ConvTranspose(8, 1, rngs=rngs)
+
+  def encode(self, image):
+    self.check_image(image)
+    return self.skip(image), self.down(image)
+
+  def decode(self, skips, top):
+    return Logits(self.up(top) + skips)
+'''
+
+
+@pytest.fixture
+def drop_in(tmp_path, monkeypatch):
+  """Puts one file into the folder of backbones, for one test."""
+
+  def drop(name: str, source: str):
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+
+  yield drop
+  for file in tmp_path.glob("*.py"):
+    sys.modules.pop(f"{backbones.__name__}.{file.stem}", None)
+    vars(backbones).pop(file.stem, None)
+
+
+def test_a_file_is_all_that_a_new_network_needs(drop_in):
+  drop_in("toy", TOY)
+  assert backbones.names() == sorted([*NETWORKS, "toy"])
+  model = nnx.eval_shape(lambda: FDEP("toy", WIDTH, LEVELS, rngs=nnx.Rngs(0)))
+  assert type(model.backbone) is backbones.network_class("toy")
+  for condition in CONTRACT:
+    condition(type(model.backbone))
+
+
+BREAKS = [
+  (logits_have_the_images_size, {"Logits(self.up(top) + skips)": "Logits(top[..., :1])"}),
+  (top_is_what_the_class_says, {"top_channels = 8": "top_channels = 16"}),
+  (top_is_what_the_class_says, {"top_stride = 2": "top_stride = 1"}),
+  (images_that_do_not_fit_are_refused, {"self.check_image(image)": "raise ValueError('size')"}),
+  (
+    decode_repeats_nothing_of_encode,
+    {"return self.skip(image)": "return image", "(top) + skips": "(top) + self.skip(skips)"},
+  ),
+  (decode_repeats_nothing_of_encode, {"(top) + skips": "(top) + jax.nn.relu(skips)"}),
+  (every_parameter_reaches_its_losses, {"(top) + skips": "(top)"}),
+  (every_parameter_reaches_its_losses, {"+ skips": "+ jax.lax.stop_gradient(skips)"}),
+  (both_branches_are_finite_and_different, {"self.up(top) + skips": "skips"}),
+  (both_branches_are_finite_and_different, {"self.up(top)": "self.up(top) / 0"}),
+]
+
+
+@pytest.mark.parametrize("condition, edits", BREAKS)
+def test_the_contract_is_broken_by_a_network_that_breaks_it(condition, edits, drop_in):
+  source = TOY.replace("from fdep_jax", "import jax\n\nfrom fdep_jax", 1)
+  for right, wrong in edits.items():
+    assert source.count(right) == 1
+    source = source.replace(right, wrong)
+  drop_in("toy", source)
+  # AssertionError, or pytest's own where no error was raised.
+  with pytest.raises((AssertionError, pytest.fail.Exception)):
+    condition(backbones.network_class("toy"))
+
+
+def test_an_unknown_network_is_refused_with_those_that_exist():
+  with pytest.raises(ValueError, match="(?s)'msdanet'.*acm.*msda"):
+    backbones.create("msdanet", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("source, count", [("", 0), (TOY + TOY.replace("Toy(", "Two("), 2)])
+def test_a_file_without_exactly_one_network_is_refused(source, count, drop_in):
+  drop_in("toy", source)
+  with pytest.raises(ValueError, match=f"toy must define one Backbone, not {count}"):
+    backbones.create("toy", rngs=nnx.Rngs(0))
