@@ -101,7 +101,9 @@ class FDEP(nnx.Module):
     """Exchanges the decoder's running statistics with the main branch's, if it has any."""
     stats = _stats(self.backbone)
     for path, mine in self.main_stats.items():
-      mine[...], stats[path][...] = stats[path][...], mine[...]
+      swapped = stats[path][...], mine[...]
+      mine.set_value(swapped[0])  # not `mine[...] =`, which is slow on tracers (see BatchNorm)
+      stats[path].set_value(swapped[1])
 
 
 def _stats(backbone: Backbone) -> dict[str, nnx.BatchStat]:

@@ -5,9 +5,26 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def make(devices=None) -> Mesh:
-  """A mesh over all devices. Automatic axes: explicit ones refuse reshapes of a split batch."""
-  devices = jax.devices() if devices is None else devices
+def make(host_devices: int = 1, batch_size: int | None = None) -> Mesh:
+  """A mesh over all devices; of a CPU over `host_devices` of them.
+
+  Automatic axes: explicit ones refuse reshapes of a split batch.
+
+  Raises:
+    ValueError: the devices cannot share `batch_size` equally, or the CPU has fewer.
+  """
+  devices = jax.devices()
+  if devices[0].platform == "cpu" and jax.process_count() == 1:
+    if len(devices) < host_devices:
+      raise ValueError(
+        f"host_devices is {host_devices}, but jax was started with {len(devices)}; set "
+        "jax_num_cpu_devices before anything else uses jax (main.py does)."
+      )
+    devices = devices[:host_devices]
+  if batch_size is not None and batch_size % len(devices):
+    raise ValueError(
+      f"train.batch_size is {batch_size}, which {len(devices)} devices cannot share equally."
+    )
   return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 

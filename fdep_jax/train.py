@@ -132,7 +132,7 @@ def make_step(
       "step": state["step"] + 1,
     }
     parts = {f"loss_{name}": part for name, part in parts.items()}
-    return new, {"loss": value, **parts, "grad_norm": optax.global_norm(grads)}
+    return new, {"loss": value, **parts, "grad_norm": optax.tree.norm(grads)}
 
   return jax.jit(step, donate_argnums=0)
 
@@ -152,12 +152,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   settings.check(config)
   run.check_inputs(config)
   make_schedule(config, 10**6)  # refuses its arguments now, before anything is read
+  the_mesh = mesh.make(config.host_devices, config.train.batch_size)
   images = run.load_images(config)
   prior = run.load_prior(config)
   settings.claim_workdir(workdir, config)
   _describe(config, images, prior)
 
-  the_mesh = mesh.make()
   model = run.create_model(config, prior)
   steps = total_steps(config, len(images.train))
   optimizer = make_optimizer(config, steps)

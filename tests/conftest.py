@@ -21,6 +21,13 @@ _SHARED = pathlib.Path(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+  """A program that several tests run is compiled once."""
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
   """Real datasets, weights and golden outputs: $FDEP_SHARED, else ../shared."""

@@ -37,17 +37,18 @@ class DNANet(Backbone):
 
   def encode(self, image: jax.Array) -> tuple[tuple, jax.Array]:
     self.check_image(image)
-    rows = ()
+    rows, halved = (), ()
     x = self._run(0, 0, image)
     for diagonal in range(_DEEPEST):
-      rows = self._add_diagonal(rows, x)
+      rows = self._add_diagonal(rows, halved, x)
+      halved = tuple(_halve(row[-1]) for row in rows[:-1])
       x = self._run(diagonal + 1, 0, _ops.max_pool2(x))
     side = tuple(head(x) for head, x in zip(self.heads, rows[0][1:], strict=False))
-    return (rows, side), x
+    return (rows, halved, side), x
 
   def decode(self, skips: tuple, top: jax.Array) -> Logits:
-    rows, side = skips
-    rows = self._add_diagonal(rows, top)
+    rows, halved, side = skips
+    rows = self._add_diagonal(rows, halved, top)
     height, width = rows[0][-1].shape[1:3]
     gathered = [
       _ops.resize(self.squeeze[i - 1](rows[i][-1]), (height, width), align_corners=True)
@@ -56,17 +57,17 @@ class DNANet(Backbone):
     x = self.merge(jnp.concatenate([*gathered, rows[0][-1]], -1))
     return Logits(self.heads[3](x), side)
 
-  def _add_diagonal(self, rows: tuple, deepest: jax.Array) -> tuple:
-    """Rows of nodes with i + j < d -> with i + j ≤ d; `deepest` is x(d, 0)."""
+  def _add_diagonal(self, rows: tuple, halved: tuple, deepest: jax.Array) -> tuple:
+    """Rows of nodes with i + j < d -> with i + j ≤ d.
+
+    `halved` are the last nodes of rows 0 to d − 2 at the next row's size, `deepest` is x(d, 0).
+    """
     rows = [*rows, (deepest,)]
     for i in reversed(range(len(rows) - 1)):
       inputs = [*rows[i], _ops.upsample2(rows[i + 1][-1], align_corners=True)]
-      j = len(rows[i])
       if i > 0:
-        above = rows[i - 1][j]  # from the diagonal before
-        height, width = rows[i][0].shape[1:3]
-        inputs.append(_ops.resize(above, (height, width), align_corners=True))
-      rows[i] = (*rows[i], self._run(i, j, jnp.concatenate(inputs, -1)))
+        inputs.append(halved[i - 1])
+      rows[i] = (*rows[i], self._run(i, len(rows[i]), jnp.concatenate(inputs, -1)))
     return tuple(rows)
 
   def _run(self, i: int, j: int, x: jax.Array) -> jax.Array:
@@ -92,6 +93,10 @@ class AttentionBlock(nnx.Module):
     y = y * self.channel(y)
     y = y * nnx.sigmoid(self.spatial(_ops.mean_and_max(y)))
     return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+def _halve(x: jax.Array) -> jax.Array:
+  return _ops.resize(x, (x.shape[1] // 2, x.shape[2] // 2), align_corners=True)
 
 
 def _node(i: int, j: int, rngs: nnx.Rngs) -> nnx.List:
