@@ -15,7 +15,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="settings of a run to train")
 flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_enum("mode", "train", MODES, "train (then evaluate), eval, or score any maps")
-flags.DEFINE_string("predictions", None, "score: folder of probability maps")
+flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
 flags.DEFINE_string("masks", None, "score: folder of masks")
 flags.DEFINE_string("out", None, "folder for the results of score")
 
@@ -33,7 +33,9 @@ def main(argv):
   if mode == "score":
     from fdep_jax import score
 
-    score.run(FLAGS.predictions, FLAGS.masks, FLAGS.out)
+    if len(FLAGS.predictions) > 2:
+      raise ValueError(f"--predictions names {len(FLAGS.predictions)} folders; one or two fit.")
+    score.run(FLAGS.predictions[0], FLAGS.masks, FLAGS.out, *FLAGS.predictions[1:])
     return
   config = FLAGS.config if mode == "train" else settings.load(FLAGS.workdir)
   settings.check(config)

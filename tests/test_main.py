@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one message, nothing half-written."""
 
+import json
 import os
 import pathlib
 import pickle
@@ -155,7 +156,7 @@ def test_masks_without_any_target_are_refused(toy, tmp_path):
   root = make_folder(tmp_path / "data")
   for path in (root / "masks").iterdir():
     Image.new("L", (48, 40)).save(path)
-  assert "black" in refused(toy_config(root), tmp_path / "run")
+  assert "masks are empty" in refused(toy_config(root), tmp_path / "run")
 
 
 def test_a_crop_that_the_network_cannot_take_is_refused(toy, tmp_path):
@@ -220,3 +221,24 @@ def test_a_terminated_run_saves_and_says_so(tmp_path):
   assert process.returncode == 75, errors
   assert "saved" in errors
   assert any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_score_compares_two_folders_of_maps(tmp_path):
+  rng = np.random.default_rng(0)
+  for name in ("masks", "good", "bad"):
+    (tmp_path / name).mkdir()
+  for i in range(3):
+    mask = np.zeros((30, 40), bool)
+    mask[5 * i + 3 : 5 * i + 6, 10:13] = True
+    Image.fromarray(np.uint8(255 * mask)).save(tmp_path / f"masks/{i}.png")
+    np.save(tmp_path / f"good/{i}.npy", np.float32(0.9 * mask + 0.01 * rng.random(mask.shape)))
+    np.save(tmp_path / f"bad/{i}.npy", np.float32(0.6 * mask + 0.4 * rng.random(mask.shape)))
+  folders = f"{tmp_path / 'good'},{tmp_path / 'bad'}"
+  flags = ("--predictions", folders, "--masks", tmp_path / "masks", "--out", tmp_path / "out")
+  done = command("--mode", "score", *flags)
+  assert done.returncode == 0, done.stderr
+  for column in ("IoU", "nIoU", "Pd", "HSE-P", "HSE-T", "HSE"):
+    assert column in done.stdout
+  metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+  assert metrics["predictions"]["iou"] == 1 and metrics["comparison"]["hse"]["a_is_better"] > 0.9
+  assert {"curves.npz", "images.csv", "pr.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
