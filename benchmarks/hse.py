@@ -1,6 +1,6 @@
 """The metric side by side with the straightforward pipeline of sklearn and skimage, in one run.
 
-  python -m benchmarks.hse --data DATA --checkpoint acm_sirst3_1channel.pth.tar --maps /tmp/maps
+  python -m benchmarks.hse --data DATA --checkpoint acm_sirst3_1channel.pth.tar --maps maps
   python -m benchmarks.hse --maps MAPS --masks MASKS
 
 The first makes the maps with a public ACM (XinyiYing/LESPS) for the test splits of
