@@ -23,6 +23,10 @@ def get_config():
   c.data.crop = 448  # pixels; paper §4.2. 448 = 32·14, so that DINOv2 tiles it exactly
   c.data.augment = "recipe"  # recipe | dihedral | none
   c.data.target_crop_prob = 0.0  # share of crops placed on a target; PAL places none
+  # Pixels of zeros beyond the right and bottom border that a crop may reach into; PAL: 0. A crop
+  # smaller than the images never shows the seam to the zeros that evaluation pads with, and a
+  # network that has not seen it finds false targets along it. OUR CHOICE for small crops: 32.
+  c.data.crop_margin = 0
   c.data.val_fraction = 0.1  # of the train split, held out where select_on is val. OUR CHOICE
   c.data.threads = 2  # that read and augment
   c.data.synthetic_size = 128  # pixels; root "synthetic" only

@@ -15,7 +15,8 @@ def get_config():
   c.host_devices = 2  # one a core: XLA runs many convolutions on a single one
   c.data.root = "data/NUAA-SIRST"
   c.data.crop = 96  # pixels
-  c.data.target_crop_prob = 0.5
+  c.data.crop_margin = 32
+  c.data.target_crop_prob = 0.25
   c.dino.checkpoint = "weights/dinov2_vits14_pretrain.pth"
   c.train.batch_size = 8
   c.train.steps = 600

@@ -86,6 +86,8 @@ def check(config: ConfigDict) -> None:
     )
   if not 0 <= values["data.target_crop_prob"] <= 1:
     problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
+  if values["data.crop_margin"] < 0:
+    problems.append(f"data.crop_margin is {values['data.crop_margin']}; it must not be negative.")
   if values["dino.checkpoint"] == "random" and values["data.root"] != "synthetic":
     problems.append(
       'dino.checkpoint is "random", which only the quick start on synthetic scenes may use. '

@@ -195,6 +195,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     seed=config.seed,
     augment=config.data.augment,
     target_crop_prob=config.data.target_crop_prob,
+    crop_margin=config.data.crop_margin,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     threads=config.data.threads,

@@ -201,3 +201,18 @@ def test_target_crops_hold_a_target_pixel_and_plain_ones_need_not():
   assert 0.4 < np.mean([m.any() for m in half]) < 0.65
   empty = np.zeros_like(mask)
   assert augment.random_crop(image, empty, 32, rng, 1.0)[1].shape == (32, 32)
+
+
+def test_a_margin_lets_windows_reach_into_zeros_at_the_right_and_bottom_only():
+  image, mask = np.full((40, 50, 3), 9, np.uint8), np.ones((40, 50), bool)
+  seen = set()
+  for seed in range(400):
+    window, inside = augment.random_crop(
+      image, mask, 16, np.random.default_rng(seed), 0.0, margin=8
+    )
+    assert window.shape == (16, 16, 3)
+    rows, columns = inside.any(1), inside.any(0)
+    assert rows[:8].all() and columns[:8].all()  # zeros are at the end, 8 at the most
+    assert (window[inside] == 9).all() and not window[~inside].any()
+    seen |= {(int(rows.sum()), 0), (0, int(columns.sum()))}
+  assert seen == {(n, 0) for n in range(8, 17)} | {(0, n) for n in range(8, 17)}

@@ -10,15 +10,19 @@ import numpy as np
 from scipy import ndimage
 
 
-def random_crop(image, mask, size: int, rng: np.random.Generator, target_prob: float = 0.0):
+def random_crop(
+  image, mask, size: int, rng: np.random.Generator, target_prob: float = 0.0, margin: int = 0
+):
   """A size×size window, uniform over all positions; zeros at the right and bottom where it ends.
 
   Args:
+    margin: pixels of zeros beyond the right and bottom border that every window may reach into;
+      the recipe's is 0.
     target_prob: probability of placing the window so that it holds a target pixel, which is then
       drawn uniformly from the mask (uniformly placed where the mask is empty). The recipe's is 0:
       many of its crops have no target.
   """
-  bottom, right = (max(size - side, 0) for side in mask.shape)
+  bottom, right = (max(size - side, margin) for side in mask.shape)
   image = np.pad(image, ((0, bottom), (0, right), (0, 0)))
   mask = np.pad(mask, ((0, bottom), (0, right)))
   lowest = np.zeros(2, int)

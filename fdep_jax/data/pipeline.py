@@ -17,6 +17,7 @@ def train_iterator(
   seed: int,
   augment: str = "recipe",
   target_crop_prob: float = 0.0,
+  crop_margin: int = 0,
   process_index: int = 0,
   process_count: int = 1,
   prefetch: int = 2,
@@ -35,7 +36,7 @@ def train_iterator(
     crop: side of the training window, pixels.
     batch_size: of the global batch; must be divisible by `process_count`.
     augment: "recipe" (the paper's), "dihedral" or "none".
-    target_crop_prob: see `augment.random_crop`; the paper's is 0.
+    target_crop_prob, crop_margin: see `augment.random_crop`; the paper's are 0.
     prefetch: batches made ahead; 0 makes each when it is asked for.
     threads: that make them; does not change what is in them.
 
@@ -57,12 +58,16 @@ def train_iterator(
     )
   if not 0 <= target_crop_prob <= 1:
     raise ValueError(f"target_crop_prob is {target_crop_prob}; it must be in [0, 1]")
+  if crop_margin < 0:
+    raise ValueError(f"crop_margin is {crop_margin}; it must not be negative")
   import grain
 
   augment_pair = augment_lib.AUGMENTATIONS[augment]
 
   def record(sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    pair = augment_lib.random_crop(sample.image, sample.mask, crop, rng, target_crop_prob)
+    pair = augment_lib.random_crop(
+      sample.image, sample.mask, crop, rng, target_crop_prob, crop_margin
+    )
     image, mask = augment_pair(*pair, rng)
     return {"image": image, "mask": mask}
 
