@@ -95,12 +95,6 @@ class Checkpoints:
     flat, meta = _read(manager, step)
     return unflatten(flat, like), meta
 
-  def meta(self, *, best: bool = False) -> dict:
-    """The JSON object of the newest or the best checkpoint."""
-    manager = self._best if best else self._newest
-    arguments = ocp.args.Composite(**{_META: ocp.args.JsonRestore()})
-    return manager.restore(manager.latest_step(), args=arguments)[_META]
-
   def wait(self) -> None:
     """Returns when everything is on disk."""
     self._newest.wait_until_finished()

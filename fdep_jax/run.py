@@ -67,15 +67,15 @@ def check_inputs(config: ConfigDict) -> None:
     raise FileNotFoundError("\n".join(missing))
 
 
-def load_images(config: ConfigDict, splits: tuple[str, ...] = ("train", "test")) -> Images:
-  """Reads the splits; normalisation is the train split's."""
+def load_images(config: ConfigDict) -> Images:
+  """Reads both splits; normalisation is the train split's."""
   if config.data.root == "synthetic":
     size = config.data.synthetic_size
     train = data.scenes(config.data.synthetic_train, size, seed=1)
     test = data.scenes(config.data.synthetic_test, size, seed=2)
   else:
     train = data.load(config.data.root, "train")
-    test = data.load(config.data.root, "test") if "test" in splits else []
+    test = data.load(config.data.root, "test")
   mean, std = data.statistics(train)
   val = []
   if config.eval.select_on == "val":
