@@ -1,7 +1,6 @@
 """Command line of fdep_jax: `python main.py --config configs/msda.py --workdir runs/msda`."""
 
 import logging
-import os
 import sys
 
 from absl import app, flags
@@ -39,24 +38,14 @@ def main(argv):
     return
   config = FLAGS.config if mode == "train" else settings.load(FLAGS.workdir)
   settings.check(config)
-  start_jax(config)
-  from fdep_jax import evaluate, train
+  from fdep_jax import evaluate, mesh, train
+
+  mesh.start(config)
 
   if mode == "train":
     train.train(config, FLAGS.workdir)
   else:
     evaluate.evaluate(FLAGS.workdir, config)
-
-
-def start_jax(config):
-  """What must be set before jax finds its devices."""
-  import jax
-
-  if config.host_devices > 1:
-    jax.config.update("jax_num_cpu_devices", config.host_devices)
-  if config.log.compile_cache:
-    folder = os.path.expanduser(config.log.compile_cache)
-    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def parse(argv):

@@ -63,8 +63,8 @@ def probabilities(
     row_multiple=devices,
   )
   for batch in batches:
-    image = mesh.put_batch(batch["image"], the_mesh)
-    probs = jax.device_get(forward(state["params"], state["stats"], state["rng"], vit_state, image))
+    image = mesh.put_rows(batch["image"], the_mesh)
+    probs = mesh.get(forward(state["params"], state["stats"], state["rng"], vit_state, image))
     for row, (index, (height, width)) in enumerate(
       zip(batch["indices"], batch["sizes"], strict=True)
     ):

@@ -1,12 +1,40 @@
-"""One mesh axis, `data`: batches are split over it, everything else is on every device."""
+"""Devices: one mesh axis, `data`, over all of them; batches are split over it.
+
+Everything else is on every device. The same code runs on one CPU, a few GPUs or the hosts of a TPU
+slice: a process gives its rows of a batch, XLA does the rest.
+"""
+
+import os
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+def start(config: ConfigDict) -> None:
+  """What must be set before jax finds its devices; joins the other processes of the run.
+
+  With several processes on CPUs each has `host_devices` devices.
+  """
+  if config.host_devices > 1:
+    jax.config.update("jax_num_cpu_devices", config.host_devices)
+  if config.log.compile_cache:
+    folder = os.path.expanduser(config.log.compile_cache)
+    jax.config.update("jax_compilation_cache_dir", folder)
+  if config.distributed == "auto":
+    jax.distributed.initialize()
+  elif config.distributed != "off":
+    address, count, index = config.distributed.split(",")
+    jax.distributed.initialize(address, int(count), int(index))
+
+
+def writes() -> bool:
+  """Whether this process writes the run's files: one of them does."""
+  return jax.process_index() == 0
 
 
 def make(host_devices: int = 1, batch_size: int | None = None) -> Mesh:
-  """A mesh over all devices; of a CPU over `host_devices` of them.
+  """A mesh over all devices of all processes; of a single CPU over `host_devices` of them.
 
   Automatic axes: explicit ones refuse reshapes of a split batch.
 
@@ -41,6 +69,35 @@ def split(mesh: Mesh) -> NamedSharding:
 def put_batch(batch, mesh: Mesh):
   """The global batch on the devices, from this process's rows of it."""
   return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split(mesh), rows), batch)
+
+
+def put_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+  """The global batch on the devices, where every process has all its rows."""
+  return jax.make_array_from_callback(rows.shape, split(mesh), lambda index: rows[index])
+
+
+def get(tree):
+  """Split arrays as numpy, whole, on every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+  """This process's rows of an array that is split over the mesh."""
+  shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def minimum(value: int) -> int:
+  """The smallest of all processes' values."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  return int(multihost_utils.process_allgather(np.asarray(value)).min())
 
 
 def put_replicated(tree, mesh: Mesh):

@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 # A run may be continued with other values of these: they do not change what a step computes.
 _FREE = re.compile(
-  r"train\.(steps|epochs)|(log|checkpoint)\..*|host_devices|eval\.(batch_size|save_probs)|data\.threads"
+  r"train\.(steps|epochs)|(log|checkpoint)\..*|host_devices|distributed|profile_steps|dino\.bank_folder|eval\.(batch_size|save_probs)|data\.threads"
 )
+
+_ADDRESS = re.compile(r"[^,\s]+:\d+,(\d+),(\d+)")  # of `distributed`
 
 _CHOICES = {
   "mode": ("original", "fdep_wo_coisd", "fdep"),
@@ -86,8 +88,9 @@ def check(config: ConfigDict) -> None:
     )
   if not 0 <= values["data.target_crop_prob"] <= 1:
     problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
-  if values["data.crop_margin"] < 0:
-    problems.append(f"data.crop_margin is {values['data.crop_margin']}; it must not be negative.")
+  for name in ("data.crop_margin", "dino.bank", "dino.bank_refresh_epochs"):
+    if values[name] < 0:
+      problems.append(f"{name} is {values[name]}; it must not be negative.")
   if values["dino.checkpoint"] == "random" and values["data.root"] != "synthetic":
     problems.append(
       'dino.checkpoint is "random", which only the quick start on synthetic scenes may use. '
@@ -98,6 +101,17 @@ def check(config: ConfigDict) -> None:
       f"train.batch_size is {values['train.batch_size']}, which {values['host_devices']} host "
       "devices cannot share equally."
     )
+  address = _ADDRESS.fullmatch(values["distributed"])
+  if values["distributed"] not in ("off", "auto") and not (
+    address and int(address[2]) < int(address[1])
+  ):
+    problems.append(
+      f"distributed is {values['distributed']!r}; it must be off, auto (TPU pods, SLURM, Open MPI), "
+      "or HOST:PORT,COUNT,INDEX: the address of process 0, how many processes there are, and which "
+      "of them this is, from 0."
+    )
+  if values["profile_steps"] and not re.fullmatch(r"[1-9]\d*-[1-9]\d*", values["profile_steps"]):
+    problems.append(f"profile_steps is {values['profile_steps']!r}; it must be FIRST-LAST or empty.")
   if problems:
     raise ValueError("\n  ".join([f"{len(problems)} problems in the config:", *problems]))
 

@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fdep_jax import checkpoint, data, evaluate, losses, mesh, run, settings
+from fdep_jax import bank, checkpoint, data, evaluate, losses, mesh, run, settings
 from fdep_jax.backbones._blocks import NormParam
 
 
@@ -51,6 +51,20 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
   """AdamW with PyTorch's defaults; decay on all parameters, norms and biases included."""
   return optax.adamw(
     make_schedule(config, steps), b1=0.9, b2=0.999, eps=1e-8, weight_decay=config.train.weight_decay
+  )
+
+
+def _crop_bank(config: ConfigDict, samples: list[data.Sample]) -> data.CropBank:
+  per_epoch = len(samples) / config.train.batch_size  # steps
+  return data.CropBank(
+    samples,
+    per_image=config.dino.bank,
+    size=config.data.crop,
+    seed=config.seed,
+    augment=config.data.augment,
+    target_crop_prob=config.data.target_crop_prob,
+    crop_margin=config.data.crop_margin,
+    refresh_steps=round(config.dino.bank_refresh_epochs * per_epoch),
   )
 
 
@@ -111,14 +125,17 @@ def make_step(
 ) -> Callable:
   """The compiled (state, vit_state, batch) → (state, metrics); `state` is donated.
 
-  `batch` holds uint8 images and bool masks, split over the mesh's data axis; batch statistics and
-  hard mining are those of the global batch. The frozen prior is outside the gradient.
+  `batch` holds uint8 images, bool masks and, where they come from a prior bank, the levels, split
+  over the mesh's data axis; batch statistics and hard mining are those of the global batch. The
+  frozen prior is outside the gradient, and not in the program where the batch has its levels.
   """
   loss = make_loss(config, model)
   vit_graphdef = nnx.split(prior.vit)[0] if prior else None
 
   def step(state, vit_state, batch):
-    levels = run.frozen_levels(prior, vit_state, vit_graphdef, batch["image"]) if prior else []
+    levels = batch.get("levels", [])
+    if prior and not levels:
+      levels = run.frozen_levels(prior, vit_state, vit_graphdef, batch["image"])
     image = run.normalise(batch["image"], mean, std)
     (value, (stats, rng, parts)), grads = jax.value_and_grad(loss, has_aux=True)(
       state["params"], state["stats"], state["rng"], image, levels, batch["mask"]
@@ -155,11 +172,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   the_mesh = mesh.make(config.host_devices, config.train.batch_size)
   images = run.load_images(config)
   prior = run.load_prior(config)
+  steps = total_steps(config, len(images.train))
+  crops = _crop_bank(config, images.train) if config.dino.bank else None
+  levels = None
+  if crops and prior:
+    folder = pathlib.Path(config.dino.bank_folder or workdir / "bank")
+    levels = bank.Bank(folder, crops, prior, keep_old=bool(config.dino.bank_folder))
   settings.claim_workdir(workdir, config)
   _describe(config, images, prior)
 
   model = run.create_model(config, prior)
-  steps = total_steps(config, len(images.train))
   optimizer = make_optimizer(config, steps)
   meta = {
     "mean": images.mean,
@@ -199,6 +221,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     threads=config.data.threads,
+    bank=crops,
   )
   iterator.set_state({"next_index": start})
 
@@ -228,8 +251,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   ):
     clock, done = time.perf_counter(), start
     for index in range(start, steps):
-      batch = mesh.put_batch(next(iterator), the_mesh)
-      state, metrics = step_fn(state, vit_state, batch)
+      batch = next(iterator)
+      numbers = batch.pop("crop", None)
+      if levels:
+        levels.prepare(index, config.train.batch_size, the_mesh, config.log.progress)
+        batch["levels"] = levels.levels(numbers)
+      state, metrics = step_fn(state, vit_state, mesh.put_batch(batch, the_mesh))
       step = index + 1
       bar.update()
       if step % config.log.every_steps == 0 or step in (start + 1, steps):

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from fdep_jax.data.folders import DataError, MissingDataError, read, validate
-from fdep_jax.data.pipeline import canvas_size, eval_batches, padded_size, train_iterator
+from fdep_jax.data.pipeline import CropBank, canvas_size, eval_batches, padded_size, train_iterator
 from fdep_jax.data.samples import Sample, split_validation, statistics
 from fdep_jax.data.synthetic import scenes
 
 __all__ = [
+  "CropBank",
   "DataError",
   "MissingDataError",
   "Sample",

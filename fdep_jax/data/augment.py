@@ -134,6 +134,7 @@ WEIGHTS = {
   unchanged: 1.0,  # twice in the recipe's list, 0.5 each
 }
 _TRANSFORMS = list(WEIGHTS)
+_PHOTOMETRIC = (brightness, contrast, noise)
 _PROBABILITIES = np.array(list(WEIGHTS.values())) / sum(WEIGHTS.values())
 
 
@@ -151,6 +152,22 @@ def recipe(image, mask, rng):
   return image, mask
 
 
+def geometric(image, mask, rng):
+  """The recipe without brightness, contrast and noise."""
+  for transform in draw(rng):
+    if transform not in _PHOTOMETRIC:
+      image, mask = transform(image, mask, rng)
+  return image, mask
+
+
+def photometric(image, mask, rng):
+  """Of the recipe only brightness, contrast and noise."""
+  for transform in draw(rng):
+    if transform in _PHOTOMETRIC:
+      image, mask = transform(image, mask, rng)
+  return image, mask
+
+
 def dihedral(image, mask, rng):
   """One of the square's eight symmetries, uniformly; changes no pixel value."""
   turns, mirrored = int(rng.integers(4)), rng.integers(2)
@@ -160,3 +177,10 @@ def dihedral(image, mask, rng):
 
 
 AUGMENTATIONS = {"recipe": recipe, "dihedral": dihedral, "none": unchanged}
+
+# With a prior bank: what is drawn once for a crop, and what anew at every use (see `CropBank`).
+BANKED = {
+  "recipe": (geometric, photometric),
+  "dihedral": (dihedral, unchanged),
+  "none": (unchanged, unchanged),
+}

@@ -1,5 +1,6 @@
 """Batches: an endless, exactly resumable stream for training and padded groups for evaluation."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,6 +8,50 @@ import numpy as np
 
 from fdep_jax.data import augment as augment_lib
 from fdep_jax.data.samples import Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class CropBank:
+  """A fixed number of augmented crops of every image, each a function of its number alone.
+
+  OUR CHOICE, not the paper's recipe, which crops afresh at every step: a frozen network's levels of
+  such a crop can be computed once (`fdep_jax.bank`). A crop's place and geometry are drawn once;
+  brightness, contrast and noise anew at every use, so that the detector's input keeps the
+  recipe's distribution while the frozen network sees the crop without them.
+
+  Args:
+    samples: N of them.
+    per_image: K; crop number g·K·N + i is crop i // N of sample i % N, i < K·N, drawn for the g-th
+      time.
+    refresh_steps: steps after which all crops are drawn anew; 0 for never.
+    size, augment, target_crop_prob, crop_margin, seed: as `train_iterator`.
+  """
+
+  samples: Sequence[Sample]
+  per_image: int
+  size: int
+  seed: int
+  augment: str = "recipe"
+  target_crop_prob: float = 0.0
+  crop_margin: int = 0
+  refresh_steps: int = 0
+
+  def __len__(self) -> int:
+    return len(self.samples) * self.per_image
+
+  def generation(self, step: int) -> int:
+    """How often the crops had been drawn anew when step `step`, from 0, takes its batch."""
+    return step // self.refresh_steps if self.refresh_steps else 0
+
+  def crop(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """size×size×3 uint8 and size×size bool."""
+    sample = self.samples[number % len(self) % len(self.samples)]
+    # The word keeps these numbers apart from all others that are drawn with the seed.
+    rng = np.random.default_rng([0xBA17, self.seed, number])
+    pair = augment_lib.random_crop(
+      sample.image, sample.mask, self.size, rng, self.target_crop_prob, self.crop_margin
+    )
+    return augment_lib.BANKED[self.augment][0](*pair, rng)
 
 
 def train_iterator(
@@ -22,6 +67,7 @@ def train_iterator(
   process_count: int = 1,
   prefetch: int = 2,
   threads: int = 1,
+  bank: CropBank | None = None,
 ):
   """Endless batches {"image": b×crop×crop×3 uint8, "mask": b×crop×crop bool}.
 
@@ -39,6 +85,8 @@ def train_iterator(
     target_crop_prob, crop_margin: see `augment.random_crop`; the paper's are 0.
     prefetch: batches made ahead; 0 makes each when it is asked for.
     threads: that make them; does not change what is in them.
+    bank: the crops to draw from, each once in K epochs; its settings are used where it has them.
+      Batches then also hold "crop", b int64: the crops' numbers.
 
   Returns:
     A grain iterator. `get_state()` gives {"next_index": step}, `set_state` continues at any step
@@ -74,8 +122,21 @@ def train_iterator(
   # grain reseeds by adding the epoch to the shuffle's seed: hashed seeds keep run 1 from
   # repeating the second epoch of run 0.
   shuffle_seed, record_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
-  stream = grain.MapDataset.source(samples).shuffle(seed=shuffle_seed).repeat()
-  stream = stream.random_map(record, seed=record_seed)
+  if bank:
+    jitter = augment_lib.BANKED[bank.augment][1]
+
+    def numbered(place: int, i: int) -> int:
+      return bank.generation(place // batch_size) * len(bank) + i
+
+    def banked(number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+      image, mask = jitter(*bank.crop(number), rng)
+      return {"image": image, "mask": mask, "crop": np.int64(number)}
+
+    stream = grain.MapDataset.range(len(bank)).shuffle(seed=shuffle_seed).repeat()
+    stream = stream.map_with_index(numbered).random_map(banked, seed=record_seed)
+  else:
+    stream = grain.MapDataset.source(samples).shuffle(seed=shuffle_seed).repeat()
+    stream = stream.random_map(record, seed=record_seed)
   # Batches of one process's size: number step·n + p holds process p's rows of that step. (An
   # endless stream has no remainder, but grain's count of it overflows for batches of one.)
   batches = stream.batch(batch_size // process_count, drop_remainder=True)

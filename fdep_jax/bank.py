@@ -1,0 +1,223 @@
+"""The prior bank: DINOv2's levels of a fixed set of crops, computed once and read from disk.
+
+The prior is frozen, so its levels of a crop never change, and at ViT-L/14 on 448×448 they are four
+fifths of a step. OUR CHOICE, off by default: the paper's recipe crops afresh at every step.
+
+On disk, below `generation_<g>/`: `bank.json` (what the levels are of), `shard_<p>.bin` (bfloat16,
+crops×levels×h×w×D, written by process p, memory-mapped) and `shard_<p>.done` (how many are there).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from fdep_jax import mesh, run
+from fdep_jax.data import CropBank
+
+_DTYPE = np.dtype(ml_dtypes.bfloat16)
+
+
+class Bank:
+  """The levels of every crop of a `CropBank`.
+
+  Args:
+    folder: of the bank; made when it is needed.
+    crops: whose levels.
+    prior: that computes them.
+    keep_old: keep the levels of former draws.
+
+  Raises:
+    ValueError: `folder` holds a bank of other weights, levels or crops, or it has no room.
+  """
+
+  def __init__(
+    self, folder: pathlib.Path, crops: CropBank, prior: run.Prior, *, keep_old: bool = False
+  ):
+    self._folder, self._crops, self._prior, self._keep_old = folder, crops, prior, keep_old
+    side = -(-crops.size // prior.vit.patch)
+    self.shape = (len(prior.levels), side, side, prior.vit.width)  # of one crop
+    self._generation = -1
+    self._shards: list[np.memmap] = []
+    self._identity = {
+      "format": 1,
+      "dino_sha256": prior.sha256,
+      "dino_dtype": str(prior.vit.patch_embed.kernel[...].dtype),
+      "levels": list(prior.levels),
+      "crop": crops.size,
+      "crops": len(crops),
+      "seed": crops.seed,
+      "augment": crops.augment,
+      "target_crop_prob": crops.target_crop_prob,
+      "crop_margin": crops.crop_margin,
+      "data_sha256": _fingerprint(crops),
+    }
+    for path in sorted(folder.glob("generation_*/bank.json")):
+      self._check_identity(path)
+    self._check_room()
+
+  @property
+  def bytes_per_crop(self) -> int:
+    return int(np.prod(self.shape)) * _DTYPE.itemsize
+
+  def levels(self, numbers: Sequence[int]) -> list[np.ndarray]:
+    """For each level B×h×w×D bfloat16: those of the crops of these numbers, of one draw."""
+    rows = [int(number) % len(self._crops) for number in numbers]
+    per_shard = len(self._shards[0])
+    crops = np.stack([self._shards[row // per_shard][row % per_shard] for row in rows])
+    return list(crops.view(_DTYPE).swapaxes(0, 1))
+
+  def prepare(self, step: int, batch_size: int, the_mesh, progress: bool = True) -> None:
+    """Makes the levels of the crops that step `step`, from 0, draws from ready to be read.
+
+    All processes call it. What an interrupted call left is continued.
+
+    Args:
+      batch_size: crops that are computed at once.
+    """
+    generation = self._crops.generation(step)
+    if generation == self._generation:
+      return
+    self._shards = []
+    self._make(self._folder / f"generation_{generation}", generation, batch_size, the_mesh, progress)
+    self._generation = generation
+    if mesh.writes() and not self._keep_old:
+      for old in self._folder.glob("generation_*"):
+        if old.name != f"generation_{generation}":
+          shutil.rmtree(old)
+
+  def _make(self, folder, generation: int, batch_size: int, the_mesh, progress: bool) -> None:
+    identity = self._identity | {"generation": generation}
+    path = folder / "bank.json"
+    shards = jax.process_count()
+    if path.exists():
+      shards = json.loads(path.read_text())["shards"]
+      if not self._complete(folder, shards) and shards != jax.process_count():
+        logging.info("%s was begun by %d processes; starting it anew", folder, shards)
+        shards = jax.process_count()
+    per_shard = -(-len(self._crops) // shards)
+    if not self._complete(folder, shards):
+      _barrier("bank begins")
+      if mesh.writes():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(identity | {"shards": shards}, indent=2))
+      _barrier("bank is described")
+      self._fill(folder, generation, per_shard, batch_size, the_mesh, progress)
+      _barrier("bank is full")
+    self._shards = [
+      np.memmap(folder / f"shard_{p}.bin", np.uint16, "r", shape=(per_shard, *self.shape))
+      for p in range(shards)
+    ]
+
+  def _fill(self, folder, generation, per_shard, batch_size, the_mesh, progress) -> None:
+    """This process's shard, in step with the others; every process computes as many batches."""
+    process, count = jax.process_index(), jax.process_count()
+    rows = max(batch_size // count, the_mesh.devices.size // count)
+    compute = _levels_of(self._prior, the_mesh)
+    vit_state = mesh.put_replicated(nnx.split(self._prior.vit)[1], the_mesh)
+    shape = (per_shard, *self.shape)
+    bin_path, done_path = folder / f"shard_{process}.bin", folder / f"shard_{process}.done"
+    done = int(done_path.read_text()) if done_path.exists() and bin_path.exists() else 0
+    shard = np.memmap(bin_path, np.uint16, "r+" if done else "w+", shape=shape)
+    first = int(mesh.minimum(done))
+    logging.info(
+      "prior bank: %d crops, %.2f GB, in %s", len(self._crops), self._total() / 1e9, self._folder
+    )
+    hidden = None if progress and mesh.writes() else True
+    with tqdm(total=per_shard, initial=first, unit="crop", desc="bank", disable=hidden) as bar:
+      for start in range(first, per_shard, rows):
+        places = [min(start + i, per_shard - 1) for i in range(rows)]
+        numbers = [min(process * per_shard + place, len(self._crops) - 1) for place in places]
+        image = np.stack(
+          [self._crops.crop(generation * len(self._crops) + number)[0] for number in numbers]
+        )
+        levels = mesh.local_rows(compute(vit_state, mesh.put_batch(image, the_mesh)))
+        end = min(start + rows, per_shard)
+        shard[start:end] = levels[: end - start].view(np.uint16)
+        shard.flush()
+        _write(done_path, str(end))
+        bar.update(end - start)
+
+  def _complete(self, folder: pathlib.Path, shards: int) -> bool:
+    per_shard = -(-len(self._crops) // shards)
+    done = [folder / f"shard_{p}.done" for p in range(shards)]
+    return all(path.exists() and int(path.read_text()) >= per_shard for path in done)
+
+  def _total(self) -> int:
+    return len(self._crops) * self.bytes_per_crop
+
+  def _check_identity(self, path: pathlib.Path) -> None:
+    theirs = json.loads(path.read_text())
+    lines = [
+      f"{key}: {theirs.get(key)} there, {value} here"
+      for key, value in self._identity.items()
+      if theirs.get(key) != value
+    ]
+    if lines:
+      raise ValueError(
+        "\n  ".join([f"{path.parent} holds a prior bank of something else:", *lines])
+        + "\nDelete the folder, or name another one with dino.bank_folder."
+      )
+
+  def _check_room(self) -> None:
+    there = self._folder
+    while not there.exists():
+      there = there.parent
+    used = sum(path.stat().st_blocks * 512 for path in self._folder.glob("generation_*/*.bin"))
+    room = shutil.disk_usage(there).free + used
+    if self._total() > room:
+      fits = room // (self.bytes_per_crop * len(self._crops.samples))
+      raise ValueError(
+        f"dino.bank={self._crops.per_image} needs {self._total() / 1e9:.1f} GB in {self._folder} "
+        f"({len(self._crops)} crops of {self.bytes_per_crop / 1e6:.2f} MB); {room / 1e9:.1f} GB are "
+        f"free. " + (f"dino.bank={fits} fits." if fits else "Not even dino.bank=1 fits.")
+      )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if self._total() > memory:
+      logging.info(
+        "the prior bank (%.1f GB) is larger than the memory (%.1f GB): batches are read from disk",
+        self._total() / 1e9, memory / 1e9,
+      )  # fmt: skip
+
+
+def _levels_of(prior: run.Prior, the_mesh) -> Callable:
+  """Jitted (vit_state, B×H×W×3 uint8) → B×levels×h×w×D bfloat16."""
+  graphdef = nnx.split(prior.vit)[0]
+
+  def levels(vit_state, image):
+    found = run.frozen_levels(prior, vit_state, graphdef, image)
+    return jax.numpy.stack(found, 1).astype(_DTYPE)
+
+  return jax.jit(levels, out_shardings=mesh.split(the_mesh))
+
+
+def _fingerprint(crops: CropBank) -> str:
+  """SHA-256 of the images and masks that the crops are cut from."""
+  digest = hashlib.sha256()
+  for sample in crops.samples:
+    digest.update(f"{sample.name} {sample.mask.shape}".encode())
+    digest.update(np.ascontiguousarray(sample.image))
+    digest.update(np.ascontiguousarray(sample.mask))
+  return digest.hexdigest()
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text(text)
+  os.replace(partial, path)
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
