@@ -77,6 +77,8 @@ class Checkpoints:
     manager = self._best if best else self._newest
     if step in manager.all_steps():
       return
+    if jax.process_count() > 1:  # two at once would meet at each other's barriers
+      self.wait()
     arguments = ocp.args.Composite(
       **{_STATE: ocp.args.StandardSave(flatten(state)), _META: ocp.args.JsonSave(meta)}
     )

@@ -210,7 +210,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     state, _ = checkpoints.restore(like, step, best=best)
     state = mesh.put_replicated(state, the_mesh)
     maps = probabilities(forward, state, vit_state, images.test, config.eval.batch_size, the_mesh)
-    save = workdir / "probs" if config.eval.save_probs and best else None
+    save = workdir / "probs" if config.eval.save_probs and best and mesh.writes() else None
     return {**results(score(_watch(maps, shown), images.test, save)), "checkpoint": step}
 
   last, best = checkpoints.steps()[-1], checkpoints.best_step()
@@ -226,6 +226,9 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     "images": len(images.test),
     "last": newest or chosen,
   }
+  checkpoints.close()
+  if not mesh.writes():
+    return metrics
   write_json(workdir / "metrics.json", metrics)
   if shown:
     source = "no prior" if prior is None else f"prior: {config.dino.checkpoint}"
@@ -238,5 +241,4 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     f"(best on {config.eval.select_on})"
   )
   print(table(metrics))
-  checkpoints.close()
   return metrics

@@ -105,7 +105,8 @@ def put_replicated(tree, mesh: Mesh):
 
   def put(array):
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-      return jax.device_put(jax.random.clone(array), replicated(mesh))
+      bits = put(jax.random.key_data(array))
+      return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(array))
     host = np.array(array)
     return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
 

@@ -244,10 +244,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       save(step, value if math.isfinite(value) else None)
     return evaluate.results(scores)
 
+  hidden = None if config.log.progress and mesh.writes() else True
   with (
     Log(workdir, config, start) as log,
     _end_on_signal() as ending,
-    tqdm(total=steps, initial=start, disable=None if config.log.progress else True) as bar,
+    tqdm(total=steps, initial=start, disable=hidden) as bar,
   ):
     clock, done = time.perf_counter(), start
     for index in range(start, steps):
@@ -290,18 +291,21 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
 
 
 class Log:
-  """`metrics.jsonl`, one line a log step, and the same as TensorBoard scalars."""
+  """`metrics.jsonl`, one line a log step, and the same as TensorBoard scalars; by one process."""
 
   def __init__(self, workdir: pathlib.Path, config: ConfigDict, start: int):
     self._path = workdir / "metrics.jsonl"
     self._start = start
     self._board = None
-    if config.log.tensorboard:
+    if config.log.tensorboard and mesh.writes():
       from tensorboardX import SummaryWriter
 
       self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start or None)
 
   def __enter__(self):
+    if not mesh.writes():
+      self._file = open(os.devnull, "w")
+      return self
     kept = []
     if self._path.exists():  # what was logged after the checkpoint will be logged again
       lines = self._path.read_text().splitlines(keepends=True)
