@@ -145,7 +145,7 @@ class JaxWorker:
 
     from fdep_jax import mesh as meshes
 
-    mesh = meshes.make()
+    mesh = meshes.make(CORES, TRAIN_SHAPE[0])
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     graphdef, params, rest = nnx.split(net, nnx.Param, ...)
     # Flat lists cross the jit boundary faster than nnx's states.
@@ -274,9 +274,9 @@ def serve(worker):
 class Remote:
   """A worker in a process of its own; calls raise RuntimeError where it reports an error."""
 
-  def __init__(self, python, *arguments):
+  def __init__(self, python, *arguments, script=__file__):
     self.process = subprocess.Popen(
-      [python, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      [python, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     self.about = self("describe")
 
