@@ -1,6 +1,6 @@
 """The FDEP train step: ours, ours as two full passes, and PyTorch's two passes, in one run.
 
-  python benchmarks/step.py --reference ../PAL --dinov2 ../dinov2 --torch-python ../torch-env/bin/python
+  python benchmarks/step.py --reference ../PAL --dinov2 ../dinov2 --torch-python EXE
 
 `--reference` and `--dinov2` are your own checkouts of github.com/YuChuang1205/PAL and of
 github.com/facebookresearch/dinov2; without them only ours runs. See benchmarks/networks.py for how

@@ -12,7 +12,8 @@ def get_config():
   c.seed = 0
   c.mode = "fdep"  # original | fdep_wo_coisd | fdep: which branches are trained
   c.host_devices = 1  # devices that a CPU is split into; 1 elsewhere
-  c.distributed = "off"  # several processes: auto (TPU pods, SLURM, Open MPI) or HOST:PORT,COUNT,INDEX
+  # Of several processes: auto (TPU pods, SLURM, Open MPI), or HOST:PORT,COUNT,INDEX
+  c.distributed = "off"
   c.profile_steps = ""  # "10-12": writes a trace of these steps to workdir/profile
 
   c.model = ConfigDict()
@@ -43,7 +44,7 @@ def get_config():
   # 0: crops afresh at every step, the paper's recipe.
   c.dino.bank = 0
   c.dino.bank_refresh_epochs = 0.0  # epochs after which the crops are drawn anew; 0: never
-  c.dino.bank_folder = ""  # default workdir/bank; runs of the same data, seed and prior may share one
+  c.dino.bank_folder = ""  # default workdir/bank; runs of one data, seed and prior may share it
 
   c.loss = ConfigDict()
   c.loss.light_weight = 1.0  # λ of L_main + λ·L_light, paper §3.3

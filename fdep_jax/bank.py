@@ -88,7 +88,9 @@ class Bank:
     if generation == self._generation:
       return
     self._shards = []
-    self._make(self._folder / f"generation_{generation}", generation, batch_size, the_mesh, progress)
+    self._make(
+      self._folder / f"generation_{generation}", generation, batch_size, the_mesh, progress
+    )
     self._generation = generation
     if mesh.writes() and not self._keep_old:
       for old in self._folder.glob("generation_*"):
@@ -178,8 +180,8 @@ class Bank:
       fits = room // (self.bytes_per_crop * len(self._crops.samples))
       raise ValueError(
         f"dino.bank={self._crops.per_image} needs {self._total() / 1e9:.1f} GB in {self._folder} "
-        f"({len(self._crops)} crops of {self.bytes_per_crop / 1e6:.2f} MB); {room / 1e9:.1f} GB are "
-        f"free. " + (f"dino.bank={fits} fits." if fits else "Not even dino.bank=1 fits.")
+        f"({len(self._crops)} crops of {self.bytes_per_crop / 1e6:.2f} MB); {room / 1e9:.1f} GB "
+        "are free. " + (f"dino.bank={fits} fits." if fits else "Not even dino.bank=1 fits.")
       )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if self._total() > memory:

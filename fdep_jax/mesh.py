@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+
 def start(config: ConfigDict) -> None:
   """What must be set before jax finds its devices; joins the other processes of the run.
 

@@ -106,12 +106,14 @@ def check(config: ConfigDict) -> None:
     address and int(address[2]) < int(address[1])
   ):
     problems.append(
-      f"distributed is {values['distributed']!r}; it must be off, auto (TPU pods, SLURM, Open MPI), "
-      "or HOST:PORT,COUNT,INDEX: the address of process 0, how many processes there are, and which "
+      f"distributed is {values['distributed']!r}; it must be off, auto (TPU pods, SLURM, Open "
+      "MPI), or HOST:PORT,COUNT,INDEX: the address of process 0, how many processes there are, and which "
       "of them this is, from 0."
     )
   if values["profile_steps"] and not re.fullmatch(r"[1-9]\d*-[1-9]\d*", values["profile_steps"]):
-    problems.append(f"profile_steps is {values['profile_steps']!r}; it must be FIRST-LAST or empty.")
+    problems.append(
+      f"profile_steps is {values['profile_steps']!r}; it must be FIRST-LAST or empty."
+    )
   if problems:
     raise ValueError("\n  ".join([f"{len(problems)} problems in the config:", *problems]))
 

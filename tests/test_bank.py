@@ -43,9 +43,7 @@ def test_levels_are_those_computed_on_the_fly_rounded_to_bfloat16(tmp_path, prio
 
 def test_a_crop_depends_on_its_number_alone_and_is_drawn_once_in_k_epochs():
   crops = make_crops()
-  stream = data.train_iterator(
-    crops.samples, crop=28, batch_size=3, seed=0, bank=crops, prefetch=0
-  )
+  stream = data.train_iterator(crops.samples, crop=28, batch_size=3, seed=0, bank=crops, prefetch=0)
   batches = list(itertools.islice(stream, 4))  # 12 records: the 6 crops twice
   numbers = np.concatenate([batch["crop"] for batch in batches])
   assert sorted(numbers[:6]) == sorted(numbers[6:]) == list(range(6))

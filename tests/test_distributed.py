@@ -3,55 +3,53 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from test_train import lines, parameters, toy_config
 
-from fdep_jax import mesh, train
+from fdep_jax import checkpoint, mesh, run, settings, train
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_WORKER = """
-import sys, json, pathlib
-sys.path[:0] = [{root!r}, {tests!r}]
+_BEGIN = f"""
+import json, pathlib, sys
+sys.path[:0] = [{str(_ROOT)!r}, {str(_ROOT / "tests")!r}]
 import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 from fdep_jax import backbones, mesh, train
-backbones.__path__.append(str(pathlib.Path({tests!r}) / "toy_backbones"))
+backbones.__path__.append({str(_ROOT / "tests" / "toy_backbones")!r})
 from test_train import toy_config
 config = toy_config(**json.loads(sys.argv[1]))
 mesh.start(config)
 assert jax.process_count() == 2 and len(jax.devices()) == 4
-train.train(config, sys.argv[2])
 """
 
 
-def start_processes(workdir, changes):
+def start_processes(changes, then):
   """Two processes on this machine with two devices each, as a user would start them."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  source = _WORKER.format(root=str(_ROOT), tests=str(_ROOT / "tests"))
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-  return [
-    subprocess.Popen(
-      [
-        sys.executable,
-        "-c",
-        source,
-        json.dumps(changes | {"host_devices": 2, "distributed": f"127.0.0.1:{port},2,{index}"}),
-        str(workdir),
-      ],
+
+  def start(index):
+    settings = {"host_devices": 2, "distributed": f"127.0.0.1:{port},2,{index}"}
+    return subprocess.Popen(
+      [sys.executable, "-c", _BEGIN + then, json.dumps(changes | settings)],
       env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for index in range(2)
-  ]
+
+  return [start(index) for index in range(2)]
 
 
 def finish(processes, code=0):
@@ -64,7 +62,7 @@ def finish(processes, code=0):
 def test_two_processes_train_evaluate_and_save_what_one_does(toy, tmp_path):
   changes = {"log.every_steps": 1, "train.steps": 5, "checkpoint.every_steps": 2, "dino.bank": 2}
   changes["log.compile_cache"] = ""
-  running = start_processes(tmp_path / "two", changes)
+  running = start_processes(changes, f"train.train(config, {str(tmp_path / 'two')!r})")
   one = toy_config(**changes, host_devices=4)
   train.train(one, tmp_path / "one")
   outputs = finish(running)
@@ -87,11 +85,85 @@ def test_two_processes_train_evaluate_and_save_what_one_does(toy, tmp_path):
 
 @pytest.mark.parametrize("value", ["on", "host,2,0", "host:1,2,2", "host:1,2"])
 def test_an_address_that_cannot_be_one_is_refused(value):
-  from fdep_jax import settings
-
   with pytest.raises(ValueError, match="distributed is .*HOST:PORT,COUNT,INDEX"):
     settings.check(toy_config(distributed=value))
 
 
 def test_one_process_writes():
   assert mesh.writes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["msda", "dna"])
+def test_eight_devices_and_two_processes_take_the_steps_of_one(backbone, tmp_path):
+  """Hard mining included: every target of a batch is on the first device."""
+  results = {}
+  running = start_processes(
+    {},
+    f"""
+import numpy as np
+from test_distributed import take_steps
+found = take_steps({backbone!r}, 2)
+if mesh.writes():
+  np.savez({str(tmp_path / "two.npz")!r}, **found)
+""",
+  )
+  for devices in (1, 8):
+    results[devices] = take_steps(backbone, devices)
+  finish(running)
+  results["two processes"] = dict(np.load(tmp_path / "two.npz"))
+  losses, parameters_of_one = results[1].pop("losses"), results.pop(1)
+  for name, theirs in results.items():
+    np.testing.assert_allclose(theirs.pop("losses"), losses, rtol=1e-5, err_msg=str(name))
+    for key, value in parameters_of_one.items():
+      np.testing.assert_allclose(theirs[key], value, rtol=1e-4, atol=1e-4, err_msg=key)
+
+
+def take_steps(backbone, devices):
+  """Losses and parameters after 5 steps of gradient descent on fixed batches.
+
+  Not of AdamW: it turns the rounding in gradients that are zero (biases before a BatchNorm) into
+  whole steps.
+  """
+  config = toy_config(**{"model.backbone": backbone, "train.batch_size": 8})
+  prior = run.load_prior(config)
+  model = run.create_model(config, prior)
+  optimizer = optax.sgd(1e-2)
+  the_mesh = mesh.make(devices, 8)
+  step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
+  state = mesh.put_replicated(train.init_state(model, optimizer), the_mesh)
+  vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh)
+  random = np.random.default_rng(0)
+  losses = []
+  mine = slice(*(8 * (jax.process_index() + i) // jax.process_count() for i in (0, 1)))
+  for _ in range(5):
+    mask = np.zeros((8, 32, 32), bool)
+    mask[0] = random.random((32, 32)) < 0.3
+    batch = {"image": random.integers(0, 256, (8, 32, 32, 3), np.uint8)[mine], "mask": mask[mine]}
+    state, metrics = step(state, vit_state, mesh.put_batch(batch, the_mesh))
+    losses.append(float(metrics["loss"]))
+  found = {k: np.asarray(v) for k, v in checkpoint.flatten(state["params"]).items()}
+  return {"losses": np.array(losses), **found}
+
+
+def test_the_compiled_step_moves_gradients_and_statistics_not_pixels(toy):
+  """No all-gather, and nothing that devices exchange is as large as a map of the logits."""
+  config = toy_config(**{"train.batch_size": 8, "data.crop": 64})
+  prior = run.load_prior(config)
+  model = run.create_model(config, prior)
+  the_mesh = mesh.make(8, 8)
+  step = train.make_step(config, model, prior, optax.sgd(0.1), 0.5, 0.2)
+  state = mesh.put_replicated(train.init_state(model, optax.sgd(0.1)), the_mesh)
+  vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh)
+  batch = {"image": np.zeros((8, 64, 64, 3), np.uint8), "mask": np.zeros((8, 64, 64), bool)}
+  text = step.lower(state, vit_state, mesh.put_batch(batch, the_mesh)).compile().as_text()
+  assert not re.findall(r"= \S+ (all-gather|all-to-all|collective-permute)", text)
+  reduced = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+  assert reduced
+  largest = max(
+    np.prod([int(n) for n in shape.split(",") if n])
+    for line in reduced
+    for shape in re.findall(r"\w+\[([\d,]*)\]", line)
+  )
+  biggest_parameter = max(x.size for x in jax.tree.leaves(state["params"]))
+  assert largest <= biggest_parameter
