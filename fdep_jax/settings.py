@@ -107,8 +107,8 @@ def check(config: ConfigDict) -> None:
   ):
     problems.append(
       f"distributed is {values['distributed']!r}; it must be off, auto (TPU pods, SLURM, Open "
-      "MPI), or HOST:PORT,COUNT,INDEX: the address of process 0, how many processes there are, and which "
-      "of them this is, from 0."
+      "MPI), or HOST:PORT,COUNT,INDEX: the address of process 0, how many processes there are, and "
+      "which of them this is, from 0."
     )
   if values["profile_steps"] and not re.fullmatch(r"[1-9]\d*-[1-9]\d*", values["profile_steps"]):
     problems.append(
