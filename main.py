@@ -9,14 +9,24 @@ from ml_collections import config_flags
 
 from fdep_jax import settings
 
-MODES = ("train", "eval", "score")
+NEEDS = {  # mode: the flags without which it cannot run
+  "train": ("config", "workdir"),
+  "eval": ("workdir",),
+  "predict": ("input",),
+  "score": ("predictions", "masks"),
+}
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="settings of a run to train")
 flags.DEFINE_string("workdir", None, "folder of the run")
-flags.DEFINE_enum("mode", "train", MODES, "train (then evaluate), eval, or score any maps")
+flags.DEFINE_enum("mode", "train", list(NEEDS), "train (then evaluate), eval, predict, score maps")
+flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
+flags.DEFINE_string("checkpoint", None, "predict: best (default), last, a step, or a path")
+flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")
+flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
+flags.DEFINE_string("range", "auto", "predict: values that become black and white: LOW,HIGH, full")
 flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
 flags.DEFINE_string("masks", None, "score: folder of masks")
-flags.DEFINE_string("out", None, "folder for the results of score")
+flags.DEFINE_string("out", None, "folder for the results of predict and score")
 
 
 def main(argv):
@@ -25,8 +35,7 @@ def main(argv):
   absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file it opens
   logging.getLogger("jax").setLevel(logging.WARNING)  # and jax every accelerator that is absent
   mode = FLAGS.mode
-  needed = {"train": ("config", "workdir"), "eval": ("workdir",), "score": ("predictions", "masks")}
-  missing = [f"--{name}" for name in needed[mode] if not getattr(FLAGS, name)]
+  missing = [f"--{name}" for name in NEEDS[mode] if not getattr(FLAGS, name)]
   if missing:
     raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
   if mode == "score":
@@ -36,12 +45,16 @@ def main(argv):
       raise ValueError(f"--predictions names {len(FLAGS.predictions)} folders; one or two fit.")
     score.run(FLAGS.predictions[0], FLAGS.masks, FLAGS.out, *FLAGS.predictions[1:])
     return
+  if mode == "predict":
+    from fdep_jax import predict
+
+    predict.command(FLAGS)
+    return
   config = FLAGS.config if mode == "train" else settings.load(FLAGS.workdir)
   settings.check(config)
   from fdep_jax import evaluate, mesh, train
 
   mesh.start(config)
-
   if mode == "train":
     train.train(config, FLAGS.workdir)
   else:

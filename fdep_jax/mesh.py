@@ -19,14 +19,19 @@ def start(config: ConfigDict) -> None:
   """
   if config.host_devices > 1:
     jax.config.update("jax_num_cpu_devices", config.host_devices)
-  if config.log.compile_cache:
-    folder = os.path.expanduser(config.log.compile_cache)
-    jax.config.update("jax_compilation_cache_dir", folder)
+  cache_programs(config)
   if config.distributed == "auto":
     jax.distributed.initialize()
   elif config.distributed != "off":
     address, count, index = config.distributed.split(",")
     jax.distributed.initialize(address, int(count), int(index))
+
+
+def cache_programs(config: ConfigDict) -> None:
+  """Keeps compiled programs for the next process, where the config says."""
+  if config.log.compile_cache:
+    folder = os.path.expanduser(config.log.compile_cache)
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def writes() -> bool:

@@ -182,8 +182,10 @@ def _read(path):
   path = pathlib.Path(path)
   try:
     array = _read_array(path) if path.suffix.lower() in (".npy", ".npz") else _read_image(path)
-  except (OSError, EOFError, KeyError, SyntaxError) as error:
-    raise ValueError(f"cannot be read ({error})") from error
+  except ValueError:
+    raise
+  except Exception as error:  # whatever decoders raise on these bytes, it is about the file
+    raise ValueError(f"cannot be read ({error or type(error).__name__})") from error
   array = array.squeeze() if array.ndim > 2 else array
   if array.ndim == 3 and array.shape[-1] in (2, 3, 4):
     colours = array[..., :3] if array.shape[-1] > 2 else array[..., :1]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdep_jax.backbones import _ops
+from fdep_jax.backbones import _ops, _window
 
 Init = Literal["torch", "kaiming"]
 
@@ -163,10 +163,17 @@ class GroupNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = wide.mean((1, 2, 3), keepdims=True)
-    var = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)
+    mean = _mean(wide)
+    var = _mean(jnp.square(wide - mean))
     normed = (wide - mean) * jax.lax.rsqrt(var + self.epsilon)
     return (normed * _row(self.scale[...]) + _row(self.bias[...])).astype(x.dtype)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+  """B×1×1×1; of the whole frame where x is a window of it."""
+  if _window.current(x) is None:
+    return x.mean((1, 2, 3), keepdims=True)
+  return _ops.spatial_mean(x).mean(-1, keepdims=True)
 
 
 def _row(channels: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdep_jax.backbones import _window
+
 WAVELETS = ("ll", "lh", "hl", "hh")
 
 
@@ -65,15 +67,23 @@ def _resize_axis(x: jax.Array, axis: int, new_size: int, align_corners: bool) ->
   size = x.shape[axis]
   if new_size == size:
     return x
+  # With aligned corners the sampling points of a window are its frame's.
+  length, offset = size, 0
+  window = _window.current(x) if align_corners else None
+  if window is not None:
+    length, offset = window.place(x, axis)
   if new_size == 2 * size:
-    return _double(x, axis, align_corners)
+    return _double(x, axis, align_corners, length, offset)
   if align_corners and 2 * new_size == size and new_size > 1:
     # Output i samples 2i + i/(n−1), so only neighbours 2i and 2i+1 take part.
-    weight = _along(np.arange(new_size) / (new_size - 1), axis, x.dtype)
+    weight = _along((offset // 2 + np.arange(new_size)) / (length // 2 - 1), axis, x.dtype)
     even = jax.lax.slice_in_dim(x, 0, None, 2, axis)
     odd = jax.lax.slice_in_dim(x, 1, None, 2, axis)
     return even * (1 - weight) + odd * weight
-  matrix = jnp.asarray(resize_matrix(size, new_size, align_corners), x.dtype)
+  if window is None:
+    matrix = jnp.asarray(resize_matrix(size, new_size, align_corners), x.dtype)
+  else:
+    matrix = _window_matrix(size, new_size, length, offset).astype(x.dtype)
   product = jnp.einsum(
     "yh,bhwc->bywc" if axis == 1 else "xw,bhwc->bhxc",
     matrix,
@@ -83,11 +93,27 @@ def _resize_axis(x: jax.Array, axis: int, new_size: int, align_corners: bool) ->
   return product.astype(x.dtype)
 
 
-def _double(x: jax.Array, axis: int, align_corners: bool) -> jax.Array:
+def _window_matrix(size: int, new_size: int, length, offset) -> jax.Array:
+  """`resize_matrix` with aligned corners for a window of a longer axis.
+
+  Args:
+    size, new_size: of the window before and after.
+    length, offset: the whole axis before, and the window's place in it.
+  """
+  # Output i samples i·(n−1)/(N−1), in integers: float32 would lose its fraction in large frames.
+  whole = length * new_size // size - 1
+  place = (offset * new_size // size + jnp.arange(new_size)) * (length - 1)
+  low = (place // whole - offset).reshape(-1, 1)
+  fraction = (place % whole / whole).reshape(-1, 1)
+  column = jnp.arange(size).reshape(1, -1)
+  return jnp.where(column == low, 1 - fraction, 0) + jnp.where(column == low + 1, fraction, 0)
+
+
+def _double(x: jax.Array, axis: int, align_corners: bool, length, offset) -> jax.Array:
   size = x.shape[axis]
-  index = np.arange(size)
+  index = offset + np.arange(size)
   if align_corners:  # outputs 2k and 2k+1 sample k − k/(2n−1) and k + (n−1−k)/(2n−1)
-    before, after = index / (2 * size - 1), (size - 1 - index) / (2 * size - 1)
+    before, after = index / (2 * length - 1), (length - 1 - index) / (2 * length - 1)
   else:
     before = after = np.full(size, 0.25)
   before, after = _along(before, axis, x.dtype), _along(after, axis, x.dtype)
@@ -101,7 +127,7 @@ def _double(x: jax.Array, axis: int, align_corners: bool) -> jax.Array:
   return doubled.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
 
 
-def _along(weights: np.ndarray, axis: int, dtype) -> jax.Array:
+def _along(weights: np.ndarray | jax.Array, axis: int, dtype) -> jax.Array:
   shape = [1, 1, 1, 1]
   shape[axis] = -1
   return jnp.asarray(weights.reshape(shape), dtype)
@@ -145,13 +171,15 @@ def max_and_mean(x: jax.Array) -> jax.Array:
 
 
 def spatial_mean(x: jax.Array) -> jax.Array:
-  """B×1×1×C."""
-  return x.mean((1, 2), keepdims=True)
+  """B×1×1×C; of the whole frame where x is a window of it."""
+  window = _window.current(x)
+  return x.mean((1, 2), keepdims=True) if window is None else window.mean(x)
 
 
 def spatial_max(x: jax.Array) -> jax.Array:
-  """B×1×1×C."""
-  return x.max((1, 2), keepdims=True)
+  """B×1×1×C; of the whole frame where x is a window of it."""
+  window = _window.current(x)
+  return x.max((1, 2), keepdims=True) if window is None else window.max(x)
 
 
 def mean_and_max(x: jax.Array) -> jax.Array:

@@ -1,0 +1,216 @@
+"""Broken files through whatever reads files: processed, or refused with a sentence; never more.
+
+A case is a sound file with a few random edits, made from its number alone. 100 a kind in `make
+test`, 2,000 in `make test-full`.
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import signal
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import save
+from test_predict import Bright, detector, scene
+from test_torch_file import mapping, whole, write_legacy, write_zip
+
+import converters
+from converters import _rules
+from fdep_jax import predict, score
+from fdep_jax.data import frames
+
+COUNTS = [100, pytest.param(2000, marks=pytest.mark.slow)]
+SECONDS = 20  # for one file; measured: below one
+
+
+@contextlib.contextmanager
+def limited(case: int):
+  """A file that hangs its reader fails the test."""
+
+  def late(*_):
+    raise AssertionError(f"case {case} took more than {SECONDS} s")
+
+  old = signal.signal(signal.SIGALRM, late)
+  signal.alarm(SECONDS)
+  try:
+    yield
+  finally:
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
+
+
+def edited(rng: np.random.Generator, seeds: list[bytes]) -> bytes:
+  """A seed with one to four edits; most are small and near the beginning, where headers are."""
+  content = bytearray(seeds[rng.integers(len(seeds))])
+  for _ in range(rng.integers(1, 5)):
+    size = max(len(content), 1)
+    place = int(size * rng.random() ** 3)
+    match rng.integers(7):
+      case 0:
+        content[place : place + 1] = bytes([rng.integers(256)])
+      case 1:
+        content[place : place + 1] = bytes(
+          [(content[place] if content else 0) ^ 1 << rng.integers(8)]
+        )
+      case 2:
+        number = int(rng.choice([0, 1, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1]))
+        content[place : place + 4] = number.to_bytes(4, rng.choice(["little", "big"]))
+      case 3:
+        del content[place:]
+      case 4:
+        content[place:place] = rng.bytes(rng.integers(1, 40))
+      case 5:
+        del content[place : place + int(rng.integers(1, 40))]
+      case 6:
+        other = seeds[rng.integers(len(seeds))]
+        content[place:] = other[place:]
+  return bytes(content)
+
+
+class Bomb:
+  """Unpickled, it would run a command."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.system, (f"touch {self.path}",)
+
+
+def pictures(marker) -> list[bytes]:
+  """Sound pictures and arrays of many kinds; some are sound and still no frames."""
+  grey, colour = scene(20, 24), np.random.default_rng(1).integers(0, 256, (20, 24, 3), np.uint8)
+  deep = Image.fromarray(scene(20, 24, np.uint16) * np.uint16(60))
+  found = []
+
+  def add(image, kind, **options):
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    found.append(content.getvalue())
+
+  for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+    add(Image.fromarray(colour).convert(mode), "PNG")
+    add(Image.fromarray(colour).convert(mode), "TIFF")
+  for mode in ("1", "L", "P", "RGB"):
+    add(Image.fromarray(colour).convert(mode), "BMP")
+  add(deep, "PNG")
+  add(Image.fromarray(scene(20, 24, np.float32)), "TIFF")
+  for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"):
+    add(deep, "TIFF", compression=compression)
+  add(deep, "TIFF", save_all=True, append_images=[deep, deep])
+  add(Image.fromarray(grey), "JPEG")
+  arrays = [grey, colour / 255, np.float16(grey), np.stack([grey, grey]), grey.astype(complex)]
+  arrays += [np.full((4, 4), np.nan), np.zeros((0, 4)), np.array([[Bomb(marker)]])]
+  for array in arrays:
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=True)
+    found.append(content.getvalue())
+  return [*found, pickle.dumps(Bomb(marker)), b"", b"\x89PNG\r\n\x1a\n"]
+
+
+@pytest.fixture
+def marker(tmp_path):
+  """The path of a file that only code out of a file would make."""
+  yield tmp_path / "marker"
+  assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_broken_pictures_are_predicted_or_listed(tmp_path, monkeypatch, marker, count):
+  seeds = pictures(marker)
+  monkeypatch.setattr(frames, "MAX_PIXELS", 2**16)  # every new shape compiles; large ones are slow
+  source = tmp_path / "in"
+  source.mkdir()
+  sizes = set()
+  for case in range(count):
+    path = source / f"{case:04d}{frames.SUFFIXES[case % len(frames.SUFFIXES)]}"
+    path.write_bytes(edited(np.random.default_rng(case), seeds))
+    with limited(case):
+      try:
+        found = [frames.grey_levels(frame) for frame in frames.read(path)]
+      except frames.FrameError as error:
+        assert 5 < len(str(error)) < 400 and "Traceback" not in str(error)
+        continue
+    for levels in found:
+      assert levels.dtype == np.float32 and 0 <= levels.min() <= levels.max() <= 255
+    sizes |= {levels.shape[:2] for levels in found}
+  result = predict.run(source, tmp_path / "out", detector(Bright()), progress=False)
+  named = {frame.file for frame in result.frames} | result.unreadable.keys()
+  assert named == {path.name for path in source.iterdir()}
+  assert 0.1 * count < len(result.unreadable) < 0.9 * count  # the cases are neither all nor none
+  for frame in result.frames:
+    with Image.open(tmp_path / "out" / f"{frame.output}_prob.png") as image:
+      assert image.size == (frame.width, frame.height)
+  assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_broken_maps_and_masks_are_scored_or_refused(tmp_path, marker, count):
+  seeds = pictures(marker)
+  archive = io.BytesIO()
+  np.savez(archive, prob=scene() / 255)
+  seeds += [archive.getvalue()] * 4
+  for name in ("maps", "masks"):
+    (tmp_path / name).mkdir()
+  good = tmp_path / "masks" / "good.png"
+  Image.fromarray(255 * np.uint8(scene(20, 24) == 250)).save(good)
+  refused = 0
+  for case in range(count):
+    suffix = score.READABLE[case % len(score.READABLE)]
+    path = tmp_path / "maps" / f"good{suffix}"
+    path.write_bytes(edited(np.random.default_rng(case), seeds))
+    with limited(case):
+      try:
+        score.run(tmp_path / "maps", tmp_path / "masks", resamples=0)
+      except ValueError as error:
+        refused += 1
+        assert "good" in str(error) and len(str(error)) < 2000
+      with contextlib.suppress(ValueError):
+        assert score.read_mask(path).dtype == bool
+    path.unlink()
+  assert 0.1 * count < refused <= count
+
+
+def checkpoints(tmp_path, weights: dict[str, np.ndarray], marker) -> list[bytes]:
+  entries = {name: (str(i), array) for i, (name, array) in enumerate(weights.items())}
+  storages = {key: array for key, array in entries.values()}
+  found = [save(weights), pickle.dumps({"state_dict": Bomb(marker)})]
+  for legacy, write in ((False, write_zip), (True, write_legacy)):
+    tensors = {n: whole(array, key, legacy=legacy) for n, (key, array) in entries.items()}
+    program = mapping({"state_dict": mapping(tensors)})
+    found.append(write(tmp_path / "seed.pth", program, storages).read_bytes())
+  return found
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_broken_checkpoints_are_converted_or_refused(tmp_path, marker, toy, monkeypatch, count):
+  # The toy stands for the eight, whose tables are longer and nothing else.
+  table = types.ModuleType("converters.toy")
+  table.rules = lambda net: [
+    *(rule for name in ("stem", "down", "skip", "up") for rule in _rules.conv_norm(name, name)),
+    *((name, name, _rules.CONV) for name in ("side", "head")),
+  ]
+  monkeypatch.setitem(sys.modules, "converters.toy", table)
+  weights = converters.to_torch(toy.Toy(rngs=nnx.Rngs(0)))
+  seeds = checkpoints(tmp_path, weights, marker)
+  converted = 0
+  for case in range(count):
+    path = tmp_path / f"{case}.pth"
+    path.write_bytes(edited(np.random.default_rng(case), seeds))
+    with limited(case):
+      try:
+        net = converters.load_backbone("toy", path)
+      except ValueError as error:
+        assert str(path) in str(error) and len(str(error)) < 10_000
+      else:
+        converted += 1
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(net)))
+    path.unlink()
+  assert 0 < converted < count
