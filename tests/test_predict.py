@@ -67,7 +67,7 @@ class Everything(Backbone):
 def detector(net: Backbone, mean=0.0, std=1.0) -> run.Detector:
   model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
   model.eval()
-  return run.Detector(model, "light", None, mean, std, None, "a test")
+  return run.Detector(model, "light", None, mean, std, None, "a test", None, 0)
 
 
 @pytest.fixture(scope="module")
