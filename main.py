@@ -32,7 +32,8 @@ flags.DEFINE_string("out", None, "folder for the results of predict and score")
 def main(argv):
   del argv
   logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file it opens
+  # Orbax tells every file it opens, and every traceback of an error that checkpoint.py explains.
+  absl_logging.set_verbosity(absl_logging.FATAL)
   logging.getLogger("jax").setLevel(logging.WARNING)  # and jax every accelerator that is absent
   mode = FLAGS.mode
   missing = [f"--{name}" for name in NEEDS[mode] if not getattr(FLAGS, name)]
@@ -75,9 +76,11 @@ def run_main(argv):
     main(argv)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(_fail(error, 2))
-  except FloatingPointError as error:
+  except (FloatingPointError, OSError) as error:
     sys.exit(_fail(error, 1))
-  except Exception as error:
+  except KeyboardInterrupt:
+    sys.exit(_fail("Interrupted.", 1))
+  except BaseException as error:
     if type(error).__name__ == "Preempted":
       sys.exit(_fail(error, 75))
     raise

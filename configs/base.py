@@ -60,6 +60,7 @@ def get_config():
   # the length of the run. PAL's rate is constant.
   c.train.schedule = "constant_schedule"
   c.train.schedule_args = ConfigDict({"value": "learning_rate"}, type_safe=False)
+  c.train.nonfinite = "stop"  # stop | skip (and count): a step that is not finite
   c.train.dtype = "float32"  # of activations; parameters, statistics and losses stay float32
 
   c.eval = ConfigDict()

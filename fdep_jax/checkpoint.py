@@ -4,15 +4,30 @@ A checkpoint is a flat dictionary, path -> array, and a small JSON object: it ca
 this package, on any number of devices, and in part.
 """
 
+import json
+import logging
 import pathlib
+import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 _META = "meta"
 _STATE = "state"
+_CRC = "crc32"
+_DEPLOYED = ("params/", "stats/", "rng/")  # what the best checkpoint holds: no optimiser
+
+
+class Damaged(ValueError):
+  """A checkpoint that cannot be read, or is not what was written."""
+
+
+class NotSaved(OSError):
+  """A checkpoint could not be written; those before it are whole."""
 
 
 def flatten(state) -> dict[str, jax.Array]:
@@ -42,7 +57,9 @@ def unflatten(flat, like):
     more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
     raise ValueError("\n  ".join(["the checkpoint does not fit:", *problems[:20], *more]))
   restored = [
-    jax.random.wrap_key_data(jnp.asarray(flat[_name(path)])) if _is_key(leaf) else flat[_name(path)]
+    jax.random.wrap_key_data(jnp.asarray(flat[_name(path)]))
+    if _is_key(leaf)
+    else jnp.asarray(flat[_name(path)])
     for path, leaf in leaves
   ]
   return jax.tree_util.tree_unflatten(treedef, restored)
@@ -61,7 +78,12 @@ def _bits(leaf):
 
 
 class Checkpoints:
-  """The checkpoints below one run folder: `checkpoints/` (newest) and `best/` (one).
+  """The checkpoints below one run folder: `checkpoints/` (newest) and `best/`.
+
+  Nothing is written or created before the first `save`, so that a running, finished or read-only
+  folder can be read. What a killed process leaves half-written has another name than a step and
+  is never read. `best/` keeps one more than `checkpoints/`, so that every checkpoint which can be
+  continued from finds the best one of its time; the newest is the best.
 
   Args:
     workdir: of the run.
@@ -69,45 +91,151 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
-    self._newest = _manager(workdir / "checkpoints", keep)
-    self._best = _manager(workdir / "best", 1)
+    self.workdir = workdir
+    self._keep = {"checkpoints": keep, "best": keep + 1}
+    self._managers: dict[str, ocp.CheckpointManager] = {}
+    self._writing: dict[str, int] = {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    try:
+      self.close()
+    except NotSaved as failure:
+      if error is None:
+        raise
+      logging.warning("%s", failure)
 
   def save(self, step: int, state, meta: dict, *, best: bool = False) -> None:
-    """Starts writing; returns as soon as the arrays are copied. A step that exists is kept."""
-    manager = self._best if best else self._newest
-    if step in manager.all_steps():
-      return
-    if jax.process_count() > 1:  # two at once would meet at each other's barriers
-      self.wait()
-    arguments = ocp.args.Composite(
-      **{_STATE: ocp.args.StandardSave(flatten(state)), _META: ocp.args.JsonSave(meta)}
-    )
-    manager.save(step, args=arguments, force=True)
+    """Starts writing; returns as soon as the arrays are copied. A step that exists is kept.
 
-  def steps(self) -> list[int]:
-    return sorted(self._newest.all_steps())
+    Raises:
+      NotSaved: this one, or one before whose writing was under way, cannot be written.
+    """
+    name = "best" if best else "checkpoints"
+    flat = flatten(state)
+    if best:
+      flat = {path: leaf for path, leaf in flat.items() if path.startswith(_DEPLOYED)}
+    else:  # a newest checkpoint must find the best ones of the steps before it
+      self._wait("best")
+    try:
+      manager = self._manager(name)
+      if step in manager.all_steps():
+        return
+      self._wait(name)
+      if jax.process_count() > 1:  # two at once would meet at each other's barriers
+        self.wait()
+      self._writing[name] = step
+      items = {
+        _STATE: ocp.args.StandardSave(flat),
+        _META: ocp.args.JsonSave({**meta, _CRC: _checksum(flat, meta)}),
+      }
+      manager.save(step, args=ocp.args.Composite(**items), force=True)
+    except NotSaved:
+      raise
+    except Exception as error:  # OSError, or ValueError and RuntimeError of Orbax's libraries
+      raise self._not_saved(name, error) from error
+
+  def steps(self, *, best: bool = False) -> list[int]:
+    """What is on disk, ascending."""
+    folder = self.workdir / ("best" if best else "checkpoints")
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
 
   def best_step(self) -> int | None:
-    return self._best.latest_step()
+    return max(self.steps(best=True), default=None)
 
   def restore(self, like, step: int | None = None, *, best: bool = False):
-    """The state of the structure of `like`, and the JSON object, of a step (default the newest)."""
-    manager = self._best if best else self._newest
-    step = manager.latest_step() if step is None else step
-    flat, meta = _read(manager, step)
-    return unflatten(flat, like), meta
+    """The state of the structure of `like`, and the JSON object.
+
+    Args:
+      step: which; default the newest one that is whole. Each damaged one is named in the log.
+      best: from `best/`.
+
+    Raises:
+      Damaged: none is whole.
+      ValueError: it does not fit `like`.
+    """
+    folder = self.workdir / ("best" if best else "checkpoints")
+    steps = self.steps(best=best) if step is None else [step]
+    for found in reversed(steps):
+      try:
+        flat, meta = _read(folder / str(found))
+      except Damaged as error:
+        if step is None and not (folder / str(found)).exists():
+          return self.restore(like, best=best)  # a running training has just replaced it
+        logging.warning("%s", error)
+        continue
+      return unflatten(flat, like), meta
+    advice = (
+      f"Remove {folder} to use the newest checkpoint."
+      if best
+      else f"Put back a copy of one of them, or remove {self.workdir} to train from the start."
+    )
+    found = "No checkpoint" if step is None else f"Step {step}"
+    raise Damaged(f"{found} in {folder} is whole (there are {steps}). {advice}")
+
+  def rewind(self, step: int) -> None:
+    """Makes the folder what it was at `step`: later checkpoints are put aside, later bests removed.
+
+    Later ones are damaged, or were written a moment before the run was killed.
+    """
+    for late in self.steps():
+      if late > step:
+        aside = self.workdir / "damaged" / str(late)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        (self.workdir / "checkpoints" / str(late)).rename(aside)
+    for late in self.steps(best=True):
+      if late > step:
+        shutil.rmtree(self.workdir / "best" / str(late))
 
   def wait(self) -> None:
-    """Returns when everything is on disk."""
-    self._newest.wait_until_finished()
-    self._best.wait_until_finished()
+    """Returns when everything is on disk.
+
+    Raises:
+      NotSaved: it cannot be written.
+    """
+    for name in self._managers:
+      self._wait(name)
 
   def close(self) -> None:
-    self._newest.close()
-    self._best.close()
+    """As `wait`, and ends the threads that write."""
+    try:
+      self.wait()
+    finally:
+      while self._managers:
+        _, manager = self._managers.popitem()
+        try:
+          manager.close()
+        except Exception:  # wait() has said it
+          pass
+
+  def _wait(self, name: str) -> None:
+    if name in self._managers:
+      try:
+        self._managers[name].wait_until_finished()
+      except Exception as error:  # what the writing thread met
+        raise self._not_saved(name, error) from error
+
+  def _not_saved(self, name: str, error: Exception) -> NotSaved:
+    for partial in (self.workdir / name).glob("*.orbax-checkpoint-tmp"):
+      shutil.rmtree(partial, ignore_errors=True)  # a full disk is then not full for the next start
+    whole = [s for s in self.steps(best=name == "best") if s != self._writing.get(name)]
+    kept = f"step {whole[-1]} is kept" if whole else "there is none before it"
+    return NotSaved(
+      f"{self.workdir / name}: the checkpoint of step {self._writing.get(name)} cannot be written "
+      f"({_first_line(error)}); {kept}. Make room or make the folder writable, then give the same "
+      "command again."
+    )
+
+  def _manager(self, name: str) -> ocp.CheckpointManager:
+    if name not in self._managers:
+      self._managers[name] = _make_manager(self.workdir / name, self._keep[name])
+    return self._managers[name]
 
 
-def _manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
+def _make_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   for item, handler, save, restore in (
     (_STATE, ocp.StandardCheckpointHandler(), ocp.args.StandardSave, ocp.args.StandardRestore),
@@ -116,20 +244,51 @@ def _manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     registry.add(item, save, handler)
     registry.add(item, restore, handler)
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=keep, create=True, enable_async_checkpointing=True
+    max_to_keep=keep,
+    create=True,
+    enable_async_checkpointing=True,
+    cleanup_tmp_directories=True,  # of a killed process
   )
   return ocp.CheckpointManager(folder.absolute(), options=options, handler_registry=registry)
 
 
-def _read(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, np.ndarray], dict]:
-  metadata = manager.item_metadata(step)[_STATE]
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  target = {
-    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-    for name, leaf in dict(getattr(metadata, "tree", metadata)).items()
-  }
-  arguments = ocp.args.Composite(
-    **{_STATE: ocp.args.StandardRestore(target), _META: ocp.args.JsonRestore()}
-  )
-  restored = manager.restore(step, args=arguments)
-  return restored[_STATE], restored[_META]
+def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
+  """Raises Damaged where anything is missing or not as it was written.
+
+  TensorStore, which Orbax writes with, reads the arrays: Orbax's own reader leaves a dozen
+  tracebacks on the screen for a damaged file.
+  """
+  try:
+    meta = json.loads((folder / _META / "metadata").read_text())
+    written = meta.pop(_CRC)
+    store = {"driver": "ocdbt", "base": f"file://{(folder / _STATE).absolute()}/"}
+    keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
+    names = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
+    arrays = {n: ts.open({"driver": "zarr", "kvstore": {**store, "path": n}}) for n in names}
+    reads = {name: array.result().read() for name, array in arrays.items()}
+    flat = {name: np.asarray(read.result()) for name, read in reads.items()}
+    found = _checksum(flat, meta)
+  except (PermissionError, MemoryError):
+    raise
+  except Exception as error:  # of every kind: the libraries trust what they read
+    raise Damaged(f"The checkpoint {folder} is damaged ({_first_line(error)}).") from error
+  if found != written:
+    raise Damaged(f"The checkpoint {folder} is damaged (its checksum is wrong).")
+  return flat, meta
+
+
+def _checksum(flat: dict[str, jax.Array | np.ndarray], meta: dict) -> int:
+  """CRC-32 of everything; Orbax itself returns flipped bits of an array without a word."""
+  crc = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+  for name in sorted(flat):
+    array = flat[name]
+    crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+    if isinstance(array, jax.Array):  # a view of its own: one kept by it would forbid donating it
+      array = array.addressable_data(0)
+    crc = zlib.crc32(np.asarray(array).tobytes(), crc)
+  return crc
+
+
+def _first_line(error: Exception) -> str:
+  text = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

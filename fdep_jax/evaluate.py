@@ -204,18 +204,24 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   like = {"params": params, "stats": stats, "rng": rng}
 
+  # Both are read now: a training that is under way replaces them.
+  last_state, last = checkpoints.restore(like)
+  best_state, best = (
+    checkpoints.restore(like, best=True)
+    if checkpoints.best_step() is not None
+    else (last_state, last)
+  )
+
   shown = {i: {} for i in _examples(images.test)}
 
-  def measure(step: int, best: bool) -> dict:
-    state, _ = checkpoints.restore(like, step, best=best)
+  def measure(state: dict, step: int, best: bool) -> dict:
     state = mesh.put_replicated(state, the_mesh)
     maps = probabilities(forward, state, vit_state, images.test, config.eval.batch_size, the_mesh)
     save = workdir / "probs" if config.eval.save_probs and best and mesh.writes() else None
     return {**results(score(_watch(maps, shown), images.test, save)), "checkpoint": step}
 
-  last, best = checkpoints.steps()[-1], checkpoints.best_step()
-  newest = None if best == last else measure(last, False)
-  chosen = newest if best is None else measure(best, True)
+  newest = None if best["step"] == last["step"] else measure(last_state, last["step"], False)
+  chosen = measure(best_state, best["step"], True)
   metrics = {
     **chosen,
     "params": count_parameters(params),

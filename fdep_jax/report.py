@@ -1,5 +1,6 @@
 """Pictures of what a model finds."""
 
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -42,4 +43,6 @@ def examples(
   for axis, title in zip(axes[0], titles, strict=True):
     axis.set_title(title, fontsize=9)
   figure.supxlabel(caption, fontsize=8)
-  figure.savefig(path, dpi=110)
+  partial = path.with_suffix(".partial")
+  figure.savefig(partial, dpi=110, format="png")
+  os.replace(partial, path)

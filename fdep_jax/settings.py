@@ -1,17 +1,20 @@
 """Configs as users meet them: typos explained, values checked, a run folder kept to one config."""
 
+import contextlib
 import difflib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import re
+import socket
 
 from ml_collections import ConfigDict
 
 # A run may be continued with other values of these: they do not change what a step computes.
 _FREE = re.compile(
-  r"train\.(steps|epochs)|(log|checkpoint)\..*|host_devices|distributed|profile_steps|dino\.bank_folder|eval\.(batch_size|save_probs)|data\.threads"
+  r"train\.(steps|epochs|nonfinite)|(log|checkpoint)\..*|host_devices|distributed|profile_steps|dino\.bank_folder|eval\.(batch_size|save_probs)|data\.threads"
 )
 
 _ADDRESS = re.compile(r"[^,\s]+:\d+,(\d+),(\d+)")  # of `distributed`
@@ -23,6 +26,7 @@ _CHOICES = {
   "data.augment": ("recipe", "dihedral", "none"),
   "dino.dtype": ("float32", "bfloat16"),
   "train.dtype": ("float32", "bfloat16"),
+  "train.nonfinite": ("stop", "skip"),
   "loss.edge_mode": ("intended", "released"),
   "eval.select_on": ("val", "test"),
 }
@@ -116,6 +120,39 @@ def check(config: ConfigDict) -> None:
     )
   if problems:
     raise ValueError("\n  ".join([f"{len(problems)} problems in the config:", *problems]))
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path):
+  """Holds the folder of a run, which is made; the system frees it however the process ends.
+
+  Raises:
+    ValueError: another process trains in it, or it cannot be written.
+  """
+  import fcntl
+
+  path = workdir / "lock"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")
+  except OSError as error:
+    raise ValueError(f"{workdir} cannot be written ({error.strerror}). Choose another.") from None
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      holder = file.read().strip() or "another process"
+      raise ValueError(
+        f"{workdir} is in use: {holder} trains in it. Wait for it, end it, or choose another "
+        "--workdir."
+      ) from None
+    except OSError as error:
+      logging.warning("%s cannot be locked (%s): start one training in it", path, error.strerror)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
 
 
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:

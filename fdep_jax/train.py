@@ -7,8 +7,11 @@ import math
 import os
 import pathlib
 import signal
+import socket
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +24,11 @@ from fdep_jax import bank, checkpoint, data, evaluate, losses, mesh, run, settin
 from fdep_jax.backbones._blocks import NormParam
 
 
-class Preempted(Exception):
-  """The run was told to end; everything is saved."""
+class Preempted(BaseException):
+  """The run was told to end; everything that can be continued is saved.
+
+  Like KeyboardInterrupt it passes by whoever catches every Exception.
+  """
 
 
 def total_steps(config: ConfigDict, num_images: int) -> int:
@@ -69,7 +75,10 @@ def _crop_bank(config: ConfigDict, samples: list[data.Sample]) -> data.CropBank:
 
 
 def init_state(model, optimizer: optax.GradientTransformation) -> dict:
-  """Everything that a step changes: params, stats, rng (dropout), opt, step."""
+  """Everything that a step changes: params, stats, rng (dropout), opt, step, and skipped.
+
+  `skipped` counts the steps that were not finite, and has the number of the first (0: none).
+  """
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   return {
     "params": params,
@@ -77,6 +86,7 @@ def init_state(model, optimizer: optax.GradientTransformation) -> dict:
     "rng": rng,
     "opt": optimizer.init(params),
     "step": jnp.zeros((), jnp.int32),
+    "skipped": {"count": jnp.zeros((), jnp.int32), "first": jnp.zeros((), jnp.int32)},
   }
 
 
@@ -128,6 +138,10 @@ def make_step(
   `batch` holds uint8 images, bool masks and, where they come from a prior bank, the levels, split
   over the mesh's data axis; batch statistics and hard mining are those of the global batch. The
   frozen prior is outside the gradient, and not in the program where the batch has its levels.
+
+  A step whose loss, gradients, statistics or update are not finite leaves params, stats and opt as
+  they were and counts, on the device: no state that is not finite can reach a checkpoint, though
+  the loop looks at few losses.
   """
   loss = make_loss(config, model)
   vit_graphdef = nnx.split(prior.vit)[0] if prior else None
@@ -141,15 +155,25 @@ def make_step(
       state["params"], state["stats"], state["rng"], image, levels, batch["mask"]
     )
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
-    new = {
+    grad_norm = optax.tree.norm(grads)
+    # Sums are not finite where an addend is not.
+    finite = jnp.isfinite(value + grad_norm + optax.tree.sum(stats) + optax.tree.sum(updates))
+    moved = {
       "params": optax.apply_updates(state["params"], updates),
       "stats": stats,
-      "rng": rng,
       "opt": opt,
-      "step": state["step"] + 1,
     }
+    kept = {name: state[name] for name in moved}
+    moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+    number = state["step"] + 1
+    count, first = state["skipped"]["count"], state["skipped"]["first"]
+    skipped = {
+      "count": count + ~finite,
+      "first": jnp.where(finite | (count > 0), first, number),
+    }
+    new = {**moved, "rng": rng, "step": number, "skipped": skipped}
     parts = {f"loss_{name}": part for name, part in parts.items()}
-    return new, {"loss": value, **parts, "grad_norm": optax.tree.norm(grads)}
+    return new, {"loss": value, **parts, "grad_norm": grad_norm}
 
   return jax.jit(step, donate_argnums=0)
 
@@ -161,8 +185,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     The final metrics, as `evaluate.evaluate`.
 
   Raises:
-    ValueError, FileNotFoundError: the config, the data, the weights or the folder do not fit.
-    FloatingPointError: the loss is not finite.
+    ValueError, FileNotFoundError: the config, the data, the weights or the folder do not fit, or
+      another process trains in it.
+    FloatingPointError: a step is not finite (train.nonfinite="stop").
+    OSError: something cannot be written; the checkpoints before it are whole.
     Preempted: SIGTERM or SIGINT came; the state is saved.
   """
   workdir = run.run_folder(workdir)
@@ -170,18 +196,27 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   run.check_inputs(config)
   make_schedule(config, 10**6)  # refuses its arguments now, before anything is read
   the_mesh = mesh.make(config.host_devices, config.train.batch_size)
-  images = run.load_images(config)
-  prior = run.load_prior(config)
-  steps = total_steps(config, len(images.train))
-  crops = _crop_bank(config, images.train) if config.dino.bank else None
-  levels = None
-  if crops and prior:
-    folder = pathlib.Path(config.dino.bank_folder or workdir / "bank")
-    levels = bank.Bank(folder, crops, prior, keep_old=bool(config.dino.bank_folder))
-  settings.claim_workdir(workdir, config)
-  _describe(config, images, prior)
+  with Signals() as signals:
+    images = run.load_images(config)
+    prior = run.load_prior(config)
+    crops = _crop_bank(config, images.train) if config.dino.bank else None
+    levels = None
+    if crops and prior:
+      folder = pathlib.Path(config.dino.bank_folder or workdir / "bank")
+      levels = bank.Bank(folder, crops, prior, keep_old=bool(config.dino.bank_folder))
+    with settings.locked(workdir) if mesh.writes() else contextlib.nullcontext():
+      if mesh.writes():
+        settings.claim_workdir(workdir, config)
+      _describe(config, images, prior)
+      model = run.create_model(config, prior)
+      _train(config, workdir, the_mesh, images, prior, crops, levels, model, signals)
+      signals.check()
+      return evaluate.evaluate(workdir, config, (images, prior, model))
 
-  model = run.create_model(config, prior)
+
+def _train(config, workdir, the_mesh, images, prior, crops, levels, model, signals) -> None:
+  """The steps that are left to do."""
+  steps = total_steps(config, len(images.train))
   optimizer = make_optimizer(config, steps)
   meta = {
     "mean": images.mean,
@@ -191,16 +226,22 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   }
   state = init_state(model, optimizer)
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  start, best = 0, -math.inf
+  # Of the best checkpoint; `evaluated` is the last step whose held-out images were scored.
+  start, best, best_step, evaluated = 0, -math.inf, None, 0
   if checkpoints.steps():
     state, saved = checkpoints.restore(state)
-    start, best = saved["step"], saved["best"] if saved["best"] is not None else -math.inf
     if saved["dino_sha256"] != meta["dino_sha256"]:
       raise ValueError(
         f"{workdir} was trained with other DINOv2 weights (SHA-256 {saved['dino_sha256']}) than "
         f"{config.dino.checkpoint} ({meta['dino_sha256']}). Name the file it was trained with."
       )
+    start, best_step, evaluated = saved["step"], saved["best_step"], saved["evaluated"]
+    best = saved["best"] if saved["best"] is not None else -math.inf
     logging.info("continuing at step %d of %d", start, steps)
+  if mesh.writes():
+    checkpoints.rewind(start)
+  mesh.minimum(0)  # no process looks at the folder before
+  skipped = int(state["skipped"]["count"])
   state = mesh.put_replicated(state, the_mesh)
   vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh) if prior else None
   step_fn = make_step(config, model, prior, optimizer, images.mean, images.std)
@@ -225,69 +266,98 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   )
   iterator.set_state({"next_index": start})
 
-  def save(step: int, value: float | None = None) -> None:
-    finite = best if math.isfinite(best) else None
-    checkpoints.save(step, state, {**meta, "step": step, "best": finite})
-    if value is not None:
-      checkpoints.save(step, state, {**meta, "step": step, "best": value}, best=True)
+  def save(step: int, to_best: bool = False) -> None:
+    value = best if math.isfinite(best) else None
+    about = {**meta, "step": step, "best": value, "best_step": best_step, "evaluated": evaluated}
+    checkpoints.save(step, state, about, best=to_best)
 
   def select(step: int) -> dict:
-    nonlocal best
+    """Scores the held-out images; a new best is saved, first among the newest checkpoints."""
+    nonlocal best, best_step, evaluated
     maps = evaluate.probabilities(
       forward, state, vit_state, selection, config.eval.batch_size, the_mesh, canvas
     )
-    scores = evaluate.score(maps, selection)
+    scores = evaluate.score(signals.passing(maps), selection)
     value = scores[evaluate.deployed_branch(config.mode)].hse
     value = -math.inf if math.isnan(value) else value
-    if value > best or checkpoints.best_step() is None:
-      best = value
-      save(step, value if math.isfinite(value) else None)
+    evaluated = step
+    if value > best:
+      best, best_step = value, step
+      save(step)
+      save(step, to_best=True)
     return evaluate.results(scores)
+
+  def check_finite() -> None:
+    """Ends the run where a step was not finite, or tells of it."""
+    nonlocal skipped
+    counts = {name: int(value) for name, value in jax.device_get(state["skipped"]).items()}
+    if counts["count"] == skipped:
+      return
+    if config.train.nonfinite == "stop":
+      checkpoints.wait()
+      kept = checkpoints.steps()
+      raise FloatingPointError(
+        f"The loss, a gradient or a statistic is not finite at step {counts['first']}. "
+        + (f"The last good checkpoint is step {kept[-1]} in {workdir}. " if kept else "")
+        + "Lower train.learning_rate (in another --workdir), or continue with "
+        "--config.train.nonfinite=skip, which leaves such steps out and counts them."
+      )
+    logging.warning("%d steps so far were not finite and were left out", counts["count"])
+    skipped = counts["count"]
 
   hidden = None if config.log.progress and mesh.writes() else True
   with (
+    signals.waiting(),
+    checkpoints,
+    contextlib.closing(iterator),
     Log(workdir, config, start) as log,
-    _end_on_signal() as ending,
     tqdm(total=steps, initial=start, disable=hidden) as bar,
   ):
+    if best_step == start and start and checkpoints.best_step() != start:
+      save(start, to_best=True)  # the process was killed between the two
     clock, done = time.perf_counter(), start
-    for index in range(start, steps):
-      batch = next(iterator)
-      numbers = batch.pop("crop", None)
-      if levels:
-        levels.prepare(index, config.train.batch_size, the_mesh, config.log.progress)
-        batch["levels"] = levels.levels(numbers)
-      state, metrics = step_fn(state, vit_state, mesh.put_batch(batch, the_mesh))
-      step = index + 1
-      bar.update()
-      if step % config.log.every_steps == 0 or step in (start + 1, steps):
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(metrics["loss"]):
-          checkpoints.wait()
-          raise FloatingPointError(
-            f"The loss is {metrics['loss']} at step {step}. The last good checkpoint is step "
-            f"{(checkpoints.steps() or [0])[-1]} in {workdir}. Lower train.learning_rate."
-          )
-        now = time.perf_counter()
-        metrics["images_per_second"] = (step - done) * config.train.batch_size / (now - clock)
-        metrics["learning_rate"] = float(schedule(index))
-        clock, done = now, step
-        log.write(step, metrics)
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}", img_s=f"{metrics['images_per_second']:.1f}")
-      if step % every_eval == 0 or step == steps:
-        log.write(step, {"eval": select(step), "eval_split": config.eval.select_on})
-        clock, done = time.perf_counter(), step
-      if step % config.checkpoint.every_steps == 0 or step == steps or ending:
+    try:
+      for step in range(start, steps + 1):
+        if step > start:
+          batch = next(iterator)
+          numbers = batch.pop("crop", None)
+          if levels:
+            with signals.at_once():  # what an interrupted bank has is kept
+              levels.prepare(step - 1, config.train.batch_size, the_mesh, config.log.progress)
+            batch["levels"] = levels.levels(numbers)
+          state, metrics = step_fn(state, vit_state, mesh.put_batch(batch, the_mesh))
+          bar.update()
+          if step % config.log.every_steps == 0 or step in (start + 1, steps):
+            check_finite()
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            now = time.perf_counter()
+            rate = (step - done) * config.train.batch_size / (now - clock)
+            metrics |= {"images_per_second": rate, "learning_rate": float(schedule(step - 1))}
+            if config.train.nonfinite == "skip":
+              metrics["skipped"] = skipped
+            clock, done = now, step
+            log.write(step, metrics)
+            bar.set_postfix(loss=f"{metrics['loss']:.4f}", img_s=f"{rate:.1f}")
+        # Also after a restart, where the evaluation of the checkpoint's step was cut short.
+        if step and (step % every_eval == 0 or step == steps) and evaluated != step:
+          check_finite()
+          log.write(step, {"eval": select(step), "eval_split": config.eval.select_on})
+          clock, done = time.perf_counter(), step
+        if step > start and (step % config.checkpoint.every_steps == 0 or step == steps):
+          check_finite()
+          save(step)
+        if step < steps and (jax.process_count() == 1 or step % config.log.every_steps == 0):
+          signals.check()
+    except Preempted:
+      check_finite()
+      step = int(state["step"])
+      if step:
         save(step)
-      if ending and step < steps:
-        checkpoints.wait()
-        checkpoints.close()
-        iterator.close()
-        raise Preempted(f"Ended by a signal at step {step} of {steps}; saved in {workdir}.")
-  iterator.close()
-  checkpoints.wait()
-  checkpoints.close()
-  return evaluate.evaluate(workdir, config, (images, prior, model))
+      checkpoints.wait()
+      raise Preempted(
+        f"Ended by {signals.name} at step {step} of {steps}, which is saved in {workdir}. The same "
+        "command goes on from there."
+      ) from None
 
 
 class Log:
@@ -300,27 +370,32 @@ class Log:
     if config.log.tensorboard and mesh.writes():
       from tensorboardX import SummaryWriter
 
-      self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start or None)
+      # Hides what an earlier process wrote of the steps that follow.
+      self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
   def __enter__(self):
     if not mesh.writes():
       self._file = open(os.devnull, "w")
       return self
-    kept = []
     if self._path.exists():  # what was logged after the checkpoint will be logged again
-      lines = self._path.read_text().splitlines(keepends=True)
-      kept = [
-        line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._start
-      ]
-    self._file = open(self._path, "w")
-    self._file.writelines(kept)
-    self._file.flush()
+      lines = self._path.read_text(errors="replace").splitlines(keepends=True)
+      partial = self._path.with_suffix(".partial")
+      partial.write_text("".join(line for line in lines if _logged_step(line) <= self._start))
+      os.replace(partial, self._path)
+    self._file = open(self._path, "a")
     return self
 
   def write(self, step: int, values: dict) -> None:
-    """One line; nested numbers become scalars named a/b."""
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
+    """One line, null for what is not finite; nested numbers become scalars named a/b."""
+    values = {
+      name: None if isinstance(value, float) and not math.isfinite(value) else value
+      for name, value in values.items()
+    }
+    try:
+      self._file.write(json.dumps({"step": step, **values}) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, str(self._path)) from None
     if self._board:
       for name, value in _scalars("", values):
         self._board.add_scalar(name, value, step)
@@ -339,21 +414,100 @@ def _scalars(prefix: str, values: dict):
       yield f"{prefix}{name}", value
 
 
-@contextlib.contextmanager
-def _end_on_signal():
-  """A list that SIGTERM and SIGINT put their number into, so that the loop saves before it ends."""
-  received: list[int] = []
+def _logged_step(line: str) -> float:
+  """Its step; infinity for a line that a killed process left unfinished."""
   try:
-    old = {s: signal.signal(s, lambda number, _: received.append(number))
-           for s in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
-  except ValueError:  # not the main thread: the caller handles signals
-    yield received
-    return
-  try:
-    yield received
-  finally:
-    for number, handler in old.items():
+    return json.loads(line)["step"] if line.endswith("\n") else math.inf
+  except (ValueError, TypeError, KeyError):
+    return math.inf
+
+
+class Signals:
+  """SIGTERM and SIGINT end a run where nothing is lost: at once, but within `waiting` at `check`.
+
+  A second signal ends the process at once, also within a compilation, in which Python itself does
+  not hear signals: a thread does. Checkpoints outlive that as they do SIGKILL.
+  """
+
+  def __init__(self):
+    self._received: int | None = None
+    self._waiting = False
+    self._old = {}
+
+  @property
+  def name(self) -> str:
+    return signal.Signals(self._received).name if self._received else "a signal"
+
+  def __enter__(self):
+    if threading.current_thread() is not threading.main_thread():
+      return self  # the caller handles signals
+    self._reader, self._writer = socket.socketpair()
+    self._writer.setblocking(False)
+    self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._old[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *error):
+    for number, handler in self._old.items():
       signal.signal(number, handler)
+    if self._old:
+      signal.set_wakeup_fd(self._old_fd)
+      self._writer.close()  # ends the thread
+
+  def _handle(self, number, frame):
+    self._received = number
+    if not self._waiting:
+      self.check()
+
+  def _came(self) -> bool:
+    """Whether a signal came; within `waiting` all processes call it and one of them is enough."""
+    came = self._received is not None
+    return mesh.minimum(int(not came)) == 0 if self._waiting else came
+
+  @staticmethod
+  def _listen(reader: socket.socket) -> None:
+    heard = 0
+    while number := reader.recv(1):
+      if number[0] not in (signal.SIGTERM, signal.SIGINT):
+        continue
+      heard += 1
+      if heard == 1:
+        text = "ending after the running step or compilation; a second signal ends at once"
+        print(f"\n{signal.Signals(number[0]).name}: {text}", file=sys.stderr, flush=True)
+      else:
+        print("\nEnded at once. The newest checkpoint is whole.", file=sys.stderr, flush=True)
+        os._exit(1)
+    reader.close()
+
+  def check(self) -> None:
+    """Raises Preempted if a signal came."""
+    if self._came():
+      raise Preempted(
+        f"Ended by {self.name} outside the training loop; nothing is lost. The same command goes "
+        "on from the newest checkpoint."
+      )
+
+  def passing(self, items: Iterable) -> Iterator:
+    """The items, until a signal comes."""
+    for item in items:
+      if jax.process_count() == 1:
+        self.check()
+      yield item
+
+  @contextlib.contextmanager
+  def waiting(self, waits: bool = True):
+    before, self._waiting = self._waiting, waits
+    try:
+      self.check()
+      yield
+    finally:
+      self._waiting = before
+
+  def at_once(self):
+    """The opposite, within `waiting`; several processes have to wait for each other even so."""
+    return contextlib.nullcontext() if jax.process_count() > 1 else self.waiting(False)
 
 
 def _describe(config: ConfigDict, images: run.Images, prior: run.Prior | None) -> None:
