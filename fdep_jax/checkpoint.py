@@ -167,13 +167,14 @@ class Checkpoints:
         logging.warning("%s", error)
         continue
       return unflatten(flat, like), meta
+    if step is not None:
+      raise Damaged(f"{folder / str(step)} is damaged. There are {self.steps(best=best)}.")
     advice = (
       f"Remove {folder} to use the newest checkpoint."
       if best
       else f"Put back a copy of one of them, or remove {self.workdir} to train from the start."
     )
-    found = "No checkpoint" if step is None else f"Step {step}"
-    raise Damaged(f"{found} in {folder} is whole (there are {steps}). {advice}")
+    raise Damaged(f"No checkpoint in {folder} is whole (there are {steps}). {advice}")
 
   def rewind(self, step: int) -> None:
     """Makes the folder what it was at `step`: later checkpoints are put aside, later bests removed.

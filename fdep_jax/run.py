@@ -177,6 +177,7 @@ def load_detector(
     step, best = _choose_step(checkpoints, workdir, which)
     # Without fusion modules `like` is a part of what is stored: the light branch alone.
     state, meta = checkpoints.restore({"params": params, "stats": stats}, step, best=best)
+    step = meta["step"]
   finally:
     checkpoints.close()
   if prior and prior.sha256 != meta["dino_sha256"]:
@@ -244,17 +245,17 @@ def _find_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
   return path, "best"
 
 
-def _choose_step(checkpoints, workdir, which: str | int) -> tuple[int, bool]:
-  """(step, whether it is the selected one's copy)."""
+def _choose_step(checkpoints, workdir, which: str | int) -> tuple[int | None, bool]:
+  """(step, None for the newest that is whole; whether it is the selected one's copy)."""
   steps, best = checkpoints.steps(), checkpoints.best_step()
   if not steps and best is None:
     raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
   if str(which) == "best" and best is not None:
-    return best, True
+    return None, True
   if str(which) in ("best", "last"):
     if not steps:
       raise FileNotFoundError(f"{workdir} holds only its best checkpoint, step {best}.")
-    return steps[-1], False
+    return None, False
   if int(which) in steps or int(which) == best:
     return int(which), int(which) not in steps
   raise ValueError(f"{workdir} has no step {which}; it has {steps} and best, step {best}.")
