@@ -114,9 +114,10 @@ def check(config: ConfigDict) -> None:
       "MPI), or HOST:PORT,COUNT,INDEX: the address of process 0, how many processes there are, and "
       "which of them this is, from 0."
     )
-  if values["profile_steps"] and not re.fullmatch(r"[1-9]\d*-[1-9]\d*", values["profile_steps"]):
+  profile = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", values["profile_steps"])
+  if values["profile_steps"] and not (profile and int(profile[1]) <= int(profile[2])):
     problems.append(
-      f"profile_steps is {values['profile_steps']!r}; it must be FIRST-LAST or empty."
+      f"profile_steps is {values['profile_steps']!r}; it must be FIRST-LAST, as 10-12, or empty."
     )
   if problems:
     raise ValueError("\n  ".join([f"{len(problems)} problems in the config:", *problems]))

@@ -305,6 +305,7 @@ def _train(config, workdir, the_mesh, images, prior, crops, levels, model, signa
     logging.warning("%d steps so far were not finite and were left out", counts["count"])
     skipped = counts["count"]
 
+  profile = Profile(workdir, config)
   hidden = None if config.log.progress and mesh.writes() else True
   with (
     signals.waiting(),
@@ -319,6 +320,7 @@ def _train(config, workdir, the_mesh, images, prior, crops, levels, model, signa
     try:
       for step in range(start, steps + 1):
         if step > start:
+          profile.before(step)
           batch = next(iterator)
           numbers = batch.pop("crop", None)
           if levels:
@@ -326,6 +328,7 @@ def _train(config, workdir, the_mesh, images, prior, crops, levels, model, signa
               levels.prepare(step - 1, config.train.batch_size, the_mesh, config.log.progress)
             batch["levels"] = levels.levels(numbers)
           state, metrics = step_fn(state, vit_state, mesh.put_batch(batch, the_mesh))
+          profile.after(step, metrics)
           bar.update()
           if step % config.log.every_steps == 0 or step in (start + 1, steps):
             check_finite()
@@ -404,6 +407,27 @@ class Log:
     self._file.close()
     if self._board:
       self._board.close()
+
+
+class Profile:
+  """A trace of the steps `profile_steps` in workdir/profile, for TensorBoard and Perfetto."""
+
+  def __init__(self, workdir: pathlib.Path, config: ConfigDict):
+    steps = config.profile_steps
+    self._first, self._last = map(int, steps.split("-")) if steps else (0, 0)
+    self._folder = workdir / "profile"
+    self._running = False
+
+  def before(self, step: int) -> None:
+    if step == self._first:
+      jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+      self._running = True
+
+  def after(self, step: int, metrics: dict) -> None:
+    if self._running and step == self._last:
+      jax.block_until_ready(metrics)
+      jax.profiler.stop_trace()
+      logging.info("wrote a trace of steps %d to %d to %s", self._first, step, self._folder)
 
 
 def _scalars(prefix: str, values: dict):

@@ -1,5 +1,6 @@
 """Training end to end on a toy detector: determinism, resuming, what is and is not trained."""
 
+import gzip
 import json
 import math
 
@@ -183,6 +184,16 @@ def test_any_optax_schedule_is_named_by_the_config():
   config.train.schedule = "constant_schedule"
   with pytest.raises(ValueError, match="do not fit constant_schedule"):
     train.make_schedule(config, 50)
+
+
+def test_a_trace_of_some_steps_is_written(toy, tmp_path):
+  train.train(toy_config(**{"mode": "original", "profile_steps": "2-3"}), tmp_path)
+  (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+  with gzip.open(trace, "rt") as file:
+    names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+  assert "PjitFunction(step)" in names
+  with pytest.raises(ValueError, match="profile_steps is '3-2'; it must be FIRST-LAST"):
+    settings.check(toy_config(profile_steps="3-2"))
 
 
 def test_epochs_count_every_image_once():
