@@ -52,7 +52,7 @@ class Conv(nnx.Module):
     kernel = self.kernel[...]
     if kernel.shape[:2] == (1, 1):  # a matrix product: a CPU runs 1×1 convolutions slowly
       if self.stride > 1:
-        x = x[:, :: self.stride, :: self.stride]
+        x = _ops.window(x, slice(None, None, self.stride), slice(None, None, self.stride))
       y = x @ kernel[0, 0]
     else:
       pad = self.dilation * (kernel.shape[0] - 1) // 2
@@ -70,9 +70,7 @@ class Conv(nnx.Module):
 class ConvTranspose(nnx.Module):
   """Transposed convolution, kernel 4, stride 2, padding 1, with bias: B×H×W → B×2H×2W.
 
-  Every output parity is a 2×2 convolution of the input, so one 2×2 convolution to 4·C channels
-  and an interleave give the same numbers for the same multiply-adds; XLA runs the dilated form an
-  order of magnitude slower on a CPU. `kernel` is 4×4×in×out, indexed as PyTorch's (not flipped).
+  `kernel` is 4×4×in×out, indexed as PyTorch's (not flipped).
   """
 
   def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
@@ -82,24 +80,7 @@ class ConvTranspose(nnx.Module):
     self.bias = nnx.Param(_bias(out_channels, bound, "torch", rngs))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    batch, height, width, _ = x.shape
-    kernel = self.kernel[...]
-    out_channels = kernel.shape[-1]
-    # Output row 2k takes input rows k−1 and k with kernel rows 3 and 1; row 2k+1 takes k and k+1
-    # with 2 and 0. Columns alike.
-    taps = ((3, 1), (2, 0))
-    parities = [kernel[jnp.array(r)][:, jnp.array(c)] for r in taps for c in taps]
-    windows = jax.lax.conv_general_dilated(
-      x,
-      jnp.concatenate(parities, -1),
-      (1, 1),
-      [(1, 1), (1, 1)],
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    ).reshape(batch, height + 1, width + 1, 2, 2, out_channels)
-    rows = jnp.stack([windows[:, :-1, :, 0], windows[:, 1:, :, 1]], 2)  # B×H×2×(W+1)×2×C
-    y = jnp.stack([rows[:, :, :, :-1, 0], rows[:, :, :, 1:, 1]], 4)  # B×H×2×W×2×C
-    y = y.reshape(batch, 2 * height, 2 * width, out_channels)
-    return y + self.bias[...].reshape(1, 1, 1, -1)
+    return _ops.conv_transpose(x, self.kernel[...]) + self.bias[...].reshape(1, 1, 1, -1)
 
 
 def _kernel(shape, bound, init: Init, rngs: nnx.Rngs) -> jax.Array:

@@ -13,38 +13,55 @@ from fdep_jax.backbones import _window
 WAVELETS = ("ll", "lh", "hl", "hh")
 
 
+def window(x: jax.Array, rows: slice, columns: slice) -> jax.Array:
+  """x[:, rows, columns]; unlike indexing, a plain slice where sizes are symbolic, too."""
+  starts, limits, strides = [0] * 4, list(x.shape), [1] * 4
+  for axis, part in ((1, rows), (2, columns)):
+    starts[axis], strides[axis] = part.start or 0, part.step or 1
+    if part.stop is not None:
+      limits[axis] = part.stop if part.stop >= 0 else x.shape[axis] + part.stop
+  return jax.lax.slice(x, starts, limits, strides)
+
+
 def max_pool2(x: jax.Array) -> jax.Array:
   """2×2 max-pool, stride 2; an odd last row or column is pooled alone (PyTorch's ceil_mode)."""
   pad = [(0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)]
   if any(after for _, after in pad):
     x = jnp.pad(x, pad, constant_values=-jnp.inf)
   # Slices rather than reduce_window: its gradient is slow on CPUs.
+  even, odd = slice(0, None, 2), slice(1, None, 2)
   return jnp.maximum(
-    jnp.maximum(x[:, 0::2, 0::2], x[:, 0::2, 1::2]),
-    jnp.maximum(x[:, 1::2, 0::2], x[:, 1::2, 1::2]),
+    jnp.maximum(window(x, even, even), window(x, even, odd)),
+    jnp.maximum(window(x, odd, even), window(x, odd, odd)),
   )
 
 
 def max_pool3_stride2(x: jax.Array) -> jax.Array:
   """3×3 max-pool, stride 2, padded with −∞ by 1; H and W even."""
   x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=-jnp.inf)
-  rows = jnp.maximum(jnp.maximum(x[:, 0:-2:2], x[:, 1:-1:2]), x[:, 2::2])
-  return jnp.maximum(jnp.maximum(rows[:, :, 0:-2:2], rows[:, :, 1:-1:2]), rows[:, :, 2::2])
+  everything, thirds = slice(None), (slice(0, -2, 2), slice(1, -1, 2), slice(2, None, 2))
+  first, second, third = (window(x, part, everything) for part in thirds)
+  rows = jnp.maximum(jnp.maximum(first, second), third)
+  first, second, third = (window(rows, everything, part) for part in thirds)
+  return jnp.maximum(jnp.maximum(first, second), third)
 
 
-def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
-  """new_size×size float64 weights of a 1-D linear interpolation (PyTorch's, no antialiasing)."""
+def resize_matrix(size: int, new_size: int, align_corners: bool):
+  """new_size×size weights of a 1-D linear interpolation (PyTorch's, no antialiasing).
+
+  float64 of numpy; float32 of jax where a size is symbolic, known only when an exported program
+  runs. Positions are exact: ratios of integers.
+  """
+  xp = np if isinstance(size, int) and isinstance(new_size, int) else jnp
+  row, column = xp.arange(new_size)[:, None], xp.arange(size)[None]
   if align_corners:
-    position = np.arange(new_size) * ((size - 1) / max(new_size - 1, 1))
+    numerator, denominator = row * (size - 1), max(new_size - 1, 1)
   else:
-    position = np.maximum((np.arange(new_size) + 0.5) * (size / new_size) - 0.5, 0.0)
-  low = np.minimum(np.floor(position).astype(int), size - 1)
-  high = np.minimum(low + 1, size - 1)
-  matrix = np.zeros((new_size, size))
-  rows = np.arange(new_size)
-  np.add.at(matrix, (rows, low), 1.0 - (position - low))
-  np.add.at(matrix, (rows, high), position - low)
-  return matrix
+    numerator, denominator = xp.maximum((2 * row + 1) * size - new_size, 0), 2 * new_size
+  low = numerator // denominator
+  weight = (numerator % denominator) / denominator
+  high = xp.minimum(low + 1, size - 1)
+  return xp.where(column == low, 1 - weight, 0) + xp.where(column == high, weight, 0)
 
 
 def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.Array:
@@ -76,7 +93,7 @@ def _resize_axis(x: jax.Array, axis: int, new_size: int, align_corners: bool) ->
     return _double(x, axis, align_corners, length, offset)
   if align_corners and 2 * new_size == size and new_size > 1:
     # Output i samples 2i + i/(n−1), so only neighbours 2i and 2i+1 take part.
-    weight = _along((offset // 2 + np.arange(new_size)) / (length // 2 - 1), axis, x.dtype)
+    weight = _along((offset // 2 + _arange(new_size)) / (length // 2 - 1), axis, x.dtype)
     even = jax.lax.slice_in_dim(x, 0, None, 2, axis)
     odd = jax.lax.slice_in_dim(x, 1, None, 2, axis)
     return even * (1 - weight) + odd * weight
@@ -111,11 +128,11 @@ def _window_matrix(size: int, new_size: int, length, offset) -> jax.Array:
 
 def _double(x: jax.Array, axis: int, align_corners: bool, length, offset) -> jax.Array:
   size = x.shape[axis]
-  index = offset + np.arange(size)
+  index = offset + _arange(size)
   if align_corners:  # outputs 2k and 2k+1 sample k − k/(2n−1) and k + (n−1−k)/(2n−1)
     before, after = index / (2 * length - 1), (length - 1 - index) / (2 * length - 1)
   else:
-    before = after = np.full(size, 0.25)
+    before = after = np.full(1, 0.25)
   before, after = _along(before, axis, x.dtype), _along(after, axis, x.dtype)
   first = jax.lax.slice_in_dim(x, 0, 1, 1, axis)
   last = jax.lax.slice_in_dim(x, size - 1, None, 1, axis)
@@ -127,10 +144,53 @@ def _double(x: jax.Array, axis: int, align_corners: bool, length, offset) -> jax
   return doubled.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
 
 
+def _arange(size: int):
+  """0 to size − 1, as numpy's where the size is known."""
+  return np.arange(size) if isinstance(size, int) else jnp.arange(size)
+
+
 def _along(weights: np.ndarray | jax.Array, axis: int, dtype) -> jax.Array:
   shape = [1, 1, 1, 1]
   shape[axis] = -1
   return jnp.asarray(weights.reshape(shape), dtype)
+
+
+def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Transposed convolution, stride 2, padding 1: B×H×W×C → B×2H×2W×O.
+
+  Every output parity is a 2×2 convolution of the input, so one 2×2 convolution to 4·O channels
+  and an interleave give the same numbers for the same multiply-adds; XLA runs the dilated form an
+  order of magnitude slower on a CPU.
+
+  Args:
+    kernel: 4×4×C×O, indexed as PyTorch's (not flipped).
+  """
+  batch, height, width, _ = x.shape
+  out_channels = kernel.shape[-1]
+  # Output row 2k takes input rows k−1 and k with kernel rows 3 and 1; row 2k+1 takes k and k+1
+  # with 2 and 0. Columns alike.
+  taps = ((3, 1), (2, 0))
+  parities = [kernel[jnp.array(r)][:, jnp.array(c)] for r in taps for c in taps]
+  windows = jax.lax.conv_general_dilated(
+    x,
+    jnp.concatenate(parities, -1),
+    (1, 1),
+    [(1, 1), (1, 1)],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  ).reshape(batch, height + 1, width + 1, 2, 2, out_channels)
+  rows = _interleave(windows, 1, 3)  # B×H×2×(W+1)×2×O
+  y = _interleave(rows, 3, 4)  # B×H×2×W×2×O
+  return y.reshape(batch, 2 * height, 2 * width, out_channels)
+
+
+def _interleave(windows: jax.Array, axis: int, parity: int) -> jax.Array:
+  """All but the last of parity 0 and all but the first of parity 1, stacked behind `axis`."""
+  size = windows.shape[axis] - 1
+  before = jax.lax.slice_in_dim(jax.lax.index_in_dim(windows, 0, parity, False), 0, size, 1, axis)
+  after = jax.lax.slice_in_dim(
+    jax.lax.index_in_dim(windows, 1, parity, False), 1, size + 1, 1, axis
+  )
+  return jnp.stack([before, after], axis + 1)
 
 
 def haar(x: jax.Array, *, stride: int) -> dict[str, jax.Array]:
@@ -153,10 +213,13 @@ def haar(x: jax.Array, *, stride: int) -> dict[str, jax.Array]:
   else:
     first, second = slice(0, None, 2), slice(1, None, 2)
   # Separable: sums and differences of rows, then of columns, instead of a grouped convolution.
-  above, below = x[:, first], x[:, second]
+  everything = slice(None)
+  above, below = window(x, first, everything), window(x, second, everything)
   total, difference = 0.5 * (above + below), 0.5 * (above - below)
-  sum_left, sum_right = total[:, :, first], total[:, :, second]
-  difference_left, difference_right = difference[:, :, first], difference[:, :, second]
+  sum_left, sum_right = (window(total, everything, part) for part in (first, second))
+  difference_left, difference_right = (
+    window(difference, everything, part) for part in (first, second)
+  )
   return {
     "ll": sum_left + sum_right,
     "lh": difference_left + difference_right,

@@ -1,0 +1,163 @@
+"""What deployment costs: light.onnx beside PyTorch eager, and FDEP's light branch beside the original.
+
+  python benchmarks/deploy.py --reference ../PAL --torch-python ../torch-env/bin/python
+
+Needs requirements-export.txt. `--reference` and `--torch-python` as in benchmarks/networks.py, which
+also says how the two take turns; without them only ours runs. Forward passes of batch 1, 256×256,
+float32, on the same two cores: `light.onnx` in onnxruntime with two threads (normalisation and sigmoid
+inside), the published network in PyTorch (without them) with the same weights; and, in JAX, the light
+branch of an FDEP model and the network alone, each compiled by itself.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+import tempfile
+
+import networks as bench
+import numpy as np
+
+OURS = ("onnxruntime", "light", "original")
+MEAN, STD = 0.4, 0.2
+
+
+class Worker:
+  """Ours."""
+
+  def __init__(self):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    import onnxruntime
+
+    self.version = f"onnxruntime {onnxruntime.__version__}"
+    self.calls = {}
+
+  def describe(self):
+    from fdep_jax import backbones
+
+    return {"version": self.version, "variants": OURS, "networks": backbones.names()}
+
+  def prepare(self, name, folder):
+    """Exports and compiles a network.
+
+    Args:
+      folder: where the PyTorch worker left weights and logits; without them weights are new.
+
+    Returns:
+      Parameters and FLOPs of the light branch over the original's, and how far the ONNX file's
+      probabilities are from PyTorch's (None without).
+    """
+    import onnxruntime
+    from flax import nnx
+
+    import converters
+    from configs import base
+    from fdep_jax import backbones, evaluate, export, run
+    from fdep_jax.fdep import FDEP
+
+    weights = pathlib.Path(folder, "weights.npz")
+    if weights.exists():
+      net = converters.load_backbone(name, dict(np.load(weights)))
+    else:
+      net = backbones.create(name, rngs=nnx.Rngs(0))
+    model = FDEP(net, dino_width=384, num_levels=4, rngs=nnx.Rngs(0))
+    model.eval()
+    original = backbones.create(name, rngs=nnx.Rngs(0))
+    original.eval()
+
+    config = base.get_config()
+    config.model.backbone = name
+    place = pathlib.Path(folder)
+    detector = run.Detector(model, "light", config, MEAN, STD, None, "", place, 0)
+    light, path = export.make_light(detector), place / "light.onnx"
+    export._write_onnx(detector, light, None, path, {})
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = bench.CORES
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    normal = bench.arrays(bench.FORWARD_SHAPE)[0]
+    image = np.ascontiguousarray((normal * STD + MEAN).transpose(0, 3, 1, 2))
+    self.calls = {
+      "onnxruntime": lambda: session.run(None, {"image": image}),
+      "light": self._forward(model, lambda model, x: model.light(x).final, normal),
+      "original": self._forward(original, lambda net, x: net(x).final, normal),
+    }
+    difference, logits = None, pathlib.Path(folder, "logits.npy")
+    if logits.exists():
+      theirs = 1 / (1 + np.exp(-np.load(logits).astype(np.float64)))
+      difference = float(np.abs(self.calls["onnxruntime"]()[0] - theirs).max())
+    counts = [evaluate.count_parameters(nnx.state(n, nnx.Param)) for n in (light.net, original)]
+    flops = [export.flops(n, 256) for n in (light.net, original)]
+    return {
+      "parameters": counts[0] / counts[1],
+      "flops": flops[0] / flops[1],
+      "difference": difference,
+    }
+
+  def _forward(self, module, function, image):
+    import jax
+    from flax import nnx
+
+    graphdef, state = nnx.split(module)
+    run = jax.jit(lambda state, x: function(nnx.merge(graphdef, state), x))
+    leaves, tree = jax.tree.flatten(state)
+    run = jax.jit(lambda leaves, x: function(nnx.merge(graphdef, tree.unflatten(leaves)), x))
+
+    def call():
+      jax.block_until_ready(run(leaves, image))
+
+    call()
+    return call
+
+  def measure(self, variant, task):
+    del task
+    return bench.seconds_per_call(self.calls[variant])
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--reference", help="your checkout of YuChuang1205/PAL")
+  parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch")
+  parser.add_argument("--networks", help="comma-separated; default: all")
+  parser.add_argument("--rounds", type=int, default=9, help="timings of each; the median counts")
+  parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+  flags = parser.parse_args()
+  if flags.worker:
+    return bench.serve(Worker())
+  if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: bench.CORES])
+  ours = bench.Remote(sys.executable, "--worker", script=str(pathlib.Path(__file__)))
+  theirs, layouts = None, []
+  if flags.reference:
+    reference = str(pathlib.Path(flags.reference).resolve())
+    theirs = bench.Remote(flags.torch_python, "--worker", "torch", "--reference", reference)
+    layouts = theirs.about["variants"]
+  versions = " and ".join(worker.about["version"] for worker in (ours, theirs) if worker)
+  print(f"{versions}, {bench.CORES} cores, {bench.TASKS['forward']}; milliseconds.\n")
+  columns = ["onnxruntime", *layouts, *(f"onnxruntime / {v}" for v in layouts), "differ by"]
+  columns += ["light", "original", "light / original", "parameters", "FLOPs"]
+  print(f"| network | {' | '.join(columns)} |\n| --- |" + " ---: |" * len(columns), flush=True)
+  for name in flags.networks.split(",") if flags.networks else ours.about["networks"]:
+    with tempfile.TemporaryDirectory() as folder:
+      if theirs:
+        theirs("prepare", name, folder)
+      facts = ours("prepare", name, folder)
+      contenders = [(ours, v) for v in OURS] + [(theirs, v) for v in layouts]
+      seconds = {variant: [] for _, variant in contenders}
+      for _ in range(1 + flags.rounds):  # the first warms up
+        for worker, variant in contenders:
+          seconds[variant].append(worker("measure", variant, "forward"))
+    s = {variant: float(np.median(values[1:])) for variant, values in seconds.items()}
+    cells = [f"{1e3 * s[v]:.1f}" for v in ("onnxruntime", *layouts)]
+    cells += [f"{s['onnxruntime'] / s[v]:.2f}" for v in layouts]
+    cells.append("–" if facts["difference"] is None else f"{facts['difference']:.0e}")
+    cells += [f"{1e3 * s[v]:.1f}" for v in ("light", "original")]
+    cells += [f"{s['light'] / s['original']:.2f}"]
+    cells += [f"{facts[fact]:.2f}" for fact in ("parameters", "flops")]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()

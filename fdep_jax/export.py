@@ -1,0 +1,280 @@
+"""`--mode export`: the light branch of a run as files for those who do not have this package.
+
+`light.safetensors` (for `run.load_light`), `light.stablehlo` (for `jax.export.deserialize`),
+`light.onnx`, `light_torch.safetensors` (the published PyTorch network's state_dict) and
+`manifest.json`. The light branch is the original detector: neither DINOv2 nor SAMF is in them.
+
+OUR CHOICE, since the paper deploys nothing: programs take float32 grey levels in [0, 1], so that a
+camera's bit depth does not matter, and return probabilities. They compute in float32 on every
+platform: the defaults (TF32 on GPUs, bfloat16 on TPUs) would not give the numbers that were
+verified. They hold the operations of `_ops` as written: these cost no more multiply-adds than the
+plain ones, which CPUs run slowly.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fdep_jax import checkpoint, evaluate
+from fdep_jax import run as run_lib
+from fdep_jax.backbones import Backbone
+
+FILES = ("light.safetensors", "light.stablehlo", "light.onnx", "light_torch.safetensors")
+PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-4  # of probabilities on random images, before a file gets its name
+THRESHOLD = 0.5  # of masks in the paper's IoU, nIoU, Pd and Fa; exclusive
+
+
+class Absent(Exception):
+  """Why a file cannot be written here, in a sentence; the others can."""
+
+
+def export(
+  workdir: str | os.PathLike | None,
+  out: str | os.PathLike | None = None,
+  which: str | int | None = None,
+) -> dict:
+  """Writes the light branch of a run; every file is verified against the run before it appears.
+
+  Args:
+    workdir, which: as `run.load_detector` (default: the selected checkpoint).
+    out: folder to write; default `export` in the run.
+
+  Returns:
+    What `manifest.json` holds. A file that cannot be written (ONNX without its packages, PyTorch
+    without a converter) is null there, with the reason under "absent".
+
+  Raises:
+    ValueError, FileNotFoundError: no such run or checkpoint, it has no light branch, or `out`
+      cannot be written.
+    RuntimeError: a written file gives other numbers than the run.
+  """
+  detector = run_lib.load_detector(workdir, which, "light")
+  out = pathlib.Path(out if out is not None else detector.folder / "export").expanduser()
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("manifest.json", *FILES):  # of an earlier export, maybe of another checkpoint
+      (out / name).unlink(missing_ok=True)
+  except OSError as error:
+    raise ValueError(f"{out} cannot be written ({error.strerror}). Choose another.") from None
+
+  about = _about(detector)
+  light = make_light(detector)
+  forward = jax.jit(light.apply)
+  images = list(_random_images(light.net))
+  expected = [np.asarray(forward(light.weights, image)) for image in images]
+  partial = {name: out / f"{name}.partial" for name in FILES}
+  writers = (_write_light, _write_stablehlo, _write_onnx, _write_torch)
+  files, absent = {}, {}
+  try:
+    for name, write in zip(FILES, writers, strict=True):
+      logging.info("%s …", name)
+      try:
+        reread = write(detector, light, forward, partial[name], about)
+      except Absent as reason:
+        files[name], absent[name] = None, str(reason)
+        logging.warning("%s is not written: %s", name, reason)
+        continue
+      difference = max(
+        float(np.abs(reread(image) - right).max())
+        for image, right in zip(images, expected, strict=True)
+      )
+      if not difference <= TOLERANCE:
+        raise RuntimeError(
+          f"{name} gives probabilities that differ from the run's by {difference:.1e} on random "
+          f"images (at most {TOLERANCE} is right). It is not written."
+        )
+      files[name] = {
+        "bytes": partial[name].stat().st_size,
+        "sha256": _sha256(partial[name]),
+        "largest_difference": difference,
+      }
+    manifest = {**about, "files": files, "absent": absent, "versions": _versions()}
+    for name in FILES:
+      if files[name]:
+        os.replace(partial[name], out / name)
+    evaluate.write_json(out / "manifest.json", manifest)
+  finally:
+    for path in partial.values():
+      path.unlink(missing_ok=True)
+  logging.info("wrote %s", out)
+  return manifest
+
+
+class Light(NamedTuple):
+  """The light branch as a function of its weights."""
+
+  net: Backbone
+  weights: nnx.State
+  apply: Callable[[nnx.State, jax.Array], jax.Array]  # weights, B×H×W×C -> B×H×W
+
+  def probability(self, image: jax.Array) -> jax.Array:
+    """B×H×W×C float32 grey levels in [0, 1] -> B×H×W float32; H and W multiples of the stride."""
+    return self.apply(self.weights, image)
+
+
+def make_light(detector: run_lib.Detector) -> Light:
+  """The exported function of a trained light branch."""
+  net = detector.model.backbone
+  graphdef, weights, rest = nnx.split(net, nnx.Any(nnx.Param, nnx.BatchStat), ...)
+
+  def apply(weights, image):
+    normal = (image - detector.mean) / detector.std
+    logits = nnx.merge(graphdef, weights, rest)(normal).final
+    return jax.nn.sigmoid(logits.astype(jnp.float32).squeeze(-1))
+
+  return Light(net, weights, apply)
+
+
+def symbolic_sizes(net) -> tuple:
+  """Batch, height and width as symbols, the last two multiples of the stride."""
+  return jax.export.symbolic_shape(f"batch, {net.stride}*h, {net.stride}*w")
+
+
+def flops(net: Backbone, size: int) -> float:
+  """Of one forward pass of a size×size image, as XLA counts them in the program as written."""
+  graphdef, state = nnx.split(net)
+  image = jax.ShapeDtypeStruct((1, size, size, net.in_channels), jnp.float32)
+  forward = jax.jit(lambda state, image: nnx.merge(graphdef, state)(image).final)
+  return forward.lower(state, image).cost_analysis()["flops"]
+
+
+# Each writes a file and returns the function from images to probabilities that the file holds.
+
+
+def _write_light(detector, light: Light, forward, path, about) -> Callable:
+  from safetensors.numpy import save_file
+
+  arrays = {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(light.weights).items()}
+  more = {"config": detector.config.to_dict(), "mean": detector.mean, "std": detector.std}
+  save_file(arrays, path, {"fdep_jax": json.dumps({**about, **more})})
+  reread = make_light(run_lib.load_light(path))
+  return lambda image: forward(reread.weights, image)
+
+
+def _write_stablehlo(detector, light: Light, forward, path, about) -> Callable:
+  shape = (*symbolic_sizes(light.net), light.net.in_channels)
+  with jax.default_matmul_precision("float32"):
+    make = jax.export.export(jax.jit(light.probability), platforms=PLATFORMS)
+    path.write_bytes(make(jax.ShapeDtypeStruct(shape, jnp.float32)).serialize())
+  return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+
+
+def _write_onnx(detector, light: Light, forward, path, about) -> Callable:
+  needed = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+  if needed:
+    raise Absent(
+      f"it needs {' and '.join(needed)}: `pip install -r requirements-export.txt` and export again."
+    )
+  from fdep_jax import to_onnx
+
+  sizes, channels = symbolic_sizes(light.net), light.net.in_channels
+  try:
+    model = to_onnx.convert(light.probability, *sizes, channels, {"fdep_jax": json.dumps(about)})
+  except NotImplementedError as error:
+    raise Absent(str(error)) from None
+  path.write_bytes(model.SerializeToString())
+  import onnxruntime
+
+  session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+  return lambda image: session.run(None, {"image": image.transpose(0, 3, 1, 2)})[0][:, 0]
+
+
+def _write_torch(detector, light: Light, forward, path, about) -> Callable:
+  from safetensors.numpy import save_file
+
+  import converters
+
+  name = about["network"]
+  if importlib.util.find_spec(f"converters.{name}") is None:
+    raise Absent(f"there is no converters/{name}.py, which would know the PyTorch names.")
+  save_file(converters.to_torch(light.net), path, {"fdep_jax": json.dumps(about)})
+  reread = nnx.state(converters.load_backbone(name, path), nnx.Any(nnx.Param, nnx.BatchStat))
+  return lambda image: forward(reread, image)
+
+
+def _random_images(net) -> Iterator[np.ndarray]:
+  """Two sizes and two batch sizes."""
+  rng = np.random.default_rng(0)
+  for batch, rows, columns in ((1, 2, 3), (2, 3, 2)):
+    shape = (batch, rows * net.stride, columns * net.stride, net.in_channels)
+    yield rng.random(shape, np.float32)
+
+
+def _about(detector: run_lib.Detector) -> dict:
+  """The manifest's part that does not depend on the files."""
+  net, config = detector.model.backbone, detector.config
+  size = config.data.crop
+  multiple = f"height and width multiples of {net.stride}"
+  return {
+    "network": config.model.backbone,
+    "run": str(detector.folder),
+    "mode": config.mode,
+    "step": detector.step,
+    "parameters": evaluate.count_parameters(nnx.state(net, nnx.Param)),
+    "flops": {"height": size, "width": size, "value": flops(net, size)},
+    "input": {
+      "name": "image",
+      "type": "float32",
+      "values": "grey levels in [0, 1] (8 bits: divided by 255), a grey frame repeated in all "
+      "channels; the programs normalise",
+      "shape": {
+        "light.stablehlo": ["batch", "height", "width", net.in_channels],
+        "light.onnx": ["batch", net.in_channels, "height", "width"],
+      },
+      "sizes": f"any batch; {multiple}: pad frames with 0 at the right and the bottom, as the "
+      f"evaluation does to multiples of {evaluate.PAD}, and cut the result",
+      "mean": detector.mean,
+      "std": detector.std,
+    },
+    "output": {
+      "name": "probability",
+      "type": "float32",
+      "values": "probability of target in [0, 1]",
+      "shape": {
+        "light.stablehlo": ["batch", "height", "width"],
+        "light.onnx": ["batch", 1, "height", "width"],
+      },
+    },
+    "threshold": THRESHOLD,
+    "metrics": _metrics(detector.folder, detector.step),
+  }
+
+
+def _metrics(folder: pathlib.Path, step: int) -> dict | None:
+  """The light branch's on the test split, where the run was evaluated at this step."""
+  try:
+    metrics = json.loads((folder / "metrics.json").read_text())
+  except (FileNotFoundError, ValueError):
+    return None
+  for candidate in (metrics, metrics.get("last", {})):
+    if candidate.get("checkpoint") == step and "light" in candidate:
+      return {"split": metrics.get("split"), **candidate["light"]}
+  return None
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str | None]:
+  def version(name):
+    try:
+      return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      return None
+
+  return {name: version(name) for name in ("jax", "flax", "safetensors", "onnx", "onnxruntime")}

@@ -1,0 +1,502 @@
+"""A traced detector as an ONNX graph: NCHW, any batch, height and width; needs the package onnx.
+
+The traced program (NHWC) is read operation by operation. Arrays with a batch become rank-4 NCHW
+tensors whatever their rank, reduced axes staying behind with size 1, so that no transposition is
+left; arithmetic on constants is done here, and per-channel factors go into the convolutions.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from fdep_jax.backbones import _ops
+
+OPSET, IR_VERSION = 18, 8  # onnxruntime ≥ 1.14
+
+_NCHW = (0, 3, 1, 2)  # NHWC axis of every NCHW axis
+_RANK4 = (0, 1, 2, 3)
+_TO_THE_END = np.iinfo(np.int64).max
+
+_ELEMENTWISE = {
+  "abs": "Abs", "add": "Add", "add_any": "Add", "div": "Div", "erf": "Erf", "exp": "Exp",
+  "log": "Log", "logistic": "Sigmoid", "max": "Max", "min": "Min", "mul": "Mul", "neg": "Neg",
+  "sqrt": "Sqrt", "sub": "Sub", "tanh": "Tanh",
+}  # fmt: skip
+_CALLS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
+# Functions of `_ops` that ONNX has operations for.
+_WHOLE = ("max_pool2", "max_pool3_stride2", "resize", "conv_transpose", "haar")
+
+
+class Tensor(NamedTuple):
+  """A value of the graph, rank 4 and NCHW there."""
+
+  name: str
+  shape: tuple  # NHWC; 1 where an axis is reduced
+  axes: tuple[int, ...]  # NHWC axis of every axis that the traced array has
+
+
+@dataclasses.dataclass
+class Node:
+  """An operation; inputs are names of values, or constants."""
+
+  op: str
+  inputs: list[str | np.ndarray]
+  outputs: list[str]
+  attributes: dict[str, Any]
+
+
+def convert(function: Callable, batch, height, width, channels: int, metadata: dict[str, str]):
+  """The ONNX model of a function from B×H×W×C to B×H×W×1, or B×H×W, float32.
+
+  Args:
+    batch, height, width: symbolic sizes (`jax.export.symbolic_shape`).
+    metadata: strings that the file carries.
+
+  Returns:
+    An `onnx.ModelProto`: input "image" B×C×H×W, output "probability" B×1×H×W.
+
+  Raises:
+    NotImplementedError: the network does something that has no counterpart here.
+  """
+  shape = (batch, height, width, channels)
+  with _whole_operations():
+    traced = jax.jit(function).trace(jax.ShapeDtypeStruct(shape, np.float32)).jaxpr
+  graph = _Graph()
+  (result,) = graph.run(traced.jaxpr, traced.consts, [Tensor("image", shape, _RANK4)])
+  return _model(_tidy(graph.nodes, result.name), result.name, channels, metadata)
+
+
+@contextlib.contextmanager
+def _whole_operations():
+  """Meanwhile, programs are traced with the functions of `_WHOLE` as single calls."""
+  plain = {name: getattr(_ops, name) for name in _WHOLE}
+
+  def marked(function):
+    def call(x, *rest, **options):
+      def whole(x, *kernel):
+        return function(x, *(kernel or rest), **options)
+
+      whole.__name__ = f"{function.__name__} {json.dumps(options)}"  # read by `_Graph._call`
+      return jax.jit(whole)(x, *(rest if function is plain["conv_transpose"] else ()))
+
+    return call
+
+  for name, function in plain.items():
+    setattr(_ops, name, marked(function))
+  try:
+    yield
+  finally:
+    for name, function in plain.items():
+      setattr(_ops, name, function)
+
+
+class _Graph:
+  """Nodes in order of evaluation, as `run` writes them."""
+
+  def __init__(self):
+    self.nodes: list[Node] = []
+    self._sums: dict[str, tuple] = {}  # name of a sum -> (summed tensor, NCHW axes, number)
+
+  def run(self, jaxpr, consts, arguments) -> list:
+    """Values of the outputs: tensors, arrays, or symbolic sizes."""
+    values = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(variable):
+      return variable.val if isinstance(variable, core.Literal) else values[variable]
+
+    for equation in jaxpr.eqns:
+      results = self._equation(equation, [read(variable) for variable in equation.invars])
+      values.update(zip(equation.outvars, results, strict=True))
+    return [read(variable) for variable in jaxpr.outvars]
+
+  def _equation(self, equation, inputs) -> list:
+    name, params = equation.primitive.name, equation.params
+    if name == "dim_as_value":
+      return [params["dim"]]
+    if name in _CALLS:
+      return self._call(params, inputs, equation)
+    if name == "convert_element_type" and not isinstance(inputs[0], jax.Array | np.ndarray):
+      return inputs  # sizes, and float32 to float32
+    if not any(isinstance(value, Tensor) for value in inputs):
+      result = equation.primitive.bind(*inputs, **params)
+      return list(result) if equation.primitive.multiple_results else [result]
+    if name in _ELEMENTWISE:
+      return [self._elementwise(name, inputs)]
+    method = getattr(self, f"_{name}", None)
+    if method is None:
+      raise _unknown(f"the operation {name}")
+    return [method(equation, *inputs)]
+
+  def add(self, op: str, inputs: list, shape, axes=_RANK4, **attributes) -> Tensor:
+    """A new node with one output."""
+    name = f"{op}_{len(self.nodes)}"
+    inputs = [value.name if isinstance(value, Tensor) else value for value in inputs]
+    self.nodes.append(Node(op, inputs, [name], attributes))
+    return Tensor(name, tuple(shape), axes)
+
+  def _call(self, params, inputs, equation) -> list:
+    closed = params.get("jaxpr") or params["call_jaxpr"]
+    name, _, options = params.get("name", "").partition(" ")
+    if name in _WHOLE and isinstance(inputs[0], Tensor):
+      shapes = [variable.aval.shape for variable in equation.outvars]
+      return getattr(self, f"_{name}")(*inputs, shapes, **json.loads(options))
+    jaxpr = getattr(closed, "jaxpr", closed)
+    return self.run(jaxpr, getattr(closed, "consts", ()), inputs)
+
+  # Elementwise operations
+
+  def _elementwise(self, name: str, inputs) -> Tensor:
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    axes = tensors[0].axes
+    if any(tensor.axes != axes for tensor in tensors):
+      raise _unknown(f"{name} of arrays that were reduced differently")
+    if name == "div" and isinstance(inputs[0], Tensor) and not isinstance(inputs[1], Tensor):
+      if mean := self._mean(*inputs):
+        return mean
+    placed, shape = [], [1, 1, 1, 1]
+    for value in inputs:
+      if isinstance(value, Tensor):
+        sizes = value.shape
+      else:
+        if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
+          raise _unknown(f"{name} with the image's size")
+        value = np.asarray(value, np.float32)
+        sizes = (1,) * 4
+        if value.ndim:
+          sizes = [1] * 4
+          for axis, size in zip(axes, value.shape, strict=True):
+            sizes[axis] = size
+        value = value.reshape(sizes).transpose(_NCHW)
+      shape = [b if a == 1 else a for a, b in zip(shape, sizes, strict=True)]
+      placed.append(value)
+    constants = [value for value in placed if isinstance(value, np.ndarray)]
+    if name == "max" and len(constants) == 1 and not constants[0].any():
+      return self.add("Relu", tensors, shape, axes)
+    return self.add(_ELEMENTWISE[name], placed, shape, axes)
+
+  def _mean(self, total: Tensor, number) -> Tensor | None:
+    if total.name not in self._sums:
+      return None
+    summed, axes, count = self._sums[total.name]
+    if isinstance(number, jax.Array | np.ndarray | np.generic):
+      number = np.asarray(number).item()
+    if not number == count:
+      return None
+    return self.add("ReduceMean", [summed, np.array(axes)], total.shape, total.axes, keepdims=1)
+
+  def _square(self, _, x: Tensor) -> Tensor:
+    return self.add("Mul", [x, x], x.shape, x.axes)
+
+  def _integer_pow(self, equation, x: Tensor) -> Tensor:
+    if equation.params["y"] != 2:
+      raise _unknown(f"the power {equation.params['y']}")
+    return self._square(equation, x)
+
+  def _rsqrt(self, _, x: Tensor) -> Tensor:
+    root = self.add("Sqrt", [x], x.shape, x.axes)
+    return self.add("Reciprocal", [root], x.shape, x.axes)
+
+  def _stop_gradient(self, _, x: Tensor) -> Tensor:
+    return x
+
+  _copy = _copy_p = _stop_gradient
+
+  # Shapes
+
+  def _broadcast_in_dim(self, equation, x: Tensor, *_) -> Tensor:
+    shape = equation.params["shape"]
+    dimensions = equation.params["broadcast_dimensions"]
+    if len(shape) == 4 and tuple(dimensions) == x.axes and tuple(shape) == x.shape:
+      return x._replace(axes=_RANK4)
+    raise _unknown("repeating an array")
+
+  def _reshape(self, equation, x: Tensor, *_) -> Tensor:
+    shape = tuple(equation.params["new_sizes"])
+    if shape == x.shape:
+      return x._replace(axes=_RANK4)
+    kept = tuple(axis for axis in _RANK4 if x.shape[axis] != 1)
+    if shape == tuple(x.shape[axis] for axis in kept):
+      return x._replace(axes=kept)
+    raise _unknown(f"reshaping to {shape}")
+
+  def _squeeze(self, equation, x: Tensor) -> Tensor:
+    gone = equation.params["dimensions"]
+    return x._replace(axes=tuple(axis for i, axis in enumerate(x.axes) if i not in gone))
+
+  def _concatenate(self, equation, *inputs) -> Tensor:
+    if not all(isinstance(x, Tensor) and x.axes == _RANK4 for x in inputs):
+      raise _unknown("joining reduced or constant arrays")
+    for x, variable in zip(inputs, equation.invars, strict=True):
+      self._check_full(x, variable)
+    axis = _NCHW.index(equation.params["dimension"])
+    return self.add("Concat", list(inputs), equation.outvars[0].aval.shape, axis=axis)
+
+  def _slice(self, equation, x: Tensor) -> Tensor:
+    self._check_full(x, equation.invars[0])
+    starts, ends, axes, steps = [], [], [], []
+    strides = equation.params["strides"] or (1,) * 4
+    for axis, size in enumerate(x.shape):
+      start, limit = equation.params["start_indices"][axis], equation.params["limit_indices"][axis]
+      if (start, limit, strides[axis]) == (0, size, 1):
+        continue
+      end = _TO_THE_END if limit == size else limit - size if not isinstance(limit, int) else limit
+      if not isinstance(start, int) or not isinstance(end, int):
+        raise _unknown("a slice whose ends depend on the image's size")
+      starts, ends = [*starts, start], [*ends, end]
+      axes, steps = [*axes, _NCHW.index(axis)], [*steps, strides[axis]]
+    if not axes:
+      return x
+    bounds = [np.array(values, np.int64) for values in (starts, ends, axes, steps)]
+    return self.add("Slice", [x, *bounds], equation.outvars[0].aval.shape)
+
+  def _pad(self, equation, x: Tensor, value) -> Tensor:
+    self._check_full(x, equation.invars[0])
+    config = [equation.params["padding_config"][axis] for axis in _NCHW]
+    if any(interior or low < 0 or high < 0 for low, high, interior in config):
+      raise _unknown("padding between or cutting off")
+    amounts = np.array([c[0] for c in config] + [c[1] for c in config], np.int64)
+    shape = equation.outvars[0].aval.shape
+    return self.add("Pad", [x, amounts, np.asarray(value, np.float32)], shape)
+
+  def _check_full(self, x: Tensor, variable) -> None:
+    if x.axes != _RANK4 or x.shape != tuple(variable.aval.shape):
+      raise _unknown("an array of other than four axes")
+
+  # Reductions
+
+  def _reduce(self, op: str, equation, x: Tensor) -> Tensor:
+    self._check_full(x, equation.invars[0])
+    reduced = equation.params["axes"]
+    axes = tuple(sorted(_NCHW.index(axis) for axis in reduced))
+    shape = [1 if axis in reduced else size for axis, size in enumerate(x.shape)]
+    kept = tuple(axis for axis in _RANK4 if axis not in reduced)
+    result = self.add(op, [x, np.array(axes)], shape, kept, keepdims=1)
+    if op == "ReduceSum":
+      count = 1
+      for axis in reduced:
+        count = count * x.shape[axis]
+      self._sums[result.name] = x, axes, count
+    return result
+
+  def _reduce_sum(self, equation, x: Tensor) -> Tensor:
+    return self._reduce("ReduceSum", equation, x)
+
+  def _reduce_max(self, equation, x: Tensor) -> Tensor:
+    return self._reduce("ReduceMax", equation, x)
+
+  def _reduce_min(self, equation, x: Tensor) -> Tensor:
+    return self._reduce("ReduceMin", equation, x)
+
+  # Convolutions and the functions of `_ops`
+
+  def _conv_general_dilated(self, equation, x: Tensor, kernel) -> Tensor:
+    self._check_full(x, equation.invars[0])
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    plain = (
+      not isinstance(kernel, Tensor)
+      and (numbers.lhs_spec, numbers.rhs_spec) == (_NCHW, (3, 2, 0, 1))
+      and params["batch_group_count"] == 1
+      and set(params["lhs_dilation"]) == {1}
+    )
+    if not plain:
+      raise _unknown("a convolution that is not NHWC with a constant HWIO kernel")
+    (top, bottom), (left, right) = params["padding"]
+    return self.add(
+      "Conv",
+      [x, np.asarray(kernel).transpose(3, 2, 0, 1)],
+      equation.outvars[0].aval.shape,
+      strides=list(params["window_strides"]),
+      dilations=list(params["rhs_dilation"]),
+      pads=[top, left, bottom, right],
+      group=params["feature_group_count"],
+    )
+
+  def _dot_general(self, equation, x, matrix) -> Tensor:
+    contracted, batched = equation.params["dimension_numbers"]
+    if isinstance(matrix, Tensor) or contracted != ((3,), (0,)) or batched != ((), ()):
+      raise _unknown("a product other than of B×H×W×C with a constant matrix")
+    self._check_full(x, equation.invars[0])
+    kernel = np.asarray(matrix).T[:, :, None, None]
+    strides, node = [1, 1], self.nodes[-1] if self.nodes else None
+    if node and node.op == "Slice" and node.outputs == [x.name]:
+      starts, ends, axes, steps = node.inputs[1:]
+      if not starts.any() and (ends == _TO_THE_END).all() and axes.tolist() == [2, 3]:
+        x, strides = node.inputs[0], steps.tolist()  # B×C×H×W: what a convolution skips itself
+    return self.add("Conv", [x, kernel], equation.outvars[0].aval.shape, strides=strides)
+
+  def _max_pool2(self, x: Tensor, shapes) -> list[Tensor]:
+    return [self.add("MaxPool", [x], shapes[0], kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)]
+
+  def _max_pool3_stride2(self, x: Tensor, shapes) -> list[Tensor]:
+    options = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    return [self.add("MaxPool", [x], shapes[0], **options)]
+
+  def _resize(self, x: Tensor, shapes, *, align_corners: bool) -> list[Tensor]:
+    (shape,) = shapes
+    if shape == x.shape:
+      return [x]
+    scales = [1.0, 1.0]
+    for axis in (1, 2):
+      for scale in [2.0**k for k in range(-5, 6)]:
+        if scale >= 1 and shape[axis] == int(scale) * x.shape[axis]:
+          break
+        if scale < 1 and int(1 / scale) * shape[axis] == x.shape[axis]:
+          break
+      else:
+        raise _unknown(f"resizing {x.shape[axis]} to {shape[axis]}")
+      scales.append(scale)
+    mode = "align_corners" if align_corners else "half_pixel"
+    inputs = [x, "", np.array(scales, np.float32)]
+    return [self.add("Resize", inputs, shape, mode="linear", coordinate_transformation_mode=mode)]
+
+  def _conv_transpose(self, x: Tensor, kernel, shapes) -> list[Tensor]:
+    kernel = np.asarray(kernel).transpose(2, 3, 0, 1)
+    options = {"strides": [2, 2], "pads": [1, 1, 1, 1]}
+    return [self.add("ConvTranspose", [x, kernel], shapes[0], **options)]
+
+  def _haar(self, x: Tensor, shapes, *, stride: int) -> list[Tensor]:
+    channels = x.shape[3]
+    signs = {"hh": (1, -1, -1, 1), "hl": (1, -1, 1, -1), "lh": (1, 1, -1, -1), "ll": (1, 1, 1, 1)}
+    pad = 1 if stride == 1 else 0
+    results = []
+    for band in sorted(signs):  # the order in which a traced dictionary is returned
+      kernel = 0.5 * np.array(signs[band], np.float32).reshape(1, 1, 2, 2)
+      results.append(
+        self.add(
+          "Conv",
+          [x, np.repeat(kernel, channels, 0)],
+          shapes[0],
+          strides=[stride, stride],
+          pads=[pad, pad, 0, 0],
+          group=channels,
+        )
+      )
+    return results
+
+
+def _unknown(what: str) -> NotImplementedError:
+  return NotImplementedError(
+    f"the network uses {what}, which fdep_jax/to_onnx.py cannot write yet."
+  )
+
+
+def _tidy(nodes: list[Node], result: str) -> list[Node]:
+  """Affine functions of channels become part of the convolution before; unused nodes go."""
+  uses = {result: 1}
+  kept = []
+  for node in reversed(nodes):
+    if uses.get(node.outputs[0]):
+      kept.insert(0, node)
+      for value in node.inputs:
+        if isinstance(value, str):
+          uses[value] = uses.get(value, 0) + 1
+  producer = {node.outputs[0]: node for node in kept}
+  tidied = []
+  for node in kept:
+    if affine := _affine(node):
+      name, factor, offset = affine
+      source = last = producer.get(name)
+      alone = last is not None and uses[name] == 1
+      # The weights of an interpolation sum to 1, so it does not matter which comes first.
+      while alone and source.op == "Resize":
+        alone, source = uses[source.inputs[0]] == 1, producer.get(source.inputs[0])
+        alone = alone and source is not None
+      if alone and _absorb(source, factor, offset):
+        last.outputs = node.outputs
+        producer[node.outputs[0]] = last
+        continue
+      node.op, node.inputs = "Affine", [name, factor, offset]
+    tidied.append(node)
+  return tidied
+
+
+def _affine(node: Node) -> tuple[str, np.ndarray, np.ndarray] | None:
+  """(input, factor, offset), float64, of an arithmetic operation with a constant per channel."""
+  constants = [v for v in node.inputs if isinstance(v, np.ndarray)]
+  names = [v for v in node.inputs if isinstance(v, str)]
+  if len(constants) != 1 or len(names) != 1 or node.op not in ("Add", "Sub", "Mul", "Div"):
+    return None
+  constant = constants[0].astype(np.float64)
+  if constant.size != constant.shape[1]:  # 1×C×1×1
+    return None
+  constant, one, zero = constant.ravel(), np.ones(1), np.zeros(1)
+  first = isinstance(node.inputs[0], np.ndarray)
+  if node.op == "Add":
+    return names[0], one, constant
+  if node.op == "Sub":
+    return (names[0], -one, constant) if first else (names[0], one, -constant)
+  if node.op == "Mul":
+    return names[0], constant, zero
+  return None if first else (names[0], 1 / constant, zero)
+
+
+def _absorb(node: Node, factor: np.ndarray, offset: np.ndarray) -> bool:
+  """Lets a convolution, or another affine function, apply factor·y + offset to its result y."""
+  if node.op == "Affine":
+    name, before, shift = node.inputs
+    node.inputs = [name, factor * before, factor * shift + offset]
+    return True
+  if node.op not in ("Conv", "ConvTranspose") or node.attributes.get("group", 1) != 1:
+    return False
+  name, kernel, *bias = node.inputs
+  axis = 0 if node.op == "Conv" else 1
+  shape = [-1 if i == axis else 1 for i in range(4)]
+  zero = np.zeros(kernel.shape[axis])
+  bias = factor * (bias[0] if bias else zero) + offset
+  node.inputs = [name, kernel * (zero + factor).reshape(shape), bias]
+  return True
+
+
+def _model(nodes: list[Node], result: str, channels: int, metadata: dict[str, str]):
+  from onnx import TensorProto, checker, helper, numpy_helper
+
+  constants: dict[tuple, str] = {}
+  initializers, written = [], []
+
+  def name_of(value) -> str:
+    if isinstance(value, str):
+      return "probability" if value == result else value
+    value = np.asarray(value)
+    value = np.ascontiguousarray(value, np.float32 if value.dtype.kind == "f" else np.int64)
+    key = (value.dtype.str, value.shape, value.tobytes())
+    if key not in constants:
+      constants[key] = f"constant_{len(constants)}"
+      initializers.append(numpy_helper.from_array(value, constants[key]))
+    return constants[key]
+
+  def write(op, inputs, outputs, attributes):
+    inputs, outputs = [name_of(v) for v in inputs], [name_of(v) for v in outputs]
+    written.append(helper.make_node(op, inputs, outputs, **attributes))
+
+  for node in nodes:
+    if node.op != "Affine":
+      write(node.op, node.inputs, node.outputs, node.attributes)
+      continue
+    name, factor, offset = node.inputs
+    scaled = node.outputs[0] if not offset.any() else f"{node.outputs[0]}_scaled"
+    write("Mul", [name, factor.reshape(1, -1, 1, 1)], [scaled], {})
+    if offset.any():
+      write("Add", [scaled, offset.reshape(1, -1, 1, 1)], node.outputs, {})
+  sizes = ("batch", channels, "height", "width"), ("batch", 1, "height", "width")
+  image, probability = (
+    helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+    for name, shape in zip(("image", "probability"), sizes, strict=True)
+  )
+  graph = helper.make_graph(written, "light", [image], [probability], initializers)
+  model = helper.make_model(
+    graph,
+    producer_name="fdep_jax",
+    opset_imports=[helper.make_opsetid("", OPSET)],
+    ir_version=IR_VERSION,
+  )
+  helper.set_model_props(model, metadata)
+  checker.check_model(model, full_check=True)
+  return model

@@ -1,0 +1,365 @@
+"""Export: files that give the light branch's numbers without this package, and nothing else."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import converters
+from configs import base
+from fdep_jax import backbones, checkpoint, export, run
+from fdep_jax.fdep import FDEP
+
+SIZES = ((2, 3), (3, 2), (4, 6))  # in strides
+BATCHES = (1, 3)
+MEAN, STD, STEP = 0.4, 0.2, 7
+WEIGHTS = nnx.Any(nnx.Param, nnx.BatchStat)
+
+needs_onnx = pytest.mark.skipif(
+  not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")),
+  reason="needs the packages of requirements-export.txt",
+)
+
+
+def randomise(module: nnx.Module) -> None:
+  """Weights with which activations neither vanish nor explode, different in every variable."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, variable):
+    shape, kind = variable.shape, path[-1]
+    if kind == "kernel":
+      values = rng.standard_normal(shape) * (1.5 / np.prod(shape[:-1])) ** 0.5
+    elif kind in ("var", "scale"):
+      values = rng.uniform(0.6, 1.4, shape)
+    else:
+      values = 0.1 * rng.standard_normal(shape)
+    return variable.replace(jnp.asarray(values, jnp.float32))
+
+  flat = nnx.to_flat_state(nnx.state(module, WEIGHTS))
+  nnx.update(module, nnx.from_flat_state([(path, draw(path, v)) for path, v in flat]))
+
+
+def make_network(name: str) -> backbones.Backbone:
+  """In evaluation mode; without drawing its initial weights, which takes seconds."""
+  net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0)))
+  randomise(net)
+  for _, variable in nnx.to_flat_state(nnx.state(net, nnx.RngState)):  # of dropout
+    is_key = jax.dtypes.issubdtype(variable.dtype, jax.dtypes.prng_key)
+    variable.set_value(jax.random.key(0) if is_key else jnp.zeros(variable.shape, variable.dtype))
+  net.eval()
+  return net
+
+
+def make_config(name: str, **changes):
+  config = base.get_config()
+  settings = {"model.backbone": name, "data.root": "synthetic", "dino.checkpoint": "random"}
+  config.update_from_flattened_dict({**settings, "data.crop": 64, **changes})
+  return config
+
+
+def make_run(folder, name: str) -> FDEP:
+  """A run's folder with one checkpoint; returns the model in evaluation mode."""
+  config = make_config(name)
+  model = FDEP(make_network(name), dino_width=8, num_levels=2, rngs=nnx.Rngs(0))
+  randomise(model)
+  model.eval()
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps(config.to_dict()))
+  _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+  checkpoints = checkpoint.Checkpoints(folder)
+  meta = {"mean": MEAN, "std": STD, "dino_sha256": "random", "step": STEP, "best": 0.5}
+  checkpoints.save(STEP, {"params": params, "stats": stats, "rng": rng}, meta)
+  checkpoints.wait()
+  checkpoints.close()
+  return model
+
+
+def detector_of(net: backbones.Backbone) -> run.Detector:
+  """As if loaded from a run."""
+  name = type(net).__module__.rsplit(".", 1)[-1]
+  model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
+  model.eval()
+  return run.Detector(
+    model, "light", make_config(name), MEAN, STD, None, "memory", pathlib.Path(), STEP
+  )
+
+
+def images(net, sizes=SIZES, batches=BATCHES):
+  rng = np.random.default_rng(1)
+  for batch in batches:
+    for rows, columns in sizes:
+      yield rng.random((batch, rows * net.stride, columns * net.stride, 3), np.float32)
+
+
+def light_branch(model: FDEP):
+  """Image -> probabilities, as the evaluation computes them from uint8 images."""
+  graphdef, state = nnx.split(model)
+  forward = jax.jit(
+    lambda state, image: jax.nn.sigmoid(
+      nnx.merge(graphdef, state).light((image - MEAN) / STD).final[..., 0]
+    )
+  )
+  return lambda image: np.asarray(forward(state, image))
+
+
+def in_an_empty_folder(tmp_path, code: str, *arguments) -> str:
+  """What a program prints that can import the installed packages and nothing of ours."""
+  folder = tmp_path / "elsewhere"
+  folder.mkdir(exist_ok=True)
+  done = subprocess.run(
+    [sys.executable, "-I", "-c", code, *map(str, arguments)],
+    cwd=folder,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """A toy run, exported once: the model, its folder, the export's, the manifest."""
+  folder = tmp_path_factory.mktemp("export") / "run"
+  toys = pathlib.Path(__file__).parent / "toy_backbones"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(backbones, "__path__", [*backbones.__path__, str(toys)])
+    model = make_run(folder, "toy")
+    yield model, folder, folder / "export", export.export(folder)
+
+
+def test_the_manifest_tells_what_each_file_is(exported):
+  model, folder, out, manifest = exported
+  assert manifest == json.loads((out / "manifest.json").read_text())
+  assert (manifest["run"], manifest["step"], manifest["threshold"]) == (str(folder), STEP, 0.5)
+  assert manifest["metrics"] is None  # the run was not evaluated
+  assert not list(out.glob("*.partial"))
+  written = {name for name, facts in manifest["files"].items() if facts}
+  assert written == {path.name for path in out.iterdir()} - {"manifest.json"}
+  assert set(manifest["files"]) - written == set(manifest["absent"])
+  assert {"light.safetensors", "light.stablehlo"} <= written
+  assert "converters/toy.py" in manifest["absent"]["light_torch.safetensors"]
+  for name in written:
+    content = (out / name).read_bytes()
+    facts = manifest["files"][name]
+    assert facts["bytes"] == len(content)
+    assert facts["sha256"] == hashlib.sha256(content).hexdigest()
+    assert facts["largest_difference"] <= 1e-5
+
+
+def test_the_small_checkpoint_is_the_light_branch_of_the_run(exported):
+  model, _, out, _ = exported
+  light = run.load_light(out / "light.safetensors")
+  assert (light.branch, light.mean, light.std, light.step) == ("light", MEAN, STD, STEP)
+  assert light.config.model.backbone == "toy" and light.config.mode == "fdep"
+  expected = checkpoint.flatten(nnx.state(model.backbone, WEIGHTS))
+  loaded = checkpoint.flatten(nnx.state(light.model, WEIGHTS))
+  assert {f"backbone/{name}" for name in expected} == set(loaded)  # no SAMF, no main statistics
+  for name, value in expected.items():
+    np.testing.assert_array_equal(loaded[f"backbone/{name}"], value, name)
+
+
+def test_the_program_takes_every_size_and_batch(exported):
+  model, _, out, _ = exported
+  program = jax.export.deserialize(bytearray((out / "light.stablehlo").read_bytes()))
+  assert program.platforms == ("cpu", "cuda", "tpu")
+  expected = light_branch(model)
+  for image in images(model.backbone):
+    np.testing.assert_allclose(program.call(image), expected(image), atol=1e-5, strict=True)
+  with pytest.raises(ValueError, match="remainder 2"):
+    program.call(np.zeros((1, 18, 16, 3), np.float32))
+
+
+def test_the_program_runs_without_this_package(exported, tmp_path):
+  model, _, out, _ = exported
+  (image,) = images(model.backbone, sizes=[(2, 3)], batches=[2])
+  np.save(tmp_path / "image.npy", image)
+  code = """
+import sys, jax.export, numpy as np
+path, image, result = sys.argv[1:]
+program = jax.export.deserialize(bytearray(open(path, "rb").read()))
+np.save(result, program.call(np.load(image)))
+print([name for name in sys.modules if name.startswith(("fdep_jax", "converters", "flax"))])
+"""
+  files = (out / "light.stablehlo", tmp_path / "image.npy", tmp_path / "result.npy")
+  assert in_an_empty_folder(tmp_path, code, *files).strip() == "[]"
+  np.testing.assert_allclose(np.load(files[-1]), light_branch(model)(image), atol=1e-5)
+
+
+@needs_onnx
+def test_the_onnx_file_runs_without_this_package_and_without_jax(exported, tmp_path):
+  model, _, out, _ = exported
+  arrays = list(images(model.backbone))
+  np.savez(tmp_path / "images.npz", *arrays)
+  code = """
+import sys, onnxruntime, numpy as np
+path, images, results = sys.argv[1:]
+session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+images = np.load(images)
+run = lambda image: session.run(["probability"], {"image": image.transpose(0, 3, 1, 2)})[0]
+np.savez(results, *(run(images[name]) for name in images.files))
+print([name for name in sys.modules if name.startswith(("fdep_jax", "converters", "jax"))])
+"""
+  files = (out / "light.onnx", tmp_path / "images.npz", tmp_path / "results.npz")
+  assert in_an_empty_folder(tmp_path, code, *files).strip() == "[]"
+  results, expected = np.load(files[-1]), light_branch(model)
+  for name, image in zip(results.files, arrays, strict=True):
+    np.testing.assert_allclose(results[name][:, 0], expected(image), atol=1e-5, strict=True)
+
+
+def test_without_onnx_the_rest_is_written_and_the_reason_told(
+  exported, tmp_path, monkeypatch, caplog
+):
+  (tmp_path / "light.onnx").write_text("of an earlier export")
+  find = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if "onnx" in n else find(n))
+  manifest = export.export(exported[1], tmp_path)
+  assert manifest["files"]["light.onnx"] is None
+  assert "pip install -r requirements-export.txt" in manifest["absent"]["light.onnx"]
+  assert "light.onnx is not written" in caplog.text
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {"light.safetensors", "light.stablehlo", "manifest.json"}
+
+
+def test_nothing_is_left_where_a_file_gives_other_numbers(exported, tmp_path, monkeypatch):
+  right = jax.export.deserialize
+
+  def wrong(content):
+    program = right(content)
+    return type("Program", (), {"call": staticmethod(lambda image: program.call(image) + 2e-4)})
+
+  monkeypatch.setattr(jax.export, "deserialize", wrong)
+  with pytest.raises(RuntimeError, match=r"light\.stablehlo .* 2\.0e-04"):
+    export.export(exported[1], tmp_path)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_light_branch_is_refused(tmp_path):
+  config = make_config("acm", mode="fdep_wo_coisd")
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+  with pytest.raises(ValueError, match="no light branch"):
+    export.export(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["text", "other", "config", "shape"])
+def test_a_file_that_is_no_light_checkpoint_is_refused(exported, tmp_path, content):
+  from safetensors import safe_open
+  from safetensors.numpy import load_file, save_file
+
+  path, bad = exported[2] / "light.safetensors", tmp_path / "bad.safetensors"
+  arrays = load_file(path)
+  with safe_open(path, framework="numpy") as file:
+    about = json.loads(file.metadata()["fdep_jax"])
+  if content == "text":
+    bad.write_text("no weights")
+  elif content == "other":
+    save_file(arrays, bad)
+  elif content == "config":
+    about["config"]["mode"] = "else"
+    save_file(arrays, bad, {"fdep_jax": json.dumps(about)})
+  else:
+    arrays["head/kernel"] = arrays["head/kernel"][..., :0]
+    save_file(arrays, bad, {"fdep_jax": json.dumps(about)})
+  with pytest.raises(ValueError) as info:
+    run.load_light(bad)
+  assert str(bad) in str(info.value)
+  assert {"config": "mode is 'else'", "shape": "head/kernel"}.get(content, "") in str(info.value)
+
+
+def test_metrics_of_the_exported_step_and_no_other_are_told(tmp_path):
+  last = {"light": {"hse": 0.2}, "checkpoint": STEP}
+  metrics = {"light": {"hse": 0.3}, "checkpoint": STEP - 1, "split": "test", "last": last}
+  (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+  assert export._metrics(tmp_path, STEP) == {"split": "test", "hse": 0.2}
+  assert export._metrics(tmp_path, STEP - 1) == {"split": "test", "hse": 0.3}
+  assert export._metrics(tmp_path, STEP + 1) is None
+
+
+@needs_onnx
+def test_an_operation_without_counterpart_leaves_out_the_onnx_file_with_the_reason(toy, tmp_path):
+  net = make_network("toy")
+  detector = detector_of(net)
+  light = export.make_light(detector)._replace(
+    apply=lambda weights, image: jnp.cumsum(image, 1)[..., 0]
+  )
+  with pytest.raises(export.Absent, match="cumsum"):
+    export._write_onnx(detector, light, None, tmp_path / "light.onnx", {})
+
+
+def agrees(name: str, tmp_path, *writers) -> None:
+  """The files of a network equal its light branch at three sizes and two batch sizes."""
+  net = make_network(name)
+  detector = detector_of(net)
+  light = export.make_light(detector)
+  forward = jax.jit(light.apply)
+  programs = {
+    write.__name__: write(detector, light, forward, tmp_path / write.__name__, {"network": name})
+    for write in writers
+  }
+  spread = []
+  for image in images(net):
+    expected = np.asarray(forward(light.weights, image))
+    spread += [expected.min(), expected.max()]
+    for writer, program in programs.items():
+      np.testing.assert_allclose(program(image), expected, atol=2e-5, err_msg=writer)
+  assert max(spread) - min(spread) > 0.1  # not saturated
+
+
+def test_acm_in_stablehlo_equals_its_light_branch(tmp_path):
+  agrees("acm", tmp_path, export._write_stablehlo)
+
+
+@needs_onnx
+def test_acm_in_onnx_equals_its_light_branch(tmp_path):
+  agrees("acm", tmp_path, export._write_onnx)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in backbones.names() if n != "acm"])
+def test_every_network_in_stablehlo_equals_its_light_branch(name, tmp_path):
+  agrees(name, tmp_path, export._write_stablehlo)
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in backbones.names() if n != "acm"])
+def test_every_network_in_onnx_equals_its_light_branch(name, tmp_path):
+  agrees(name, tmp_path, export._write_onnx)
+
+
+@pytest.mark.parametrize("name", ["acm", pytest.param("msda", marks=pytest.mark.slow)])
+def test_the_light_branch_costs_what_the_original_network_costs(name):
+  trained = FDEP(make_network(name), dino_width=384, num_levels=4, rngs=nnx.Rngs(0))
+  trained.eval()
+  detector = detector_of(trained.backbone)._replace(model=trained)
+  light, original = export.make_light(detector), make_network(name)
+  shapes = jax.tree.map(jnp.shape, checkpoint.flatten(light.weights))
+  assert shapes == jax.tree.map(jnp.shape, checkpoint.flatten(nnx.state(original, WEIGHTS)))
+  assert export.flops(light.net, 64) == export.flops(original, 64) > 1e6
+
+
+@pytest.mark.parametrize("name", backbones.names())
+def test_the_pytorch_file_has_the_published_networks_keys(name, shared, formula, tmp_path):
+  from safetensors.numpy import load_file
+
+  detector = detector_of(make_network(name))
+  light = export.make_light(detector)
+  path = tmp_path / "light_torch.safetensors"
+  export._write_torch(detector, light, light.apply, path, {"network": name})
+  published = formula.load_manifest(shared / "golden" / "networks" / f"{name}.json")
+  written = load_file(path)
+  assert {n: list(array.shape) for n, array in written.items()} == published
+  net = converters.load_backbone(name, path)
+  for key, value in checkpoint.flatten(nnx.state(net, WEIGHTS)).items():
+    np.testing.assert_array_equal(value, checkpoint.flatten(light.weights)[key], key)
