@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: .venv/run requirements-dev.txt
+.venv/dev: .venv/run requirements-dev.txt requirements-export.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	# Asks for numpy < 2 but runs with 2: without its dependencies.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyirstdmetrics==1.0.2

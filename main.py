@@ -1,5 +1,6 @@
 """Command line of fdep_jax: `python main.py --config configs/msda.py --workdir runs/msda`."""
 
+import importlib
 import logging
 import sys
 
@@ -13,20 +14,21 @@ NEEDS = {  # mode: the flags without which it cannot run
   "train": ("config", "workdir"),
   "eval": ("workdir",),
   "predict": ("input",),
+  "export": (),
   "score": ("predictions", "masks"),
 }
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="settings of a run to train")
 flags.DEFINE_string("workdir", None, "folder of the run")
-flags.DEFINE_enum("mode", "train", list(NEEDS), "train (then evaluate), eval, predict, score maps")
+flags.DEFINE_enum("mode", "train", list(NEEDS), "train evaluates, too; README.md has the rest")
 flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
-flags.DEFINE_string("checkpoint", None, "predict: best (default), last, a step, or a path")
+flags.DEFINE_string("checkpoint", None, "predict, export: best, last, a step, or a path")
 flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")
 flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
 flags.DEFINE_string("range", "auto", "predict: values that become black and white: LOW,HIGH, full")
 flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
 flags.DEFINE_string("masks", None, "score: folder of masks")
-flags.DEFINE_string("out", None, "folder for the results of predict and score")
+flags.DEFINE_string("out", None, "folder for the results of predict, export and score")
 
 
 def main(argv):
@@ -39,17 +41,8 @@ def main(argv):
   missing = [f"--{name}" for name in NEEDS[mode] if not getattr(FLAGS, name)]
   if missing:
     raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
-  if mode == "score":
-    from fdep_jax import score
-
-    if len(FLAGS.predictions) > 2:
-      raise ValueError(f"--predictions names {len(FLAGS.predictions)} folders; one or two fit.")
-    score.run(FLAGS.predictions[0], FLAGS.masks, FLAGS.out, *FLAGS.predictions[1:])
-    return
-  if mode == "predict":
-    from fdep_jax import predict
-
-    predict.command(FLAGS)
+  if mode in ("predict", "export", "score"):
+    importlib.import_module(f"fdep_jax.{mode}").command(FLAGS)
     return
   config = FLAGS.config if mode == "train" else settings.load(FLAGS.workdir)
   settings.check(config)

@@ -1,12 +1,12 @@
-"""What deployment costs: light.onnx beside PyTorch eager, and FDEP's light branch beside the original.
+"""light.onnx beside PyTorch eager, and FDEP's light branch beside the original network.
 
   python benchmarks/deploy.py --reference ../PAL --torch-python ../torch-env/bin/python
 
-Needs requirements-export.txt. `--reference` and `--torch-python` as in benchmarks/networks.py, which
-also says how the two take turns; without them only ours runs. Forward passes of batch 1, 256×256,
-float32, on the same two cores: `light.onnx` in onnxruntime with two threads (normalisation and sigmoid
-inside), the published network in PyTorch (without them) with the same weights; and, in JAX, the light
-branch of an FDEP model and the network alone, each compiled by itself.
+Needs requirements-export.txt. `--reference` and `--torch-python` as in benchmarks/networks.py,
+which also says how the two take turns; without them only ours runs. Forward passes, batch 1,
+256×256, float32, on the same two cores: `light.onnx` in onnxruntime with two threads (normalisation
+and sigmoid inside), and the published network in PyTorch (without them) with the same weights; in
+JAX, the light branch of an FDEP model and the network alone, each compiled by itself.
 """
 
 import argparse
@@ -99,7 +99,6 @@ class Worker:
     from flax import nnx
 
     graphdef, state = nnx.split(module)
-    run = jax.jit(lambda state, x: function(nnx.merge(graphdef, state), x))
     leaves, tree = jax.tree.flatten(state)
     run = jax.jit(lambda leaves, x: function(nnx.merge(graphdef, tree.unflatten(leaves)), x))
 

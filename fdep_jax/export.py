@@ -41,6 +41,11 @@ class Absent(Exception):
   """Why a file cannot be written here, in a sentence; the others can."""
 
 
+def command(flags) -> None:
+  """`--mode export`."""
+  export(flags.workdir, flags.out, flags.checkpoint)
+
+
 def export(
   workdir: str | os.PathLike | None,
   out: str | os.PathLike | None = None,
@@ -62,11 +67,11 @@ def export(
     RuntimeError: a written file gives other numbers than the run.
   """
   detector = run_lib.load_detector(workdir, which, "light")
+  if detector.folder.is_file():
+    raise ValueError(f"{detector.folder} is an exported file. Export from the run it came from.")
   out = pathlib.Path(out if out is not None else detector.folder / "export").expanduser()
   try:
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("manifest.json", *FILES):  # of an earlier export, maybe of another checkpoint
-      (out / name).unlink(missing_ok=True)
   except OSError as error:
     raise ValueError(f"{out} cannot be written ({error.strerror}). Choose another.") from None
 
@@ -102,13 +107,20 @@ def export(
         "largest_difference": difference,
       }
     manifest = {**about, "files": files, "absent": absent, "versions": _versions()}
+    (out / "manifest.json").unlink(missing_ok=True)  # an earlier one fits its own files only
     for name in FILES:
       if files[name]:
         os.replace(partial[name], out / name)
+      else:
+        (out / name).unlink(missing_ok=True)
     evaluate.write_json(out / "manifest.json", manifest)
   finally:
     for path in partial.values():
       path.unlink(missing_ok=True)
+  for name, facts in files.items():
+    if facts:
+      size, difference = facts["bytes"] / 1e6, facts["largest_difference"]
+      logging.info("%-23s %8.2f MB, differs by %.0e", name, size, difference)
   logging.info("wrote %s", out)
   return manifest
 

@@ -30,6 +30,13 @@ _COLUMNS = {  # the paper's columns: heading, factor
 }
 
 
+def command(flags) -> None:
+  """`--mode score`."""
+  if len(flags.predictions) > 2:
+    raise ValueError(f"--predictions names {len(flags.predictions)} folders; one or two fit.")
+  run(flags.predictions[0], flags.masks, flags.out, *flags.predictions[1:])
+
+
 def run(predictions, masks, out=None, compare=None, resamples=1000, **options):
   """Scores a folder, prints the paper's columns and writes the reports.
 

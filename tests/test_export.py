@@ -1,6 +1,7 @@
 """Export: files that give the light branch's numbers without this package, and nothing else."""
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -25,6 +26,9 @@ BATCHES = (1, 3)
 MEAN, STD, STEP = 0.4, 0.2, 7
 WEIGHTS = nnx.Any(nnx.Param, nnx.BatchStat)
 
+FAST_FIRST = ["acm"] + [
+  pytest.param(name, marks=pytest.mark.slow) for name in backbones.names() if name != "acm"
+]
 needs_onnx = pytest.mark.skipif(
   not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")),
   reason="needs the packages of requirements-export.txt",
@@ -277,6 +281,11 @@ def test_a_file_that_is_no_light_checkpoint_is_refused(exported, tmp_path, conte
   assert {"config": "mode is 'else'", "shape": "head/kernel"}.get(content, "") in str(info.value)
 
 
+def test_an_exported_file_is_not_exported_again(exported):
+  with pytest.raises(ValueError, match="Export from the run"):
+    export.export(None, None, exported[2] / "light.safetensors")
+
+
 def test_metrics_of_the_exported_step_and_no_other_are_told(tmp_path):
   last = {"light": {"hse": 0.2}, "checkpoint": STEP}
   metrics = {"light": {"hse": 0.3}, "checkpoint": STEP - 1, "split": "test", "last": last}
@@ -297,48 +306,27 @@ def test_an_operation_without_counterpart_leaves_out_the_onnx_file_with_the_reas
     export._write_onnx(detector, light, None, tmp_path / "light.onnx", {})
 
 
-def agrees(name: str, tmp_path, *writers) -> None:
-  """The files of a network equal its light branch at three sizes and two batch sizes."""
-  net = make_network(name)
-  detector = detector_of(net)
+@needs_onnx
+@pytest.mark.parametrize("name", FAST_FIRST)
+def test_a_networks_programs_equal_its_light_branch(name, tmp_path):
+  # Three sizes, two batch sizes, one file each.
+  detector = detector_of(make_network(name))
   light = export.make_light(detector)
   forward = jax.jit(light.apply)
   programs = {
-    write.__name__: write(detector, light, forward, tmp_path / write.__name__, {"network": name})
-    for write in writers
+    write.__name__: write(detector, light, forward, tmp_path / write.__name__, {})
+    for write in (export._write_stablehlo, export._write_onnx)
   }
-  spread = []
-  for image in images(net):
+  found = []
+  for image in images(light.net):
     expected = np.asarray(forward(light.weights, image))
-    spread += [expected.min(), expected.max()]
+    found += [expected.min(), expected.max()]
     for writer, program in programs.items():
       np.testing.assert_allclose(program(image), expected, atol=2e-5, err_msg=writer)
-  assert max(spread) - min(spread) > 0.1  # not saturated
+  assert max(found) - min(found) > 0.1  # not saturated
 
 
-def test_acm_in_stablehlo_equals_its_light_branch(tmp_path):
-  agrees("acm", tmp_path, export._write_stablehlo)
-
-
-@needs_onnx
-def test_acm_in_onnx_equals_its_light_branch(tmp_path):
-  agrees("acm", tmp_path, export._write_onnx)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in backbones.names() if n != "acm"])
-def test_every_network_in_stablehlo_equals_its_light_branch(name, tmp_path):
-  agrees(name, tmp_path, export._write_stablehlo)
-
-
-@needs_onnx
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in backbones.names() if n != "acm"])
-def test_every_network_in_onnx_equals_its_light_branch(name, tmp_path):
-  agrees(name, tmp_path, export._write_onnx)
-
-
-@pytest.mark.parametrize("name", ["acm", pytest.param("msda", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FAST_FIRST)
 def test_the_light_branch_costs_what_the_original_network_costs(name):
   trained = FDEP(make_network(name), dino_width=384, num_levels=4, rngs=nnx.Rngs(0))
   trained.eval()
@@ -349,7 +337,7 @@ def test_the_light_branch_costs_what_the_original_network_costs(name):
   assert export.flops(light.net, 64) == export.flops(original, 64) > 1e6
 
 
-@pytest.mark.parametrize("name", backbones.names())
+@pytest.mark.parametrize("name", FAST_FIRST)
 def test_the_pytorch_file_has_the_published_networks_keys(name, shared, formula, tmp_path):
   from safetensors.numpy import load_file
 
@@ -359,7 +347,10 @@ def test_the_pytorch_file_has_the_published_networks_keys(name, shared, formula,
   export._write_torch(detector, light, light.apply, path, {"network": name})
   published = formula.load_manifest(shared / "golden" / "networks" / f"{name}.json")
   written = load_file(path)
-  assert {n: list(array.shape) for n, array in written.items()} == published
+  # MSDA-Net's Haar filters are constants, which the goldens leave out.
+  fixed = getattr(importlib.import_module(f"converters.{name}"), "fixed", dict)()
+  shapes = {key: list(array.shape) for key, array in written.items()}
+  assert {key: shape for key, shape in shapes.items() if key not in fixed} == published
   net = converters.load_backbone(name, path)
   for key, value in checkpoint.flatten(nnx.state(net, WEIGHTS)).items():
     np.testing.assert_array_equal(value, checkpoint.flatten(light.weights)[key], key)

@@ -5,6 +5,7 @@ import itertools
 import pathlib
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,6 +35,20 @@ def assert_same(ours, plain, *arguments):
     for result, reference in zip(results, expected, strict=True):
       assert result.dtype == reference.dtype == jnp.float64
       np.testing.assert_allclose(result, reference, rtol=1e-12, atol=1e-12, strict=True)
+
+
+@pytest.mark.parametrize(
+  "rows, columns",
+  [
+    (slice(None), slice(1, -1)),
+    (slice(0, None, 2), slice(1, None, 2)),
+    (slice(2, 5), slice(0, -2, 3)),
+  ],
+)
+def test_a_window_is_what_indexing_gives(rows, columns):
+  assert_same(
+    lambda x: _ops.window(x, rows, columns), lambda x: x[:, rows, columns], normal(2, 6, 7, 3)
+  )
 
 
 def max_window(x, size, stride, padding):
@@ -110,6 +125,21 @@ def test_upsample2_doubles_both_axes(align_corners):
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
+def test_a_program_of_any_size_resizes_as_those_of_known_sizes(align_corners):
+  def resized(x):  # doubled, halved, and by two small matrices
+    height, width = x.shape[1:3]
+    sizes = [(2 * height, 2 * width), (height // 2, width // 2), (4 * height, width // 4)]
+    return [_ops.resize(x, size, align_corners=align_corners) for size in sizes]
+
+  shape = (*jax.export.symbolic_shape("b, 8*h, 8*w"), 3)
+  program = jax.export.export(jax.jit(resized))(jax.ShapeDtypeStruct(shape, jnp.float32))
+  for size in ((8, 16), (40, 24)):
+    x = jnp.asarray(normal(2, *size, 3), jnp.float32)
+    for ours, plain in zip(program.call(x), resized(x), strict=True):
+      np.testing.assert_allclose(ours, plain, atol=2e-6, strict=True)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("size, new_size", [*itertools.product((1, 2, 5), (1, 3, 10))])
 def test_rows_of_a_resize_matrix_are_weights_of_at_most_two_neighbours(
   size, new_size, align_corners
@@ -177,19 +207,15 @@ def layer_with(make, x, kernel, bias):
 
 
 def test_the_transposed_convolution_adds_every_input_pixel_times_the_kernel():
-  def ours(*arguments):
-    return layer_with(lambda rngs: _blocks.ConvTranspose(3, 2, rngs=rngs), *arguments)
-
   def reaches(size):  # output y, input i, kernel row k: stride 2, padding 1
     y, i, k = np.ogrid[: 2 * size, :size, :4]
     return jnp.asarray(y == 2 * i - 1 + k, jnp.float64)
 
-  def plain(x, kernel, bias):
+  def plain(x, kernel):
     rows, columns = reaches(x.shape[1]), reaches(x.shape[2])
-    y = jnp.einsum("yik,xjl,bijc,klcd->byxd", rows, columns, x, kernel)
-    return y + bias.reshape(1, 1, 1, -1)
+    return jnp.einsum("yik,xjl,bijc,klcd->byxd", rows, columns, x, kernel)
 
-  assert_same(ours, plain, normal(2, 3, 4, 3), normal(4, 4, 3, 2), normal(2))
+  assert_same(_ops.conv_transpose, plain, normal(2, 3, 4, 3), normal(4, 4, 3, 2))
 
 
 @pytest.mark.parametrize("size, stride, dilation", [(1, 1, 1), (1, 2, 1), (3, 2, 1), (5, 1, 3)])
