@@ -42,7 +42,7 @@ def randomise(module: nnx.Module) -> None:
   def draw(path, variable):
     shape, kind = variable.shape, path[-1]
     if kind == "kernel":
-      values = rng.standard_normal(shape) * (1.5 / np.prod(shape[:-1])) ** 0.5
+      values = rng.standard_normal(shape) * np.prod(shape[:-1]) ** -0.5
     elif kind in ("var", "scale"):
       values = rng.uniform(0.6, 1.4, shape)
     else:
@@ -322,8 +322,8 @@ def test_a_networks_programs_equal_its_light_branch(name, tmp_path):
     expected = np.asarray(forward(light.weights, image))
     found += [expected.min(), expected.max()]
     for writer, program in programs.items():
-      np.testing.assert_allclose(program(image), expected, atol=2e-5, err_msg=writer)
-  assert max(found) - min(found) > 0.1  # not saturated
+      np.testing.assert_allclose(program(image), expected, atol=1e-4, err_msg=writer)
+  assert max(found) - min(found) > 0.05  # not saturated
 
 
 @pytest.mark.parametrize("name", FAST_FIRST)
