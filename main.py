@@ -8,7 +8,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from fdep_jax import settings
+from fdep_jax import settings, topology
 
 NEEDS = {  # mode: the flags without which it cannot run
   "train": ("config", "workdir"),
@@ -16,6 +16,7 @@ NEEDS = {  # mode: the flags without which it cannot run
   "predict": ("input",),
   "export": (),
   "score": ("predictions", "masks"),
+  "plan": ("config", "topology"),
 }
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="settings of a run to train")
@@ -28,7 +29,8 @@ flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
 flags.DEFINE_string("range", "auto", "predict: values that become black and white: LOW,HIGH, full")
 flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
 flags.DEFINE_string("masks", None, "score: folder of masks")
-flags.DEFINE_string("out", None, "folder for the results of predict, export and score")
+flags.DEFINE_string("out", None, "folder for the results of predict, export, score and plan")
+flags.DEFINE_string("topology", None, "plan: a slice, v5e:4x4 or cpu:8")
 
 
 def main(argv):
@@ -41,7 +43,9 @@ def main(argv):
   missing = [f"--{name}" for name in NEEDS[mode] if not getattr(FLAGS, name)]
   if missing:
     raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
-  if mode in ("predict", "export", "score"):
+  if mode == "plan":
+    topology.start(FLAGS.topology)  # before jax starts
+  if mode in ("predict", "export", "score", "plan"):
     importlib.import_module(f"fdep_jax.{mode}").command(FLAGS)
     return
   config = FLAGS.config if mode == "train" else settings.load(FLAGS.workdir)

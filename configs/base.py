@@ -40,6 +40,7 @@ def get_config():
   c.dino.checkpoint = "weights/dinov2_vitl14_pretrain.pth"  # or "random" (quick start only)
   c.dino.levels = ()  # 0-based blocks; () for the quarter depths, ViT-L: 5, 11, 17, 23
   c.dino.dtype = "float32"  # of its matrix products; bfloat16 on accelerators
+  c.dino.shard = False  # share its weights out among the devices: less memory, more traffic
   # K > 0: training draws from K crops an image, whose levels are computed once (fdep_jax/bank.py);
   # 0: crops afresh at every step, the paper's recipe.
   c.dino.bank = 0
@@ -62,6 +63,8 @@ def get_config():
   c.train.schedule_args = ConfigDict({"value": "learning_rate"}, type_safe=False)
   c.train.nonfinite = "stop"  # stop | skip (and count): a step that is not finite
   c.train.dtype = "float32"  # of activations; parameters, statistics and losses stay float32
+  # none | products: what the backward pass computes again to save memory, see train.REMAT
+  c.train.remat = "none"
 
   c.eval = ConfigDict()
   c.eval.every_epochs = 1.0  # how often the held-out images are scored during training

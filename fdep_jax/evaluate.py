@@ -200,7 +200,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
   images, prior, model = loaded
   the_mesh = mesh.make(config.host_devices)
   forward = make_forward(config, model, prior, images.mean, images.std)
-  vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh) if prior else None
+  vit_state = run.place_prior(config, prior, the_mesh)
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   like = {"params": params, "stats": stats, "rng": rng}
 

@@ -1,15 +1,19 @@
 """Devices: one mesh axis, `data`, over all of them; batches are split over it.
 
-Everything else is on every device. The same code runs on one CPU, a few GPUs or the hosts of a TPU
-slice: a process gives its rows of a batch, XLA does the rest.
+Everything else is on every device (the frozen prior's weights on request shared out). The same code
+runs on one CPU, a few GPUs or the hosts of a TPU slice: a process gives its rows of a batch, XLA
+does the rest.
 """
 
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
+
+_SMALL = 2**16  # elements; smaller arrays are not worth a gather
 
 
 def start(config: ConfigDict) -> None:
@@ -42,8 +46,6 @@ def writes() -> bool:
 def make(host_devices: int = 1, batch_size: int | None = None) -> Mesh:
   """A mesh over all devices of all processes; of a single CPU over `host_devices` of them.
 
-  Automatic axes: explicit ones refuse reshapes of a split batch.
-
   Raises:
     ValueError: the devices cannot share `batch_size` equally, or the CPU has fewer.
   """
@@ -55,10 +57,21 @@ def make(host_devices: int = 1, batch_size: int | None = None) -> Mesh:
         "jax_num_cpu_devices before anything else uses jax (main.py does)."
       )
     devices = devices[:host_devices]
+  return over(devices, batch_size)
+
+
+def over(devices: Sequence[jax.Device], batch_size: int | None = None) -> Mesh:
+  """A mesh over these devices.
+
+  Raises:
+    ValueError: they cannot share `batch_size` equally.
+  """
   if batch_size is not None and batch_size % len(devices):
     raise ValueError(
-      f"train.batch_size is {batch_size}, which {len(devices)} devices cannot share equally."
+      f"train.batch_size is {batch_size}, which {len(devices)} devices cannot share equally. "
+      f"Use {-(-batch_size // len(devices)) * len(devices)}, or fewer devices."
     )
+  # Automatic axes: explicit ones refuse reshapes of a split batch.
   return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
@@ -106,14 +119,33 @@ def minimum(value: int) -> int:
   return int(multihost_utils.process_allgather(np.asarray(value)).min())
 
 
+def shared_out(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+  """FSDP: the last axis that the devices can share equally is split, small arrays are not.
+
+  The first axis never is: in the prior it counts blocks, which a scan takes one at a time.
+  """
+  devices = mesh.devices.size
+  axes = [i for i in range(1, len(shape)) if shape[i] % devices == 0]
+  if not axes or np.prod(shape) < _SMALL:
+    return replicated(mesh)
+  return NamedSharding(mesh, PartitionSpec(*[None] * axes[-1], "data"))
+
+
 def put_replicated(tree, mesh: Mesh):
   """A copy of every array on every device; the originals stay untouched (a step donates its)."""
+  return jax.tree.map(lambda array: _put(array, replicated(mesh)), tree)
 
-  def put(array):
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-      bits = put(jax.random.key_data(array))
-      return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(array))
-    host = np.array(array)
-    return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
 
-  return jax.tree.map(put, tree)
+def put_frozen(tree, mesh: Mesh, shard: bool):
+  """The prior's weights: a copy on every device, or shared out among them (`dino.shard`)."""
+  return jax.tree.map(
+    lambda array: _put(array, shared_out(mesh, array.shape) if shard else replicated(mesh)), tree
+  )
+
+
+def _put(array, sharding: NamedSharding):
+  if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    bits = _put(jax.random.key_data(array), sharding)
+    return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(array))
+  host = np.array(array)
+  return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

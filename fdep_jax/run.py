@@ -10,12 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import checkpoint, data, dinov2, settings
+from fdep_jax import checkpoint, data, dinov2, mesh, settings
 from fdep_jax.backbones import Logits, network_class
 from fdep_jax.fdep import FDEP
 
 # The quick start's stand-in where no DINOv2 file is given.
 RANDOM_PRIOR = {"width": 96, "depth": 4, "heads": 4}
+
+# Marks the prior's operations in a compiled module (plan.py tells their FLOPs apart).
+PRIOR_SCOPE = "frozen_prior"
 
 
 class Images(NamedTuple):
@@ -50,13 +53,8 @@ class Detector(NamedTuple):
   step: int  # of the checkpoint
 
 
-def check_inputs(config: ConfigDict) -> None:
-  """Refuses a config whose crop does not fit or whose files are absent, naming all of it.
-
-  Raises:
-    FileNotFoundError: data or weights are missing.
-    ValueError: a setting does not fit the network.
-  """
+def check_crop(config: ConfigDict) -> None:
+  """Refuses a crop that the network cannot take."""
   stride = network_class(config.model.backbone).stride
   if config.data.crop % stride:
     nearest = max(round(config.data.crop / stride), 1) * stride
@@ -64,6 +62,16 @@ def check_inputs(config: ConfigDict) -> None:
       f"data.crop is {config.data.crop}; {config.model.backbone} needs a multiple of {stride}. "
       f"Use {nearest}."
     )
+
+
+def check_inputs(config: ConfigDict) -> None:
+  """Refuses a config whose crop does not fit or whose files are absent, naming all of it.
+
+  Raises:
+    FileNotFoundError: data or weights are missing.
+    ValueError: a setting does not fit the network.
+  """
+  check_crop(config)
   missing = []
   root, checkpoint = config.data.root, config.dino.checkpoint
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
@@ -112,11 +120,23 @@ def load_prior(config: ConfigDict) -> Prior | None:
   else:
     vit = converters.load_dinov2(config.dino.checkpoint, dtype=dtype)
     sha256 = fingerprint(config.dino.checkpoint)
-  levels = tuple(config.dino.levels) or dinov2.quarter_levels(vit.depth)
-  wrong = [level for level in levels if not 0 <= level < vit.depth]
+  return Prior(vit, fused_levels(config, vit.depth), sha256)
+
+
+def fused_levels(config: ConfigDict, depth: int) -> tuple[int, ...]:
+  """0-based blocks of a ViT of `depth` that are fused."""
+  levels = tuple(config.dino.levels) or dinov2.quarter_levels(depth)
+  wrong = [level for level in levels if not 0 <= level < depth]
   if wrong:
-    raise ValueError(f"dino.levels names blocks {wrong}; this ViT has 0 to {vit.depth - 1}.")
-  return Prior(vit, levels, sha256)
+    raise ValueError(f"dino.levels names blocks {wrong}; this ViT has 0 to {depth - 1}.")
+  return levels
+
+
+def place_prior(config: ConfigDict, prior: Prior | None, the_mesh):
+  """The prior's weights on the devices, shared out among them if `dino.shard`; None without one."""
+  if prior is None:
+    return None
+  return mesh.put_frozen(nnx.split(prior.vit)[1], the_mesh, config.dino.shard)
 
 
 def create_model(config: ConfigDict, prior: Prior | None) -> FDEP:
@@ -279,8 +299,9 @@ def normalise(image: jax.Array, mean: float, std: float) -> jax.Array:
 def frozen_levels(prior: Prior, vit_state, graphdef, image: jax.Array) -> list[jax.Array]:
   """DINOv2's levels of B×H×W×3 uint8 images, outside every gradient."""
   vit = nnx.merge(graphdef, vit_state)
-  prepared = dinov2.prepare(image.astype(jnp.float32) / 255)
-  return [jax.lax.stop_gradient(level) for level in vit(prepared, prior.levels)]
+  with jax.named_scope(PRIOR_SCOPE):
+    prepared = dinov2.prepare(image.astype(jnp.float32) / 255)
+    return [jax.lax.stop_gradient(level) for level in vit(prepared, prior.levels)]
 
 
 def run_folder(path: str | os.PathLike) -> pathlib.Path:

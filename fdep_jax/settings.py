@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 # A run may be continued with other values of these: they do not change what a step computes.
 _FREE = re.compile(
-  r"train\.(steps|epochs|nonfinite)|(log|checkpoint)\..*|host_devices|distributed|profile_steps|dino\.bank_folder|eval\.(batch_size|save_probs)|data\.threads"
+  r"train\.(steps|epochs|nonfinite|remat)|(log|checkpoint)\..*|host_devices|distributed"
+  r"|profile_steps|dino\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
 )
 
 _ADDRESS = re.compile(r"[^,\s]+:\d+,(\d+),(\d+)")  # of `distributed`
@@ -27,6 +28,7 @@ _CHOICES = {
   "dino.dtype": ("float32", "bfloat16"),
   "train.dtype": ("float32", "bfloat16"),
   "train.nonfinite": ("stop", "skip"),
+  "train.remat": ("none", "products"),
   "loss.edge_mode": ("intended", "released"),
   "eval.select_on": ("val", "test"),
 }

@@ -23,6 +23,13 @@ from tqdm import tqdm
 from fdep_jax import bank, checkpoint, data, evaluate, losses, mesh, run, settings
 from fdep_jax.backbones._blocks import NormParam
 
+# What the backward pass keeps of the forward one, by `train.remat`; the rest it computes again.
+REMAT = {
+  "none": None,
+  # Results of convolutions and matrix products; norms, activations and resizes are cheap.
+  "products": jax.checkpoint_policies.dots_saveable,
+}
+
 
 class Preempted(BaseException):
   """The run was told to end; everything that can be continued is saved.
@@ -111,7 +118,8 @@ def make_loss(config: ConfigDict, model) -> Callable:
     stats, rng = nnx.state(model, nnx.BatchStat), nnx.state(model, nnx.RngState)
     return sum(weight[name] * part for name, part in parts.items()), (stats, rng, parts)
 
-  return loss
+  policy = REMAT[config.train.remat]
+  return jax.checkpoint(loss, policy=policy) if policy else loss
 
 
 def cast(params: nnx.State, dtype) -> nnx.State:
@@ -243,7 +251,7 @@ def _train(config, workdir, the_mesh, images, prior, crops, levels, model, signa
   mesh.minimum(0)  # no process looks at the folder before
   skipped = int(state["skipped"]["count"])
   state = mesh.put_replicated(state, the_mesh)
-  vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh) if prior else None
+  vit_state = run.place_prior(config, prior, the_mesh)
   step_fn = make_step(config, model, prior, optimizer, images.mean, images.std)
   forward = evaluate.make_forward(config, model, prior, images.mean, images.std)
   selection = images.val if config.eval.select_on == "val" else images.test

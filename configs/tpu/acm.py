@@ -1,0 +1,13 @@
+"""ACM with FDEP on a TPU slice: configs/acm.py, computed in bfloat16.
+
+python main.py --mode plan --config configs/tpu/acm.py --topology v5e:2x2 --out plans/acm
+"""
+
+from configs import acm
+
+
+def get_config():
+  c = acm.get_config()
+  c.train.dtype = "bfloat16"
+  c.dino.dtype = "bfloat16"
+  return c

@@ -1,0 +1,14 @@
+"""ALCL-Net with FDEP on a TPU slice: configs/alcl.py, computed in bfloat16.
+
+python main.py --mode plan --config configs/tpu/alcl.py --topology v5e:2x2 --out plans/alcl
+"""
+
+from configs import alcl
+
+
+def get_config():
+  c = alcl.get_config()
+  c.train.dtype = "bfloat16"
+  c.dino.dtype = "bfloat16"
+  c.train.remat = "products"
+  return c

@@ -1,0 +1,13 @@
+"""ALCNet with FDEP on a TPU slice: configs/alcnet.py, computed in bfloat16.
+
+python main.py --mode plan --config configs/tpu/alcnet.py --topology v5e:2x2 --out plans/alcnet
+"""
+
+from configs import alcnet
+
+
+def get_config():
+  c = alcnet.get_config()
+  c.train.dtype = "bfloat16"
+  c.dino.dtype = "bfloat16"
+  return c

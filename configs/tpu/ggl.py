@@ -1,0 +1,14 @@
+"""GGL-Net with FDEP on a TPU slice: configs/ggl.py, computed in bfloat16.
+
+python main.py --mode plan --config configs/tpu/ggl.py --topology v5e:2x2 --out plans/ggl
+"""
+
+from configs import ggl
+
+
+def get_config():
+  c = ggl.get_config()
+  c.train.dtype = "bfloat16"
+  c.dino.dtype = "bfloat16"
+  c.train.remat = "products"
+  return c

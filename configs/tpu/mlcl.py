@@ -1,0 +1,14 @@
+"""MLCL-Net with FDEP on a TPU slice: configs/mlcl.py, computed in bfloat16.
+
+python main.py --mode plan --config configs/tpu/mlcl.py --topology v5e:2x2 --out plans/mlcl
+"""
+
+from configs import mlcl
+
+
+def get_config():
+  c = mlcl.get_config()
+  c.train.dtype = "bfloat16"
+  c.dino.dtype = "bfloat16"
+  c.train.remat = "products"
+  return c

@@ -1,0 +1,14 @@
+"""UIU-Net with FDEP on a TPU slice: configs/uiu.py, computed in bfloat16.
+
+python main.py --mode plan --config configs/tpu/uiu.py --topology v5e:2x2 --out plans/uiu
+"""
+
+from configs import uiu
+
+
+def get_config():
+  c = uiu.get_config()
+  c.train.dtype = "bfloat16"
+  c.dino.dtype = "bfloat16"
+  c.train.remat = "products"
+  return c

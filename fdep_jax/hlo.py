@@ -1,0 +1,261 @@
+"""What a compiled module does, from its text: multiply-adds, traffic of memory, collectives.
+
+XLA's own `cost_analysis` counts the body of a loop once, however often it runs, an addition like a
+convolution's, and what stays in a TPU's vector memory like what goes through HBM. So it can be held
+neither against a network's published multiply-adds nor against a chip's bandwidth.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "token": 0}  # others by their digits
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(
+  r"(?:body|calls|to_apply)=%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+# Instructions that move nothing by themselves.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+         "call", "after-all", "iota", "partition-id", "replica-id"}  # fmt: skip
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+
+
+class Instruction(NamedTuple):
+  """One line of the module."""
+
+  name: str
+  shape: str  # of the result, as text
+  op: str
+  operands: str  # as text
+  attributes: str
+  times: int = 1  # that a run of the module executes it
+  trips: int = 1  # of the loop that it is directly in
+  fused: bool = False  # computed inside another instruction
+
+
+class Array(NamedTuple):
+  dtype: str
+  dims: tuple[int, ...]
+  near: bool  # in the chip's own memory, not in HBM
+
+  @property
+  def bytes(self) -> int:
+    bits = int("".join(c for c in self.dtype[:4] if c.isdigit()) or 8)
+    return math.prod(self.dims) * _BYTES.get(self.dtype, max(bits // 8, 1))
+
+
+def arrays(shape: str) -> list[Array]:
+  """The arrays of a shape's text; several if it is a tuple."""
+  return [
+    Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" in layout)
+    for dtype, dims, layout in _SHAPE.findall(shape)
+  ]
+
+
+def instructions(text: str) -> list[Instruction]:
+  """Every instruction that runs, in fusions and loops too, with how often it does.
+
+  Args:
+    text: `compiled.as_text()`, or `lowered.as_text("hlo")` for the program as it was written.
+
+  Raises:
+    ValueError: there is no entry computation.
+  """
+  bodies, entry = _computations(text)
+  found = []
+
+  def walk(name: str, times: int, trips: int, fused: bool) -> None:
+    for instruction in bodies[name]:
+      found.append(instruction._replace(times=times, trips=trips, fused=fused))
+      runs = _trips(instruction, bodies) if instruction.op == "while" else 1
+      inside = fused or instruction.op not in ("while", "conditional", "call")
+      for one, several in _CALLED.findall(instruction.attributes):
+        for called in several.replace("%", "").split(",") if several else [one]:
+          walk(called.strip(), times * runs, runs, inside)
+
+  walk(entry, 1, 1, False)
+  return found
+
+
+def _trips(loop: Instruction, bodies: dict[str, list[Instruction]]) -> int:
+  """How often a loop runs: what the compiler says, else the bound that its counter is held to."""
+  said = _TRIPS.search(loop.attributes)
+  if said:
+    return int(said.group(1))
+  condition = bodies[_CONDITION.search(loop.attributes).group(1)]
+  bounds = [i.operands for i in condition if i.op == "constant" and i.shape.startswith("s32[]")]
+  if len(bounds) != 1 or not any("direction=LT" in i.attributes for i in condition):
+    raise ValueError(f"The number of runs of the loop {loop.name} is not known at compile time.")
+  return int(bounds[0])
+
+
+def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+  bodies, entry, current = {}, None, None
+  for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+    header = _COMPUTATION.match(line)
+    if header:
+      current = bodies.setdefault(header.group(2), [])
+      entry = header.group(2) if header.group(1) else entry
+    elif current is not None:
+      match = _INSTRUCTION.match(line)
+      if match:
+        current.append(_instruction(*match.groups()))
+  if entry is None:
+    raise ValueError("This is no HLO module: it has no ENTRY computation.")
+  return bodies, entry
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+  # A shape may be a tuple with layouts; the operation is the first word before a "(" behind it.
+  end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+  shape, rest = rest[:end], rest[end:].strip()
+  start = rest.index("(")
+  close = _closing(rest, start)
+  return Instruction(name, shape, rest[:start], rest[start + 1 : close - 1], rest[close:])
+
+
+def _closing(text: str, start: int) -> int:
+  depth = 0
+  for i in range(start, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[i], 0)
+    if depth == 0:
+      return i + 1
+  return len(text)
+
+
+def flops(text: str, scope: str) -> dict[str, float]:
+  """Two for every multiply-add of convolutions and matrix products, of one device and one run.
+
+  Padding is not counted, what the compiler added (halos, rematerialisation) is.
+
+  Args:
+    text: `compiled.as_text()`.
+    scope: a `jax.named_scope`.
+
+  Returns:
+    {"inside", "outside"} of the scope.
+  """
+  found = instructions(text)
+  shapes = {instruction.name: instruction.shape for instruction in found}
+  total = {"inside": 0.0, "outside": 0.0}
+  for instruction in found:
+    if instruction.op in ("convolution", "dot"):
+      left, right = (arrays(shapes[o])[0] for o in _operands(instruction)[:2])
+      count = _convolution if instruction.op == "convolution" else _dot
+      side = "inside" if f"/{scope}/" in instruction.attributes else "outside"
+      total[side] += instruction.times * 2 * count(instruction, left, right)
+  return total
+
+
+def traffic(text: str) -> float:
+  """Bytes read from and written to HBM by one device in one run, at most.
+
+  Every array that an instruction takes or gives counts once, except what stays in the chip's own
+  memory; a loop over the rows of an array reads one row a run.
+  """
+  found = instructions(text)
+  shapes = {instruction.name: instruction.shape for instruction in found}
+  total = 0.0
+  for instruction in found:
+    if instruction.op in _FREE or instruction.fused:
+      continue
+    taken = [array for o in _operands(instruction) for array in arrays(shapes[o])]
+    given = arrays(instruction.shape)
+    if instruction.op.endswith("-start"):  # what it gives counts when it is done
+      least = min((array.bytes for array in given if array.dims), default=0)
+      moved = least * any(not array.near for array in taken)
+    elif instruction.op.endswith("-done"):
+      moved = sum(array.bytes for array in given if not array.near)
+    else:
+      moved = sum(_row(a, instruction.trips) for a in [*taken, *given] if not a.near)
+    total += instruction.times * moved
+  return total
+
+
+def _row(array: Array, trips: int) -> float:
+  return array.bytes / (trips if trips > 1 and array.dims[:1] == (trips,) else 1)
+
+
+def _operands(instruction: Instruction) -> list[str]:
+  """Names; some printers write the shape before each."""
+  return [o.split()[-1].lstrip("%") for o in _split(instruction.operands) if o]
+
+
+def _split(operands: str) -> list[str]:
+  """Operands at commas outside brackets."""
+  parts, depth, last = [], 0, 0
+  for i, c in enumerate(operands):
+    depth += (c in "([{") - (c in ")]}")
+    if c == "," and depth == 0:
+      parts.append(operands[last:i].strip())
+      last = i + 1
+  return [*parts, operands[last:].strip()]
+
+
+def _dot(instruction: Instruction, left: Array, right: Array) -> int:
+  contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+  dims = [int(n) for n in contracted.group(1).split(",") if n] if contracted else []
+  return math.prod(arrays(instruction.shape)[0].dims) * math.prod(left.dims[d] for d in dims)
+
+
+def _convolution(instruction: Instruction, left: Array, kernel: Array) -> int:
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+  window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+  options = dict(part.split("=") for part in window.group(1).split()) if window else {}
+  out = arrays(instruction.shape)[0]
+  groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+  total = out.dims[labels[2].index("b")] * out.dims[labels[2].index("f")]
+  total *= kernel.dims[labels[1].index("i")]
+  for d in range(len(labels[1]) - 2):
+    axis = str(d)
+
+    def option(name, default, d=d):
+      return options[name].split("x")[d] if name in options else default
+
+    low = int(option("pad", "0_0").split("_")[0])
+    total *= _valid_pairs(
+      left.dims[labels[0].index(axis)],
+      kernel.dims[labels[1].index(axis)],
+      out.dims[labels[2].index(axis)],
+      int(option("stride", 1)),
+      low,
+      int(option("lhs_dilate", 1)),
+      int(option("rhs_dilate", 1)),
+    )
+  return total // (int(groups.group(1)) if groups else 1)
+
+
+def _valid_pairs(size, kernel, out, stride, low, lhs_dilate, rhs_dilate) -> int:
+  """(output, kernel) positions along one axis that meet an element of the input."""
+  count = 0
+  for k in range(kernel):
+    for o in range(out):
+      place = o * stride + k * rhs_dilate - low
+      count += place >= 0 and place % lhs_dilate == 0 and place // lhs_dilate < size
+  return count
+
+
+def collectives(text: str) -> list[dict]:
+  """[{"op", "bytes", "count"}]: bytes of one result, by operation and size, largest first.
+
+  `count` is how often a run of the module does it; in asynchronous pairs the start counts.
+  """
+  found: dict[tuple[str, int], int] = {}
+  for instruction in instructions(text):
+    op = instruction.op.removesuffix("-start")
+    if op not in COLLECTIVES:
+      continue
+    sizes = [array.bytes for array in arrays(instruction.shape)]
+    # The start of an all-gather or permute returns its operand and its result.
+    pair = instruction.op.endswith("-start") and op not in ("all-reduce", "all-to-all")
+    key = op, max(sizes) if pair else sum(sizes)
+    found[key] = found.get(key, 0) + instruction.times
+  return [
+    {"op": op, "bytes": size, "count": count}
+    for (op, size), count in sorted(found.items(), key=lambda item: -item[0][1] * item[1])
+  ]

@@ -1,0 +1,437 @@
+"""What a run would cost on a slice that is not there: compiled for it, not run (`--mode plan`)."""
+
+import logging
+import math
+import os
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fdep_jax import dinov2, evaluate, hlo, mesh, run, settings, topology, train
+
+# GMAC of one 448×448 image, convolutions and linears: the encoder with what decoding computes from
+# the skips alone, and what depends on the top feature. Counted on the published networks.
+GMAC = {
+  "acm": (0.59, 0.46),
+  "alcnet": (0.77, 0.15),
+  "mlcl": (17.25, 4.23),
+  "alcl": (19.26, 1.18),
+  "dna": (24.87, 17.79),
+  "ggl": (28.67, 1.01),
+  "uiu": (52.25, 114.03),
+  "msda": (58.45, 5.60),
+}
+TRAIN_IMAGES = 1676  # of SIRST3, for epochs an hour
+
+
+class Parts(NamedTuple):
+  """What a step is built from, as shapes only."""
+
+  prior: run.Prior | None
+  model: nnx.Module
+  state: dict
+
+
+class Cost(NamedTuple):
+  """Of one compiled program; per device unless it says otherwise."""
+
+  hbm: dict[str, int]  # bytes by kind
+  flops: float  # outside the prior
+  prior_flops: float
+  traffic: float  # bytes through HBM
+  collectives: list[dict]
+  seconds: float  # that compiling took
+  optimal_seconds: float | None  # the compiler's own estimate of a run
+
+
+class DoesNotFitError(Exception):
+  """The compiler cannot place the program in a device's memory."""
+
+  def __init__(self, needed: float, seconds: float):
+    super().__init__(f"needs {needed / 2**30:.2f} GiB")
+    self.needed, self.seconds = needed, seconds
+
+
+def vit_arguments(checkpoint: str) -> dict:
+  """Keywords of `DINOv2` from a file's name; the file need not exist.
+
+  Raises:
+    ValueError: the name does not tell the size.
+  """
+  if checkpoint == "random":
+    return run.RANDOM_PRIOR
+  name = os.path.basename(checkpoint).lower()
+  size = re.search(r"vit[-_]?([sblg])[-_]?14", name)
+  if not size:
+    raise ValueError(
+      f"dino.checkpoint is {checkpoint!r}, whose name does not tell the ViT's size. Plans read no "
+      "weights: name a file such as dinov2_vitl14_pretrain.pth (s, b, l, g; it need not exist)."
+    )
+  return {**dinov2.SIZES[f"vit{size.group(1)}14"], "registers": 4 if "reg" in name else 0}
+
+
+def abstract(config: ConfigDict) -> Parts:
+  """Prior, model and state as the config makes them, without memory or weights."""
+  prior = None
+  if config.mode != "original":
+    options = {**vit_arguments(config.dino.checkpoint), "dtype": jnp.dtype(config.dino.dtype)}
+    vit = nnx.eval_shape(lambda: dinov2.DINOv2(**options, rngs=nnx.Rngs(0)))
+    prior = run.Prior(vit, run.fused_levels(config, vit.depth), "abstract")
+  model = nnx.eval_shape(lambda: run.create_model(config, prior))
+  optimizer = train.make_optimizer(config, 1000)
+  state = jax.eval_shape(lambda: train.init_state(run.create_model(config, prior), optimizer))
+  return Parts(prior, model, state)
+
+
+def compile_train(config: ConfigDict, parts: Parts, the_mesh: Mesh) -> Cost:
+  """The train step for a slice."""
+  prior, model, state = parts
+  step = train.make_step(config, model, prior, train.make_optimizer(config, 1000), 0.5, 0.25)
+  vit_state, batch = _prior_state(config, prior, the_mesh), _batch(config, prior, the_mesh)
+  return _compile(step, _placed(state, the_mesh), vit_state, batch)
+
+
+def compile_eval(config: ConfigDict, parts: Parts, the_mesh: Mesh) -> Cost:
+  """The evaluation step for a slice, at the size of a train crop."""
+  prior, model, state = parts
+  forward = evaluate.make_forward(config, model, prior, 0.5, 0.25)
+  devices = the_mesh.devices.size
+  rows = -(-config.eval.batch_size // devices) * devices
+  state = _placed({name: state[name] for name in ("params", "stats", "rng")}, the_mesh)
+  image = _rows(rows, config.data.crop, the_mesh)["image"]
+  return _compile(forward, state, _prior_state(config, prior, the_mesh), {"image": image})
+
+
+def _placed(tree, the_mesh: Mesh):
+  def place(leaf):
+    sharding = mesh.replicated(the_mesh)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(place, tree)
+
+
+def _prior_state(config: ConfigDict, prior: run.Prior | None, the_mesh: Mesh):
+  if prior is None:
+    return None
+  place = mesh.shared_out if config.dino.shard else lambda the_mesh, _: mesh.replicated(the_mesh)
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(the_mesh, a.shape)),
+    nnx.split(prior.vit)[1],
+  )
+
+
+def _batch(config: ConfigDict, prior: run.Prior | None, the_mesh: Mesh) -> dict:
+  batch = _rows(config.train.batch_size, config.data.crop, the_mesh)
+  if prior and config.dino.bank:  # the levels come with the batch
+    side = -(-config.data.crop // prior.vit.patch)
+    shape = (config.train.batch_size, side, side, prior.vit.width)
+    level = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=mesh.split(the_mesh))
+    batch["levels"] = [level] * len(prior.levels)
+  return batch
+
+
+def _rows(count: int, size: int, the_mesh: Mesh) -> dict:
+  split = mesh.split(the_mesh)
+  return {
+    "image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=split),
+    "mask": jax.ShapeDtypeStruct((count, size, size), jnp.bool_, sharding=split),
+  }
+
+
+def _compile(function, state: dict, vit_state, batch: dict) -> Cost:
+  begin = time.perf_counter()
+  if "opt" in state:
+    lowered = function.lower(state, vit_state, batch)
+  else:
+    lowered = function.lower(*state.values(), vit_state, batch["image"])
+  held = {
+    "parameters": _bytes(state["params"]),
+    "optimiser": _bytes(state.get("opt")),
+    "batch_statistics": _bytes(state["stats"]),
+    "frozen_vit": _bytes(vit_state),
+    "batch": _bytes(batch),
+  }
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    needed = needed_bytes(str(error), sum(held.values()))
+    if needed is None:
+      raise
+    raise DoesNotFitError(needed, time.perf_counter() - begin) from None
+  seconds = time.perf_counter() - begin
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  analysis = compiled.cost_analysis() or {}
+  optimal = analysis.get("optimal_seconds", -1)
+  flops = hlo.flops(text, run.PRIOR_SCOPE)
+  arguments = memory.argument_size_in_bytes
+  fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return Cost(
+    hbm={
+      **held,
+      "padding": max(arguments - sum(held.values()), 0),  # a TPU pads arrays to its tiles
+      "activations": memory.temp_size_in_bytes + max(fresh, 0),
+      "program": memory.generated_code_size_in_bytes,
+    },
+    flops=flops["outside"],
+    prior_flops=flops["inside"],
+    traffic=hlo.traffic(text),
+    collectives=hlo.collectives(text),
+    seconds=seconds,
+    optimal_seconds=optimal if optimal > 0 else None,
+  )
+
+
+def needed_bytes(message: str, held: int) -> float | None:
+  """Bytes of HBM that the TPU compiler's refusal names; None if it refuses for another reason.
+
+  Args:
+    message: of its error.
+    held: bytes of the arguments, which it leaves out where temporaries alone are too many.
+  """
+  size = r"([\d.]+)([KMGT])"
+  whole = re.search(rf"Used {size} of {size} hbm", message)
+  temporaries = re.search(rf"HLO temporaries \({size}\) exceeds available HBM", message)
+  found = whole or temporaries
+  if found is None:
+    return None
+  value = float(found.group(1)) * 2 ** (10 * (1 + "KMGT".index(found.group(2))))
+  return value if whole else value + held
+
+
+def _bytes(tree) -> int:
+  """On one device, unpadded."""
+  leaves = jax.tree.leaves(tree)
+  shards = (math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+  return sum(size * leaf.dtype.itemsize for size, leaf in zip(shards, leaves, strict=True))
+
+
+def minimum(config: ConfigDict, parts: Parts, rows: int, training: bool) -> dict[str, float]:
+  """FLOPs that `rows` images need at least, by part; without the network where it is not in GMAC.
+
+  A backward pass is twice the forward one; the frozen prior has none.
+  """
+  crop, model = config.data.crop, parts.model
+  passes = 2 * rows * (3 if training else 1)
+  least = {}
+  if config.model.backbone in GMAC:
+    once, top = GMAC[config.model.backbone]
+    branches = 2 if config.mode == "fdep" else 1
+    least["network"] = passes * (once + branches * top) * 1e9 * (crop / 448) ** 2
+  if parts.prior:
+    vit, channels = parts.prior.vit, model.backbone.top_channels
+    tokens = (-(-crop // vit.patch)) ** 2
+    places = (crop // model.backbone.top_stride) ** 2
+    project = vit.width * channels * tokens
+    inside = 11.5 * channels**2 if config.model.fusion == "samf" else 0
+    least["samf"] = passes * len(parts.prior.levels) * (project + inside * places)
+    least["frozen_vit"] = 2 * rows * _vit_macs(vit, tokens, max(parts.prior.levels) + 1)
+  return least
+
+
+def _vit_macs(vit: dinov2.DINOv2, patches: int, depth: int) -> float:
+  length = 1 + vit.registers + patches
+  block = vit.blocks
+  matrices = (block.qkv, block.project, block.expand, block.reduce)
+  products = sum(math.prod(matrix.kernel.shape[1:]) for matrix in matrices)
+  embed = patches * math.prod(vit.patch_embed.kernel.shape)
+  return embed + depth * (length * products + 2 * length**2 * vit.width)
+
+
+def command(flags) -> None:
+  """`--mode plan`. After `topology.start`."""
+  out = flags.out or flags.workdir
+  if not out:
+    raise ValueError("--mode plan needs --out or --workdir, the folder for plan.json.")
+  kind, sides = topology.parse(flags.topology)
+  config = flags.config
+  config.host_devices, config.distributed = sides[0] if kind == "cpu" else 1, "off"
+  mesh.start(config)
+  plan(config, flags.topology, out)
+
+
+def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
+  """Compiles the train and the evaluation step for a slice; writes `plan.json`, prints a table.
+
+  Args:
+    config: of a run; neither its data nor its weights need exist.
+    name: the slice, see `topology.parse`.
+    out: folder for `plan.json`.
+
+  Returns:
+    What `plan.json` holds. FLOPs and bytes of a step are those of all devices together; memory,
+    collectives and `…_per_chip` those of one.
+
+  Raises:
+    ValueError: the config, the slice or the folder does not fit.
+  """
+  settings.check(config)
+  run.check_crop(config)
+  out = run.run_folder(out)
+  devices = topology.devices(name)
+  the_mesh = mesh.over(devices, config.train.batch_size)
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"{out} cannot be written ({error.strerror}). Choose another.") from None
+  kind, _ = topology.parse(name)
+  chip = topology.CHIPS.get(kind)
+  limit = chip.hbm if chip else topology.host_memory() / len(devices)
+  parts = abstract(config)
+  result = {
+    "topology": name,
+    "chips": len(devices),
+    "backbone": config.model.backbone,
+    "mode": config.mode,
+    "batch_size": config.train.batch_size,
+    "crop": config.data.crop,
+    "dtype": config.train.dtype,
+    "remat": config.train.remat,
+    "hbm_limit_bytes": limit,
+  }
+  logging.info("compiling the train step for %s", name)
+  try:
+    cost = compile_train(config, parts, the_mesh)
+    if sum(cost.hbm.values()) > limit:
+      raise DoesNotFitError(sum(cost.hbm.values()), cost.seconds)
+    result |= {"fits": True, **_report(config, parts, cost, chip, len(devices), True)}
+    logging.info("compiling the evaluation step")
+    evaluation = compile_eval(config, parts, the_mesh)
+    result["evaluation"] = _report(config, parts, evaluation, chip, len(devices), False)
+  except DoesNotFitError as error:
+    result |= {"fits": False, "hbm_bytes_per_chip": error.needed, "compile_seconds": error.seconds}
+    result |= _ways_out(config, parts, the_mesh, limit, error.needed)
+  print(table(result))
+  evaluate.write_json(out / "plan.json", result)
+  logging.info("wrote %s", out / "plan.json")
+  return result
+
+
+def _report(config, parts: Parts, cost: Cost, chip, devices: int, training: bool) -> dict:
+  rows = config.train.batch_size
+  if not training:
+    rows = -(-config.eval.batch_size // devices) * devices
+  least = minimum(config, parts, rows, training)
+  whole = "network" in least
+  flops = cost.flops + cost.prior_flops
+  own = least.get("network", 0) + least.get("samf", 0)
+  report = {
+    "hbm_bytes_per_chip": sum(cost.hbm.values()),
+    "hbm_by_kind": cost.hbm,
+    "flops_per_step": flops * devices,
+    "flops_minimum": sum(least.values()) if whole else None,
+    "flops_by_part": {
+      "network_and_samf": cost.flops * devices,
+      "frozen_vit": cost.prior_flops * devices,
+    },
+    "flops_minimum_by_part": least,
+    "flops_over_minimum": cost.flops * devices / own if whole else None,  # without the prior
+    "bytes_per_step": cost.traffic * devices,
+    "flops_per_chip": flops,
+    "bytes_per_chip": cost.traffic,
+    "collectives": cost.collectives,
+    "compile_seconds": cost.seconds,
+    "optimal_seconds": cost.optimal_seconds,
+  }
+  if chip:
+    compute, memory = flops / chip.flops, cost.traffic / chip.bandwidth
+    seconds = max(compute, memory)
+    report["roofline"] = {
+      "peak_flops": chip.flops,
+      "peak_bandwidth": chip.bandwidth,
+      "seconds_compute": compute,
+      "seconds_memory": memory,
+      "images_per_second": rows / seconds,
+    }
+    if training:
+      report["roofline"]["epochs_per_hour"] = 3600 * rows / seconds / TRAIN_IMAGES
+  return report
+
+
+def _ways_out(config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed) -> dict:
+  """Options that make the step fit, and the largest batch that fits without them; all compiled."""
+  options = [{"train.remat": kind} for kind in train.REMAT if kind != config.train.remat]
+  if parts.prior and not config.dino.shard and the_mesh.devices.size > 1:
+    options += [{"dino.shard": True}, {**options[-1], "dino.shard": True}]
+  helps = []
+  for option in options:
+    if option.get("train.remat") == "none":
+      continue
+    tried = _attempt(config, parts, the_mesh, limit, option)
+    helps.append({"options": option, "fits": tried <= limit, "hbm_bytes_per_chip": tried})
+    if tried <= limit:
+      break
+  # Activations grow with the batch: the first guess is in proportion, then down until one fits.
+  devices = the_mesh.devices.size
+  rows = min(int(config.train.batch_size * limit / needed), config.train.batch_size - 1)
+  rows -= rows % devices
+  while rows > 0:
+    if _attempt(config, parts, the_mesh, limit, {"train.batch_size": rows}) <= limit:
+      break
+    rows -= devices
+  return {"helps": helps, "largest_batch": rows}
+
+
+def _attempt(config, parts: Parts, the_mesh: Mesh, limit, changes: dict) -> float:
+  """Bytes that the train step needs with some settings changed."""
+  changed = config.copy_and_resolve_references()
+  changed.update_from_flattened_dict(changes)
+  logging.info("compiling with %s", ", ".join(f"{k}={v}" for k, v in changes.items()))
+  try:
+    return sum(compile_train(changed, parts, the_mesh).hbm.values())
+  except DoesNotFitError as error:
+    return error.needed
+
+
+def table(result: dict) -> str:
+  """The plan for people."""
+  gib = 2**30
+  lines = [
+    f"{result['backbone']}, {result['mode']}, on {result['topology']} ({result['chips']} devices): "
+    f"batch {result['batch_size']}, {result['crop']}×{result['crop']}, {result['dtype']}, "
+    f"remat {result['remat']}",
+    f"  {'fits' if result['fits'] else 'DOES NOT FIT'}: "
+    f"{result['hbm_bytes_per_chip'] / gib:.2f} of {result['hbm_limit_bytes'] / gib:.2f} GiB each",
+  ]
+  if not result["fits"]:
+    for helped in result["helps"]:
+      settings_ = " ".join(f"--config.{k}={v}" for k, v in helped["options"].items())
+      verdict = "fits" if helped["fits"] else "does not fit"
+      lines.append(
+        f"  {settings_}: {verdict}, {helped['hbm_bytes_per_chip'] / gib:.2f} GiB (compiled)"
+      )
+    lines.append(f"  largest batch that fits: {result['largest_batch']} (compiled)")
+    return "\n".join(lines)
+  for title, part in (("train step", result), ("evaluation step", result["evaluation"])):
+    lines.append(f"  {title}, compiled in {part['compile_seconds']:.0f} s")
+    for kind, size in part["hbm_by_kind"].items():
+      lines.append(f"    {kind.replace('_', ' '):<18}{size / gib:9.3f} GiB a device")
+    lines.append(f"    {'FLOPs':<18}{part['flops_per_step'] / 1e12:9.3f} T a step")
+    for kind, count in part["flops_by_part"].items():
+      lines.append(f"      {kind.replace('_', ' '):<16}{count / 1e12:9.3f} T")
+    for kind, count in part["flops_minimum_by_part"].items():
+      lines.append(f"      at least {kind.replace('_', ' '):<10}{count / 1e12:6.3f} T")
+    if part["flops_over_minimum"]:
+      lines.append(f"      {part['flops_over_minimum']:.3f} × the minimum, ViT apart")
+    lines.append(f"    {'HBM traffic':<18}{part['bytes_per_step'] / 1e9:9.1f} GB a step")
+    moved = sum(c["bytes"] * c["count"] for c in part["collectives"])
+    kinds = sorted({c["op"] for c in part["collectives"]})
+    lines.append(f"    {'collectives':<18}{moved / 1e6:9.2f} MB a device ({', '.join(kinds)})")
+    if part["optimal_seconds"]:
+      lines.append(f"    {'compiler says':<18}{part['optimal_seconds'] * 1e3:9.1f} ms")
+    if "roofline" in part:
+      roof = part["roofline"]
+      lines.append(
+        f"    {'roofline':<18}{roof['images_per_second']:9.1f} images/s at most "
+        f"(a chip's {roof['peak_flops'] / 1e12:.0f} TFLOP/s bfloat16: "
+        f"{roof['seconds_compute'] * 1e3:.1f} ms; {roof['peak_bandwidth'] / 1e9:.0f} GB/s: "
+        f"{roof['seconds_memory'] * 1e3:.1f} ms)"
+      )
+      if "epochs_per_hour" in roof:
+        lines.append(f"    {'':<18}{roof['epochs_per_hour']:9.1f} epochs/hour of SIRST3")
+  return "\n".join(lines)

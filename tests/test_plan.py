@@ -1,0 +1,289 @@
+"""Plans: what is counted is right, the options change no result, and the refusals say why."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from configs import base
+from fdep_jax import backbones, hlo, losses, mesh, plan, run, topology, train
+
+
+def toy_config(**changes):
+  config = base.get_config()
+  config.update_from_flattened_dict(
+    {
+      "model.backbone": "toy",
+      "data.root": "synthetic",
+      "data.crop": 32,
+      "dino.checkpoint": "random",
+      "train.batch_size": 8,
+      "eval.batch_size": 4,
+      **changes,
+    }
+  )
+  return config
+
+
+def conv(x, kernel, stride=1):
+  dimensions = ("NHWC", "HWIO", "NHWC")
+  pad = [(1, 1), (1, 1)]
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), pad, dimension_numbers=dimensions
+  )
+
+
+def test_flops_are_those_counted_by_hand_padding_apart_and_loops_included():
+  def layers(x, kernel1, kernel2, matrix, inner):
+    y = conv(conv(x, kernel1), kernel2, 2) @ matrix
+    with jax.named_scope("prior"):
+      y, _ = jax.lax.scan(lambda c, _: (jnp.tanh(c @ inner), None), y, None, length=7)
+    return y
+
+  shapes = (2, 32, 32, 4), (3, 3, 4, 8), (3, 3, 8, 8), (8, 8), (8, 8)
+  lowered = jax.jit(layers).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+  # 3·32 − 2 (output, kernel) pairs along an axis meet the input; at stride 2 3·16 − 1.
+  first, second, products = 2 * 94**2 * 4 * 8, 2 * 47**2 * 8 * 8, 2 * 16**2 * 8 * 8
+  outside, inside = 2.0 * (first + second + products), 2.0 * 7 * products
+  compiled = hlo.flops(lowered.compile().as_text(), "prior")
+  assert compiled == {"inside": inside, "outside": outside}
+  written = hlo.flops(lowered.as_text("hlo"), "prior")  # has no scopes
+  assert written == {"inside": 0, "outside": inside + outside}
+
+
+def test_traffic_reads_one_row_of_a_loops_input_a_run():
+  def total(x):
+    return jax.lax.scan(lambda c, row: (jnp.sin(c + row), None), jnp.zeros(1000), x)[0]
+
+  text = jax.jit(total).lower(jax.ShapeDtypeStruct((50, 1000), jnp.float32)).compile().as_text()
+  once = 4 * 1000
+  # A run reads the carry and a row and writes the carry; what else there is, is scalars and a copy.
+  assert 50 * 3 * once <= hlo.traffic(text) <= 50 * 5 * once
+
+
+def test_collectives_have_the_size_of_their_result_and_count_loops():
+  the_mesh = mesh.make(4)
+
+  def total(x):
+    def body(i, found):
+      return found + jnp.sum(x * i, 0)
+
+    return jax.lax.fori_loop(0, 5, body, jnp.zeros(x.shape[1]))
+
+  x = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=mesh.split(the_mesh))
+  found = hlo.collectives(jax.jit(total).lower(x).compile().as_text())
+  assert {c["op"] for c in found} == {"all-reduce"}
+  assert sum(c["bytes"] * c["count"] for c in found) in (24, 5 * 24)  # in the loop or moved behind
+
+
+def test_a_plan_for_cpu_devices_reports_every_column(toy, tmp_path, capsys):
+  result = plan.plan(toy_config(), "cpu:4", tmp_path)
+  assert result == json.loads((tmp_path / "plan.json").read_text())
+  printed = capsys.readouterr().out
+  for word in (
+    "fits",
+    "parameters",
+    "optimiser",
+    "frozen vit",
+    "activations",
+    "FLOPs",
+    "evaluation",
+  ):
+    assert word in printed
+  parts = plan.abstract(toy_config())
+  floats = sum(leaf.size for leaf in jax.tree.leaves(parts.state["params"]))
+  held = result["hbm_by_kind"]
+  assert held["parameters"] == 4 * floats
+  assert held["optimiser"] == 2 * 4 * floats + 2 * 4  # AdamW's moments and two counters
+  assert held["batch"] == 8 // 4 * 32 * 32 * (3 + 1)  # uint8 pixels and bool masks of one device
+  assert result["hbm_bytes_per_chip"] == sum(held.values())
+  assert result["fits"] and result["chips"] == 4
+  least = result["flops_minimum_by_part"]["frozen_vit"]
+  # More than the blocks: at 32×32 the image and the position embedding are resized.
+  assert least <= result["flops_by_part"]["frozen_vit"] <= 1.15 * least
+  assert {c["op"] for c in result["collectives"]} == {"all-reduce"}
+  # Gradients are the largest thing that is reduced: neither logits nor losses are.
+  assert max(c["bytes"] for c in result["collectives"]) <= 4 * floats + 1024
+  assert result["evaluation"]["collectives"] == []
+
+
+def test_twice_the_devices_with_twice_the_batch_cost_the_same_each(toy, tmp_path):
+  small = plan.plan(toy_config(**{"train.batch_size": 4}), "cpu:2", tmp_path)
+  large = plan.plan(toy_config(**{"train.batch_size": 8}), "cpu:4", tmp_path)
+  for key in ("flops_per_chip", "bytes_per_chip", "hbm_bytes_per_chip"):
+    assert large[key] == pytest.approx(small[key], rel=0.05)
+
+
+@pytest.mark.parametrize("change", [{"train.remat": "products"}, {"dino.shard": True}])
+def test_saving_memory_does_not_change_the_step(toy, change):
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
+    "mask": rng.random((8, 32, 32)) < 0.05,
+  }
+  results, sizes = [], []
+  for changes in ({}, change):
+    config = toy_config(**changes)
+    prior = run.load_prior(config)
+    model = run.create_model(config, prior)
+    optimizer = optax.sgd(0.1)
+    the_mesh = mesh.make(8)
+    vit_state = run.place_prior(config, prior, the_mesh)
+    sizes.append(sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(vit_state)))
+    step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
+    state = mesh.put_replicated(train.init_state(model, optimizer), the_mesh)
+    for _ in range(2):
+      state, metrics = step(state, vit_state, mesh.put_batch(batch, the_mesh))
+    results.append((jax.device_get(state), float(metrics["loss"])))
+  (plain, loss), (other, other_loss) = results
+  assert other_loss == pytest.approx(loss, rel=1e-5)
+  for kind in ("params", "stats", "rng"):
+    for a, b in zip(jax.tree.leaves(plain[kind]), jax.tree.leaves(other[kind]), strict=True):
+      if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  assert sizes[1] < 0.5 * sizes[0] if "dino.shard" in change else sizes[1] == sizes[0]
+
+
+def test_sharing_out_gathers_one_block_at_a_time(toy):
+  config = toy_config(**{"dino.shard": True})
+  parts = plan.abstract(config)
+  collectives = plan.compile_train(config, parts, mesh.make(4)).collectives
+  gathered = [c for c in collectives if c["op"] == "all-gather"]
+  whole = max(leaf.size for leaf in jax.tree.leaves(nnx.split(parts.prior.vit)[1]))
+  assert gathered
+  assert max(c["bytes"] for c in gathered) <= 4 * whole / parts.prior.vit.depth
+
+
+def test_rematerialisation_computes_no_convolution_again(toy):
+  flops = []
+  for kind in ("none", "products"):
+    config = toy_config(mode="original", **{"train.remat": kind})
+    flops.append(plan.compile_train(config, plan.abstract(config), mesh.make(1)).flops)
+  assert flops[0] == flops[1]
+
+
+def forward_backward(config, two_passes=False) -> dict[str, float]:
+  """FLOPs of loss and gradients as written, before any compiler, and the least that DESIGN has."""
+  parts = plan.abstract(config)
+  model, prior = parts.model, parts.prior
+  loss = train.make_loss(config, model)
+  graphdef, _ = nnx.split(model)
+
+  def passes(params, stats, rng, image, levels, mask):
+    total = 0
+    for branch in ("main", "light"):
+      net = nnx.merge(graphdef, params, stats, rng, copy=True)
+      logits = net.main(image, levels) if branch == "main" else net.light(image)
+      total += losses.eedm(logits.heads, mask)
+    return total, ()
+
+  side = config.data.crop // prior.vit.patch
+  level = jax.ShapeDtypeStruct((1, side, side, prior.vit.width), jnp.float32)
+  image = jax.ShapeDtypeStruct((1, config.data.crop, config.data.crop, 3), jnp.float32)
+  mask = jax.ShapeDtypeStruct(image.shape[:3], jnp.bool_)
+  state = [parts.state[name] for name in ("params", "stats", "rng")]
+  gradients = jax.jit(jax.value_and_grad(passes if two_passes else loss, has_aux=True))
+  lowered = gradients.lower(*state, image, [level] * len(prior.levels), mask)
+  return hlo.flops(lowered.as_text("hlo"), "none")["outside"]
+
+
+def network_config(name):
+  config = base.get_config()
+  config.model.backbone = name
+  return config
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in backbones.names() if name != "acm"]
+
+
+@pytest.mark.parametrize("name", ["acm", *SLOW])
+def test_a_step_is_within_a_tenth_of_the_least_flops(name):
+  config = network_config(name)
+  least = plan.minimum(config, plan.abstract(config), 1, True)
+  ratio = forward_backward(config) / (least["network"] + least["samf"])
+  assert 0.85 < ratio <= 1.10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["msda", "alcl", "ggl"])
+def test_a_step_is_at_most_six_tenths_of_two_passes(name):
+  config = network_config(name)
+  assert forward_backward(config) <= 0.60 * forward_backward(config, two_passes=True)
+
+
+def test_the_vits_size_is_read_from_the_name_of_a_file_that_need_not_exist():
+  assert plan.vit_arguments("nowhere/dinov2_vitl14_pretrain.pth")["depth"] == 24
+  assert plan.vit_arguments("dinov2_vits14_reg4_pretrain.pth")["registers"] == 4
+  assert plan.vit_arguments("dinov2_vitg14_pretrain.pth")["swiglu"]
+  with pytest.raises(ValueError, match="does not tell the ViT's size.*dinov2_vitl14_pretrain.pth"):
+    plan.vit_arguments("weights/prior.pth")
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:4x4x4", "v4:2x2", "h100:8", "cpu:0", "cpu:2x2", ""])
+def test_a_topology_that_is_none_is_refused(name):
+  with pytest.raises(ValueError, match="--topology is .* v5e:4x4"):
+    topology.parse(name)
+
+
+def test_a_batch_that_the_slice_cannot_share_is_refused(toy, tmp_path):
+  with pytest.raises(ValueError, match="batch_size is 6, which 4 devices cannot share.*Use 8"):
+    plan.plan(toy_config(**{"train.batch_size": 6}), "cpu:4", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_without_the_tpu_compiler_one_sentence_says_how_to_get_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  with pytest.raises(FileNotFoundError, match="needs the TPU compiler.*requirements-tpu.txt"):
+    topology.start("v5e:4x4")
+
+
+def test_what_does_not_fit_names_the_options_that_help_and_the_largest_batch(
+  toy, tmp_path, monkeypatch
+):
+  config = toy_config()
+  need = {rows: _needs(toy_config(**{"train.batch_size": rows})) for rows in (4, 8)}
+  limit = (need[4] + need[8]) / 2
+  monkeypatch.setattr(topology, "host_memory", lambda: 4 * limit)
+  result = plan.plan(config, "cpu:4", tmp_path)
+  assert not result["fits"] and result["hbm_bytes_per_chip"] == need[8]
+  assert result["largest_batch"] == 4
+  assert result["helps"][0]["options"] == {"train.remat": "products"}
+  assert all(h["fits"] == (h["hbm_bytes_per_chip"] <= limit) for h in result["helps"])
+
+
+def test_both_refusals_of_the_tpu_compiler_are_understood():
+  gib = 2**30
+  whole = "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
+  part = "the total memory required for HLO temporaries (16.77G) exceeds available HBM (15.75G)."
+  assert plan.needed_bytes(whole, gib) == 20.5 * gib
+  assert plan.needed_bytes(part, gib) == pytest.approx(17.77 * gib)
+  assert plan.needed_bytes("INTERNAL: something else", gib) is None
+
+
+def _needs(config) -> int:
+  cost = plan.compile_train(config, plan.abstract(config), mesh.make(4))
+  return sum(cost.hbm.values())
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_plans_a_small_network(tmp_path):
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("needs libtpu (requirements-tpu.txt)")
+  command = [sys.executable, "main.py", "--mode", "plan", "--config", "configs/tpu/acm.py",
+             "--topology", "v5e:2x2", "--out", str(tmp_path), "--config.mode=original",
+             "--config.train.batch_size=4", "--config.data.crop=64"]  # fmt: skip
+  root = plan.__file__.rsplit("/", 2)[0]
+  done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "plan.json").read_text())
+  assert result["fits"] and result["chips"] == 4 and result["roofline"]["images_per_second"] > 0
+  assert {c["op"] for c in result["collectives"]} == {"all-reduce"}
