@@ -59,6 +59,7 @@ def finish(processes, code=0):
   return outputs
 
 
+@pytest.mark.slow
 def test_two_processes_train_evaluate_and_save_what_one_does(toy, tmp_path):
   changes = {"log.every_steps": 1, "train.steps": 5, "checkpoint.every_steps": 2, "dino.bank": 2}
   changes["log.compile_cache"] = ""

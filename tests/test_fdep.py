@@ -65,12 +65,9 @@ def two_passes(model: FDEP, image, priors):
   return main, model.backbone(image)
 
 
-_SLOW = {"alcl", "dna", "ggl", "mlcl", "msda", "uiu"}  # their compilation in float64
-
-
 @pytest.mark.parametrize(
   "name",
-  ["toy", *(pytest.param(n, marks=[pytest.mark.slow] * (n in _SLOW)) for n in backbones.names())],
+  ["toy", *(pytest.param(name, marks=pytest.mark.slow) for name in backbones.names())],
 )
 def test_encoding_once_equals_two_full_passes(toy, name):
   # Loss and every gradient, in float64.

@@ -181,7 +181,10 @@ def test_the_wavelet_buffers_of_real_checkpoints_are_accepted_and_written_back(g
     converters.load_backbone("msda", other)
 
 
-@pytest.mark.parametrize("name", backbones.names())
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG_TO_COMPILE)) for n in backbones.names()],
+)
 def test_initial_values_have_the_published_spread(name, shared):
   expected = json.loads((shared / "golden" / "init_rms.json").read_text())[name]
   ours = by_path(nnx.state(backbones.create(name, rngs=nnx.Rngs(0)), nnx.Param))

@@ -114,6 +114,7 @@ def test_a_plan_for_cpu_devices_reports_every_column(toy, tmp_path, capsys):
   assert result["evaluation"]["collectives"] == []
 
 
+@pytest.mark.slow
 def test_twice_the_devices_with_twice_the_batch_cost_the_same_each(toy, tmp_path):
   small = plan.plan(toy_config(**{"train.batch_size": 4}), "cpu:2", tmp_path)
   large = plan.plan(toy_config(**{"train.batch_size": 8}), "cpu:4", tmp_path)
@@ -246,6 +247,7 @@ def test_without_the_tpu_compiler_one_sentence_says_how_to_get_it(monkeypatch):
     topology.start("v5e:4x4")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_names_the_options_that_help_and_the_largest_batch(
   toy, tmp_path, monkeypatch
 ):
