@@ -278,8 +278,7 @@ def main():
   names = flags.networks.split(",")
   if flags.reference and (unknown := sorted(set(names) - set(TOP))):
     parser.error(f"PyTorch's step is there for {', '.join(TOP)}, not for {', '.join(unknown)}.")
-  if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: bench.CORES])
+  bench.prepare_machine()
 
   here = str(pathlib.Path(__file__))
   ours, theirs = bench.Remote(sys.executable, "--worker", "jax", script=here), None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,6 +17,7 @@ from flax import nnx
 from test_train import lines, parameters, toy_config
 
 from fdep_jax import checkpoint, mesh, run, settings, train
+from fdep_jax.backbones._blocks import BatchNorm
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _BEGIN = f"""
@@ -145,6 +147,19 @@ def take_steps(backbone, devices):
     losses.append(float(metrics["loss"]))
   found = {k: np.asarray(v) for k, v in checkpoint.flatten(state["params"]).items()}
   return {"losses": np.array(losses), **found}
+
+
+def test_a_batch_norm_meets_the_other_devices_once_in_each_direction():
+  graphdef, state = nnx.split(BatchNorm(3))
+  the_mesh = mesh.make(8, 8)
+
+  def loss(state, x):
+    return jnp.square(nnx.merge(graphdef, state)(x) + x).sum()
+
+  x = mesh.put_batch(np.ones((8, 4, 4, 3), np.float32), the_mesh)
+  step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  text = step.lower(mesh.put_replicated(state, the_mesh), x).compile().as_text()
+  assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 2
 
 
 def test_the_compiled_step_moves_gradients_and_statistics_not_pixels(toy):

@@ -237,3 +237,26 @@ def test_a_convolution_is_the_plain_one_padded_by_half_its_reach(size, stride, d
     return y + bias.reshape(1, 1, 1, -1)
 
   assert_same(ours, plain, normal(2, 6, 8, 3), normal(size, size, 3, 2), normal(2))
+
+
+@pytest.mark.parametrize("near", [0.0, 0.3, -5.0])
+def test_batch_norm_is_its_formula(near):
+  def plain(x, scale, bias):
+    mean = x.mean((0, 1, 2), keepdims=True)
+    var = jnp.square(x - mean).mean((0, 1, 2), keepdims=True)
+    factor = scale.reshape(1, 1, 1, -1) * jax.lax.rsqrt(var + 1e-5)
+    return (x - mean) * factor + bias.reshape(1, 1, 1, -1)
+
+  def ours(x, scale, bias):
+    return _blocks.batch_norm(x, scale, bias, jnp.full(3, near, x.dtype), 1e-5)[0]
+
+  assert_same(ours, plain, normal(4, 5, 6, 3) + 0.3, normal(3), normal(3))
+
+
+def test_batch_norm_keeps_its_digits_far_from_zero():
+  x = (1000 + np.random.default_rng(0).standard_normal((4, 32, 32, 2))).astype(np.float32)
+  near = x.mean((0, 1, 2)) + 0.1
+  _, mean, var = _blocks.batch_norm(jnp.asarray(x), jnp.ones(2), jnp.zeros(2), near, 1e-5)
+  wide = x.astype(np.float64)
+  np.testing.assert_allclose(mean, wide.mean((0, 1, 2)), rtol=1e-6)
+  np.testing.assert_allclose(var, wide.var((0, 1, 2)), rtol=1e-5)
