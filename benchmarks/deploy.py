@@ -125,8 +125,7 @@ def main():
   flags = parser.parse_args()
   if flags.worker:
     return bench.serve(Worker())
-  if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: bench.CORES])
+  bench.prepare_machine()
   ours = bench.Remote(sys.executable, "--worker", script=str(pathlib.Path(__file__)))
   theirs, layouts = None, []
   if flags.reference:

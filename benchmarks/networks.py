@@ -64,7 +64,7 @@ def arrays(shape):
 
 
 def prepare_machine():
-  """What the workers inherit: two cores (choose others with taskset) and, as in main.py, huge pages."""
+  """What workers inherit: two cores (choose others with taskset) and, as in main.py, huge pages."""
   os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
@@ -72,6 +72,7 @@ def prepare_machine():
 
 def seconds_per_call(call):
   """One call's time as a loop sees it: after a first one, averaged over 0.5 s."""
+  time.sleep(SETTLE_SECONDS)
   call()  # what waited loses its warm memory, and of a virtual machine the memory itself
   calls, start = 0, time.perf_counter()
   while True:
@@ -324,7 +325,6 @@ def time_network(name, ours, theirs, rounds):
     for _ in range(1 + rounds):  # the first warms up
       for contender in list(seconds):
         worker, variant = contender
-        time.sleep(SETTLE_SECONDS)
         try:
           seconds[contender].append(worker("measure", variant, task))
         except RuntimeError as error:
