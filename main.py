@@ -18,6 +18,7 @@ NEEDS = {  # mode: the flags without which it cannot run
   "export": (),
   "score": ("predictions", "masks"),
   "plan": ("config", "topology"),
+  "report": ("runs", "out"),
 }
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="settings of a run to train")
@@ -30,7 +31,8 @@ flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
 flags.DEFINE_string("range", "auto", "predict: values that become black and white: LOW,HIGH, full")
 flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
 flags.DEFINE_string("masks", None, "score: folder of masks")
-flags.DEFINE_string("out", None, "folder for the results of predict, export, score and plan")
+flags.DEFINE_string("out", None, "folder to write; report: a file .html")
+flags.DEFINE_list("runs", None, "report: folders of evaluated runs, A,B,C,D")
 flags.DEFINE_string("topology", None, "plan: a slice, v5e:4x4 or cpu:8")
 
 
@@ -46,7 +48,7 @@ def main(argv):
     raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
   if mode == "plan":
     topology.start(FLAGS.topology)  # before jax starts
-  if mode in ("predict", "export", "score", "plan"):
+  if mode in ("predict", "export", "score", "plan", "report"):
     importlib.import_module(f"fdep_jax.{mode}").command(FLAGS)
     return
   config = FLAGS.config if mode == "train" else settings.load(FLAGS.workdir)

@@ -1,5 +1,6 @@
 """Evaluation: whole images at their own sizes, every trained branch, the paper's columns (§4.2)."""
 
+import hashlib
 import json
 import logging
 import os
@@ -72,11 +73,18 @@ def probabilities(
 
 
 def score(
+  maps: Iterator[tuple[int, dict[str, np.ndarray]]], samples: Sequence[data.Sample]
+) -> dict[str, hse.Score]:
+  """The metrics of every branch; `maps` as `accumulate`."""
+  return {name: total.result() for name, total in accumulate(maps, samples).items()}
+
+
+def accumulate(
   maps: Iterator[tuple[int, dict[str, np.ndarray]]],
   samples: Sequence[data.Sample],
   save: pathlib.Path | None = None,
-) -> dict[str, hse.Score]:
-  """The metrics of every branch.
+) -> dict[str, hse.Accumulator]:
+  """The counts of every branch, from which its metrics follow.
 
   Args:
     maps: what `probabilities` yields.
@@ -89,7 +97,7 @@ def score(
       if save is not None:
         (save / name).mkdir(parents=True, exist_ok=True)
         np.save(save / name / f"{samples[index].name.replace('/', '_')}.npy", prob)
-  return {name: total.result() for name, total in totals.items()}
+  return totals
 
 
 def count_parameters(params) -> int:
@@ -167,6 +175,16 @@ def _watch(maps, shown: dict[int, dict]):
     yield index, probs
 
 
+def _fingerprint(state: dict) -> str:
+  """Of parameters and running statistics: paths, types, shapes and bytes."""
+  digest = hashlib.sha256()
+  kept = {"params": state["params"], "stats": state["stats"]}
+  for path, leaf in sorted(checkpoint.flatten(kept).items()):
+    leaf = np.asarray(leaf)
+    digest.update(f"{path} {leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+  return digest.hexdigest()
+
+
 def write_json(path: pathlib.Path, value) -> None:
   """Writes the whole file or nothing."""
   partial = path.with_suffix(".partial")
@@ -183,7 +201,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     loaded: (images, prior, model) where the caller has them.
 
   Returns:
-    What `metrics.json` holds.
+    What `metrics.json` holds; `report.html` and `examples.png` show it.
 
   Raises:
     FileNotFoundError: no run, no checkpoint, or its data or weights are gone.
@@ -212,16 +230,22 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     else (last_state, last)
   )
 
-  shown = {i: {} for i in _examples(images.test)}
-
-  def measure(state: dict, step: int, best: bool) -> dict:
+  def maps_of(state: dict):
     state = mesh.put_replicated(state, the_mesh)
-    maps = probabilities(forward, state, vit_state, images.test, config.eval.batch_size, the_mesh)
-    save = workdir / "probs" if config.eval.save_probs and best and mesh.writes() else None
-    return {**results(score(_watch(maps, shown), images.test, save)), "checkpoint": step}
+    return probabilities(forward, state, vit_state, images.test, config.eval.batch_size, the_mesh)
 
-  newest = None if best["step"] == last["step"] else measure(last_state, last["step"], False)
-  chosen = measure(best_state, best["step"], True)
+  newest = None
+  if best["step"] != last["step"]:
+    newest = results(score(maps_of(last_state), images.test)) | {"checkpoint": last["step"]}
+  shown = {i: {} for i in _examples(images.test)}
+  recorder = report.Recorder(images.test)
+  maps = _watch(maps_of(best_state), shown)
+  save = workdir / "probs" if config.eval.save_probs and mesh.writes() else None
+  totals = accumulate(recorder.watch(maps) if mesh.writes() else maps, images.test, save)
+  chosen = results({name: total.result() for name, total in totals.items()})
+  for name, total in totals.items():
+    chosen[name]["intervals"] = report.intervals(total)
+  chosen["checkpoint"] = best["step"]
   metrics = {
     **chosen,
     "params": count_parameters(params),
@@ -241,6 +265,18 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     caption = f"{config.model.backbone}, {config.mode}, {source}, step {metrics['checkpoint']}"
     chosen_samples = [images.test[i] for i in shown]
     report.examples(workdir / "examples.png", chosen_samples, list(shown.values()), caption)
+  about = {
+    "checkpoint": f"step {best['step']}, "
+    + ("the newest" if best is last else f"the best on {config.eval.select_on}"),
+    "its parameters and statistics, SHA-256": _fingerprint(best_state),
+    "DINOv2, SHA-256 of its file": best["dino_sha256"] or "none",
+    "normalisation": f"mean {images.mean:.6f}, standard deviation {images.std:.6f}",
+    "data": f"{config.data.root}, {len(images.test)} test images",
+  }
+  flat = settings.flat(config)
+  path = workdir / "report.html"
+  report.write(path, workdir.resolve().name, images.test, recorder, totals, metrics, flat, about)
+  logging.info("wrote %s", path)
   logging.info("wrote %s", workdir / "metrics.json")
   print(
     f"{len(images.test)} test images, step {metrics['checkpoint']} "

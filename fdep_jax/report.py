@@ -1,12 +1,271 @@
-"""Pictures of what a model finds."""
+"""What a model finds, for people to look at: `examples.png` and `report.html` (`--mode report`).
 
+`report.html` is one file that loads nothing from elsewhere: the page `report.html` of this package,
+filled with the metrics, the pictures and the probability maps of an evaluation, or of several.
+
+from fdep_jax import report
+report.of(["runs/msda", "runs/msda_original"], "comparison.html")  # runs that were evaluated
+"""
+
+import base64
+import datetime
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import math
 import os
 import pathlib
-from collections.abc import Sequence
+import platform
+import re
+import zlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 
 from fdep_jax.data import Sample
+from fdep_jax.metrics import bootstrap, hse
+
+# The page's thresholds are 1/STEPS, 2/STEPS … Those of HSE-T are among them, to the last bit.
+STEPS = 200
+THRESHOLDS = (np.arange(1, STEPS) / STEPS).astype(np.float32)
+PICTURE_SIDE = 1024  # pixels; larger pictures are shown smaller, their maps are not
+_QUALITY = 95  # of WebP; targets are a few pixels
+_POINTS = 400  # of a drawn curve
+_FORMAT = 1
+_PLACE = re.compile(r'(<script type="application/json" id="data">)(.*?)(</script>)', re.DOTALL)
+
+
+class Recorder:
+  """Keeps of an evaluation's maps what a report needs, compressed, as they pass by."""
+
+  def __init__(self, samples: Sequence[Sample]):
+    self._samples = samples
+    self.maps: dict[str, list[str]] = {}  # branch -> packed level maps, in the samples' order
+
+  def watch(
+    self, maps: Iterator[tuple[int, dict[str, np.ndarray]]]
+  ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Passes on what `evaluate.probabilities` yields."""
+    for index, probs in maps:
+      for name, prob in probs.items():
+        packed = self.maps.setdefault(name, [""] * len(self._samples))
+        packed[index] = pack(levels(prob))
+      yield index, probs
+
+
+def levels(prob: np.ndarray) -> np.ndarray:
+  """How many of `THRESHOLDS` each probability exceeds, uint8: `prob > THRESHOLDS[k]` is level > k.
+
+  So what the page counts at its thresholds is exact, as no rounding to 8 bits would be.
+  """
+  out = np.zeros(prob.shape, np.uint8)
+  active = prob > THRESHOLDS[0]
+  out[active] = np.searchsorted(THRESHOLDS, prob[active])
+  return out
+
+
+def pack(array: np.ndarray) -> str:
+  """An array of bytes as the page reads it: zlib, base64."""
+  return base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+
+
+def write(
+  path: pathlib.Path,
+  name: str,
+  samples: Sequence[Sample],
+  recorder: Recorder,
+  totals: dict[str, hse.Accumulator],
+  metrics: dict,
+  config: dict[str, object],
+  about: dict[str, object],
+) -> None:
+  """The report of one evaluation.
+
+  Args:
+    path: to write.
+    name: of the run.
+    samples: the images.
+    recorder: that saw all their maps.
+    totals: their metrics by branch.
+    metrics: as `metrics.json`, with the "intervals" of every branch.
+    config: every setting by its dotted name.
+    about: where the numbers come from, in words; `provenance` of what was not known before.
+  """
+  branches = {
+    branch: {"curves": _curves(total.result()), "maps": recorder.maps[branch]}
+    for branch, total in totals.items()
+  }
+  about = {**about, "images and masks, SHA-256": _fingerprint(samples), **provenance()}
+  run = {"name": name, "about": about, "config": config, "metrics": metrics, "branches": branches}
+  images = [
+    {
+      "name": sample.name,
+      "height": sample.mask.shape[0],
+      "width": sample.mask.shape[1],
+      "picture": _picture(sample.image),
+      "mask": pack(sample.mask),
+    }
+    for sample in samples
+  ]
+  _write(path, images, [run])
+
+
+def of(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib.Path:
+  """One report of several runs, from the `report.html` that the evaluation of each has left.
+
+  Args:
+    workdirs: of the runs; the page shows up to four of their branches side by side.
+    out: to write, `.html`.
+
+  Returns:
+    `out`.
+
+  Raises:
+    FileNotFoundError: a run has no report.
+    ValueError: a report is damaged, the runs were evaluated on different images, or `out` cannot
+      be written.
+  """
+  folders = [pathlib.Path(workdir).expanduser() for workdir in dict.fromkeys(workdirs)]
+  if not folders:
+    raise ValueError("A report of no runs was asked for; give at least one.")
+  absent = [str(f / "report.html") for f in folders if not (f / "report.html").is_file()]
+  if absent:
+    raise FileNotFoundError(
+      f"There is no {', no '.join(absent)}. Evaluate these runs first (--mode eval --workdir RUN)."
+    )
+  reports = [_read(folder / "report.html") for folder in folders]
+  keys = ("name", "height", "width", "mask")
+  shown = [[[image[key] for key in keys] for image in report["images"]] for report in reports]
+  others = [str(f) for f, images in zip(folders, shown, strict=True) if images != shown[0]]
+  if others:
+    raise ValueError(
+      f"{', '.join(others)}: evaluated on other images or masks than {folders[0]}. One report "
+      "shows runs on the same test images."
+    )
+  runs = [report["runs"][0] for report in reports]
+  for run, label in zip(runs, _names(folders), strict=True):
+    run["name"] = label
+  out = pathlib.Path(out).expanduser()
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _write(out, reports[0]["images"], runs)
+  except OSError as error:
+    raise ValueError(f"{out} cannot be written ({error.strerror}). Choose another.") from None
+  logging.info("wrote %s", out)
+  return out
+
+
+def command(flags) -> None:
+  """`--mode report`."""
+  of(flags.runs, flags.out)
+
+
+def intervals(total: hse.Accumulator) -> dict[str, list[float | None]]:
+  """{metric: [low, high]} of 95 %, as JSON takes them: null where there is none."""
+  return {
+    name: [None if math.isnan(end) else end for end in ends]
+    for name, ends in bootstrap.intervals(total).items()
+  }
+
+
+def provenance() -> dict[str, str]:
+  """When, on what and with which versions this process computes."""
+  import jax
+
+  names = ("jax", "jaxlib", "flax", "numpy")
+  versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+  device = jax.devices()[0]
+  return {
+    "evaluated": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    "versions": f"Python {platform.python_version()}, {versions}",
+    "device": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
+  }
+
+
+def _fingerprint(samples: Sequence[Sample]) -> str:
+  """Of the decoded images and masks, in order, whatever files they came from."""
+  digest = hashlib.sha256()
+  for sample in samples:
+    for array in (sample.image, sample.mask):
+      digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def _picture(image: np.ndarray) -> str:
+  picture = Image.fromarray(image)
+  if (image == image[..., :1]).all():
+    picture = picture.convert("L")
+  picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+  content = io.BytesIO()
+  picture.save(content, "WEBP", quality=_QUALITY)
+  return base64.b64encode(content.getvalue()).decode()
+
+
+def _curves(score: hse.Score) -> dict[str, list]:
+  """Points (recall, precision) of both curves, as many as can be seen."""
+  curves = score.curves
+  true, false = curves["pixel_true"], curves["pixel_false"]
+  recall = true / max(score.target_pixels, 1)
+  # Evenly over recall, which has few steps or many.
+  at = np.unique(np.searchsorted(recall, np.linspace(0, 1, _POINTS)).clip(max=len(recall) - 1))
+  pixel = np.stack([recall, true / np.maximum(true + false, 1)], 1)[at] if len(recall) else []
+  target = np.stack([curves["target_recall"], curves["target_precision"]], 1)
+  rounded = lambda points: np.round(points, 5).tolist()  # noqa: E731
+  return {
+    "pixel": rounded(pixel),
+    "target": rounded(target[np.isfinite(target).all(1)]),
+  }
+
+
+def _names(folders: Sequence[pathlib.Path]) -> list[str]:
+  """The folders' names, from where they begin to differ."""
+  paths = [folder.resolve() for folder in folders]
+  if len({path.name for path in paths}) == len(paths):
+    return [path.name for path in paths]
+  common = os.path.commonpath(paths)
+  return [path.relative_to(common).as_posix() for path in paths]
+
+
+def _write(path: pathlib.Path, images: list[dict], runs: list[dict]) -> None:
+  data = {
+    "format": _FORMAT,
+    "steps": STEPS,
+    "max_distance": hse.Options().max_distance,
+    "images": images,
+    "runs": runs,
+  }
+  text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
+  text = text.replace("<", "\\u003c")  # nothing in it ends the script that holds it
+  page = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text(_PLACE.sub(lambda m: m[1] + text + m[3], page, count=1), encoding="utf-8")
+  os.replace(partial, path)
+
+
+def _finite(value):
+  """`value` with null for numbers that JSON does not have."""
+  if isinstance(value, dict):
+    return {key: _finite(inner) for key, inner in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(inner) for inner in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(path: pathlib.Path) -> dict:
+  """What `_write` put into a report."""
+  try:
+    found = _PLACE.search(path.read_text(encoding="utf-8"))
+    data = json.loads(found[2])
+    if data["format"] == _FORMAT:
+      return data
+  except (KeyError, TypeError, ValueError):
+    pass
+  raise ValueError(
+    f"{path} is damaged or of another version. Evaluate the run again (--mode eval)."
+  )
 
 
 def examples(

@@ -79,8 +79,9 @@ def _split_flag(argument: str, following: str) -> tuple[str, str]:
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses values that cannot work, all of them in one ValueError."""
+  """Refuses missing settings, else values that cannot work, all of them in one ValueError."""
   values, problems = flat(config), []
+  _check_complete(values, "the config")
   for name, choices in _CHOICES.items():
     if values[name] not in choices:
       problems.append(f"{name} is {values[name]!r}; it must be one of {', '.join(choices)}.")
@@ -125,6 +126,22 @@ def check(config: ConfigDict) -> None:
     raise ValueError("\n  ".join([f"{len(problems)} problems in the config:", *problems]))
 
 
+def _check_complete(values: dict[str, object], source: str) -> None:
+  """Refuses a config that lacks settings, as an older version's `config.json` does."""
+  from configs import base
+
+  ours = flat(base.get_config())
+  own = "train.schedule_args."  # other schedules have other arguments
+  missing = [name for name in ours if name not in values and not name.startswith(own)]
+  if missing:
+    lines = [f"{name} (configs/base.py: {json.dumps(ours[name])})" for name in missing]
+    raise ValueError(
+      "\n  ".join([f"{source} lacks {len(missing)} settings of this version:", *lines])
+      + "\nAn older version wrote it. Add them with the values that say what the run did, or use "
+      "that version."
+    )
+
+
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path):
   """Holds the folder of a run, which is made; the system frees it however the process ends.
@@ -167,7 +184,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   path = workdir / "config.json"
   ours = flat(config)
   if path.exists():
-    theirs = flat(load(workdir))
+    theirs = flat(_read(workdir))
     uses_length = "steps" in [v for k, v in ours.items() if k.startswith("train.schedule_args.")]
     differing = [
       key
@@ -191,7 +208,18 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 
 def load(workdir: str | os.PathLike) -> ConfigDict:
-  """The config that a run folder was made with."""
+  """The config that a run folder was made with.
+
+  Raises:
+    FileNotFoundError: the folder has none.
+    ValueError: it is damaged, or lacks settings of this version.
+  """
+  config = _read(workdir)
+  _check_complete(flat(config), f"{workdir}/config.json")
+  return config
+
+
+def _read(workdir: str | os.PathLike) -> ConfigDict:
   path = pathlib.Path(workdir) / "config.json"
   try:
     return ConfigDict(json.loads(path.read_text()))

@@ -392,8 +392,9 @@ def test_a_damaged_best_checkpoint_falls_back(toy, tmp_path, monkeypatch, caplog
 # Signals
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_signal_during_an_evaluation_ends_it_and_it_is_repeated(
-  toy, tmp_path, no_final_evaluation, monkeypatch
+  toy, tmp_path, no_final_evaluation, monkeypatch, sent
 ):
   heights = {2: 0.2, 4: 0.4, 6: 0.3}
   config = small(**{"train.steps": 6, "checkpoint.every_steps": 3})
@@ -405,13 +406,13 @@ def test_a_signal_during_an_evaluation_ends_it_and_it_is_repeated(
     for item in whole(*arguments):
       yield item
       if scored[-1] == 4:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), sent)
         yield item
 
   handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
   with monkeypatch.context() as patch:
     patch.setattr(evaluate, "probabilities", interrupted)
-    with pytest.raises(train.Preempted, match="by SIGTERM at step 4 of 6"):
+    with pytest.raises(train.Preempted, match=f"by {sent.name} at step 4 of 6"):
       train.train(config, tmp_path / "run")
   assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
   assert checkpoint.Checkpoints(tmp_path / "run").steps() == [3, 4]

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import base, msda
@@ -109,6 +111,20 @@ def test_every_bad_value_of_a_config_is_listed():
   message = str(info.value)
   assert "3 problems" in message
   assert "mode is 'fdpe'" in message and "original, fdep_wo_coisd, fdep" in message
+
+
+def test_the_settings_that_an_older_run_lacks_are_named(tmp_path):
+  values = base.get_config().to_dict()
+  del values["dino"]["bank"], values["train"]["remat"]
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  message = r"config.json lacks 2 settings.*\n.*dino.bank \(.*: 0\)\n.*train.remat \(.*\"none\"\)"
+  for read in (settings.load, run.load_detector):
+    with pytest.raises(ValueError, match=message):
+      read(tmp_path)
+  with pytest.raises(ValueError, match="the config lacks 2 settings"):
+    settings.check(ConfigDict(values))
+  done = command("--mode", "eval", "--workdir", tmp_path)
+  assert done.returncode == 2 and re.search(message, done.stderr) and "Traceback" not in done.stderr
 
 
 def test_only_the_quick_start_may_use_a_random_prior(toy, tmp_path):

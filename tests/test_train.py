@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from configs import base
-from fdep_jax import checkpoint, evaluate, mesh, run, settings, train
+from fdep_jax import checkpoint, evaluate, mesh, report, run, settings, train
 
 
 def toy_config(**changes):
@@ -85,6 +85,9 @@ def test_every_mode_trains_and_reports_its_branches(toy, tmp_path, mode):
   assert {"params", "flops", "seconds_per_image", "checkpoint", "split", "last"} <= set(metrics)
   assert settings.load(tmp_path).mode == mode
   assert (tmp_path / "examples.png").stat().st_size > 1000
+  (shown,) = report._read(tmp_path / "report.html")["runs"]
+  assert set(shown["branches"]) == branches and shown["config"] == settings.flat(config)
+  assert all(shown["metrics"][name] == metrics[name] for name in branches)
   values = [line["loss"] for line in lines(tmp_path) if "loss" in line]
   assert all(math.isfinite(v) for v in values)
   again = evaluate.evaluate(tmp_path)  # from the folder alone
