@@ -77,13 +77,13 @@ def check_inputs(config: ConfigDict) -> None:
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
     missing.append(
       f"data.root: there is no folder {root}. Download the dataset and lay it out as "
-      "images/ masks/ splits/{train,test}.txt (README.md, “Data”), or name another folder with "
+      "images/ masks/ splits/{train,test}.txt (docs/data.md), or name another folder with "
       "--config.data.root=PATH."
     )
   if config.mode != "original" and checkpoint != "random" and not os.path.isfile(checkpoint):
     missing.append(
       f"dino.checkpoint: there is no file {checkpoint}. Download dinov2_vitl14_pretrain.pth from "
-      "the facebookresearch/dinov2 repository (README.md, “DINOv2”), or convert what you have with "
+      "the facebookresearch/dinov2 repository (docs/data.md), or convert what you have with "
       "`python -m converters.dinov2 IN OUT` and name it with --config.dino.checkpoint=PATH."
     )
   if missing:

@@ -1,0 +1,55 @@
+"""What the documents say exists: choices, files, modes, flags, settings."""
+
+import collections
+import pathlib
+import re
+
+import main
+from configs import base
+from fdep_jax import settings
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+
+
+def test_every_choice_in_the_code_is_listed_and_no_other():
+  files = [ROOT / "main.py"]
+  for folder in ("configs", "converters", "fdep_jax"):
+    files += ROOT.glob(f"{folder}/**/*.py")
+  marked = collections.Counter()
+  for file in files:
+    # Comments and docstrings break lines anywhere; "marked OUR CHOICE" tells of the mark.
+    words = re.sub(r"[\s#]+", " ", file.read_text())
+    number = len(re.findall(r"(?<!marked )OUR CHOICE", words))
+    marked[file.relative_to(ROOT).as_posix()] = number
+  listed = re.findall(r"^\| `([^`]+\.py)` \|", (ROOT / "docs/choices.md").read_text(), re.MULTILINE)
+  assert +marked == collections.Counter(listed)
+
+
+def test_links_lead_to_files():
+  for page in PAGES:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+      assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
+  for name in re.findall(r"`((?:configs|docs|fdep_jax|tests|benchmarks)/[\w/]+\.\w+)`", TEXT):
+    assert (ROOT / name).exists(), name
+
+
+def test_modes_flags_and_settings_exist():
+  known = set(settings.flat(base.get_config()))
+  assert set(re.findall(r"--mode (\w+)", TEXT)) - {"else"} <= set(main.NEEDS)
+  assert set(re.findall(r"--config\.([\w.]+)", TEXT)) <= known
+  sections = {name.split(".")[0] for name in known if "." in name}
+  named = re.findall(rf"`((?:{'|'.join(sections)})\.\w+)(?:=[^`]*)?`", TEXT)
+  assert named and {n for n in named if not n.endswith((".py", ".html"))} <= known
+  commands = re.findall(r"python main\.py ([^\n]*)", TEXT)
+  flags = {f for c in commands for f in re.findall(r"--(\w+)", c)} - {"config"}
+  assert commands and flags <= set(main.FLAGS)
+
+
+def test_results_are_those_of_the_configs_headers():
+  rows = re.findall(r"^\| `(configs/\w+\.py)`, (.*\d)", PAGES[0].read_text(), re.MULTILINE)
+  assert rows
+  for file, row in rows:
+    header = (ROOT / file).read_text().split('"""')[1]
+    assert set(re.findall(r"\d+\.\d\d", row)) <= set(re.findall(r"\d+\.\d\d", header)), file
