@@ -20,6 +20,9 @@ def get_config():
   c.model.backbone = "msda"  # a file name of fdep_jax/backbones
   c.model.fusion = "samf"  # samf | add (Tab. 3)
   c.model.bn_stats = "per_branch"  # per_branch | shared, running statistics. OUR CHOICE
+  c.model.share = "both"  # both | encoder | decoder: what the branches share (Tab. 5)
+  # no | plain | msda: such a decoder right on DINOv2's levels, instead of the network (Tab. 6)
+  c.model.on_dino = "no"
 
   c.data = ConfigDict()
   c.data.root = "data/SIRST3"  # folder, "tfds:<builder>", or "synthetic"
@@ -40,6 +43,7 @@ def get_config():
   c.dino.checkpoint = "weights/dinov2_vitl14_pretrain.pth"  # or "random" (quick start only)
   c.dino.levels = ()  # 0-based blocks; () for the quarter depths, ViT-L: 5, 11, 17, 23
   c.dino.dtype = "float32"  # of its matrix products; bfloat16 on accelerators
+  c.dino.unfreeze = False  # train it, too (Tab. 6); with mode fdep_wo_coisd
   c.dino.shard = False  # share its weights out among the devices: less memory, more traffic
   # K > 0: training draws from K crops an image, whose levels are computed once (fdep_jax/bank.py);
   # 0: crops afresh at every step, the paper's recipe.
@@ -49,6 +53,7 @@ def get_config():
 
   c.loss = ConfigDict()
   c.loss.light_weight = 1.0  # λ of L_main + λ·L_light, paper §3.3
+  c.loss.distill_weight = 0.0  # of an explicit distillation of the light branch (Tab. 5)
   c.loss.edge_mode = "intended"  # intended | released, see fdep_jax/losses.py
 
   c.train = ConfigDict()
@@ -61,6 +66,8 @@ def get_config():
   # the length of the run. PAL's rate is constant.
   c.train.schedule = "constant_schedule"
   c.train.schedule_args = ConfigDict({"value": "learning_rate"}, type_safe=False)
+  c.train.labels = "true"  # true | pseudo | both: masks of the train images (appendix D)
+  c.train.teacher = ""  # the finished run whose selected main branch makes the pseudo-labels
   c.train.nonfinite = "stop"  # stop | skip (and count): a step that is not finite
   c.train.dtype = "float32"  # of activations; parameters, statistics and losses stay float32
   # none | products: what the backward pass computes again to save memory, see train.REMAT

@@ -7,6 +7,7 @@ On disk, below `generation_<g>/`: `bank.json` (what the levels are of), `shard_<
 crops×levels×h×w×D, written by process p, memory-mapped) and `shard_<p>.done` (how many are there).
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from fdep_jax import mesh, run
+from fdep_jax import mesh, run, settings
 from fdep_jax.data import CropBank
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)
@@ -108,13 +109,14 @@ class Bank:
         shards = jax.process_count()
     per_shard = -(-len(self._crops) // shards)
     if not self._complete(folder, shards):
-      _barrier("bank begins")
-      if mesh.writes():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(identity | {"shards": shards}, indent=2))
-      _barrier("bank is described")
-      self._fill(folder, generation, per_shard, batch_size, the_mesh, progress)
-      _barrier("bank is full")
+      # Runs that share the folder wait for the one that fills it.
+      with settings.locked(folder, wait=True) if mesh.writes() else contextlib.nullcontext():
+        _barrier("bank begins")
+        if mesh.writes():
+          _write(path, json.dumps(identity | {"shards": shards}, indent=2))
+        _barrier("bank is described")
+        self._fill(folder, generation, per_shard, batch_size, the_mesh, progress)
+        _barrier("bank is full")
     self._shards = [
       np.memmap(folder / f"shard_{p}.bin", np.uint16, "r", shape=(per_shard, *self.shape))
       for p in range(shards)

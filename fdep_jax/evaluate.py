@@ -101,8 +101,9 @@ def accumulate(
 
 
 def count_parameters(params) -> int:
-  """P of the paper: all parameters without DINOv2."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
+  """P of the paper: all parameters without DINOv2, also where that is trained."""
+  flat = nnx.to_flat_state(params)
+  return sum(leaf.size for path, leaf in flat if path[0] != "vit")
 
 
 def deployed_branch(mode: str) -> str:

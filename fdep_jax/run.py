@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import checkpoint, data, dinov2, mesh, settings
+from fdep_jax import ablations, checkpoint, data, dinov2, mesh, settings
 from fdep_jax.backbones import Logits, network_class
 from fdep_jax.fdep import FDEP
 
@@ -114,11 +114,12 @@ def load_prior(config: ConfigDict) -> Prior | None:
   from converters.dinov2 import fingerprint
 
   dtype = jnp.dtype(config.dino.dtype)
+  variable = nnx.Param if config.dino.unfreeze else dinov2.Frozen
   if config.dino.checkpoint == "random":
-    vit = dinov2.DINOv2(**RANDOM_PRIOR, dtype=dtype, rngs=nnx.Rngs(0))
+    vit = dinov2.DINOv2(**RANDOM_PRIOR, dtype=dtype, variable=variable, rngs=nnx.Rngs(0))
     sha256 = "random"
   else:
-    vit = converters.load_dinov2(config.dino.checkpoint, dtype=dtype)
+    vit = converters.load_dinov2(config.dino.checkpoint, dtype=dtype, variable=variable)
     sha256 = fingerprint(config.dino.checkpoint)
   return Prior(vit, fused_levels(config, vit.depth), sha256)
 
@@ -133,23 +134,31 @@ def fused_levels(config: ConfigDict, depth: int) -> tuple[int, ...]:
 
 
 def place_prior(config: ConfigDict, prior: Prior | None, the_mesh):
-  """The prior's weights on the devices, shared out among them if `dino.shard`; None without one."""
-  if prior is None:
+  """The frozen prior's weights on the devices, shared out among them if `dino.shard`, or None."""
+  if prior is None or not prior.vit.frozen:  # the model has those that are trained
     return None
   return mesh.put_frozen(nnx.split(prior.vit)[1], the_mesh, config.dino.shard)
 
 
 def create_model(config: ConfigDict, prior: Prior | None) -> FDEP:
-  """The model that the config trains, freshly initialised from its seed."""
-  return FDEP(
-    config.model.backbone,
-    dino_width=prior.vit.width if prior else 0,
-    num_levels=len(prior.levels) if prior else 0,
-    fusion=config.model.fusion,
+  """The model that the config trains, freshly initialised from its seed.
+
+  Without a prior the light branch alone; an ablation's model where the config asks for one.
+  """
+  rngs = nnx.Rngs(config.seed)
+  width, num_levels = (prior.vit.width, len(prior.levels)) if prior else (0, 0)
+  network = (config.model.backbone, width, num_levels, config.model.fusion)
+  if prior and config.model.on_dino != "no":
+    model = ablations.OnDino(config.model.on_dino, width, num_levels, rngs=rngs)
+  elif prior and config.model.share != "both":
+    model = ablations.PartlyShared(config.model.share, *network, rngs=rngs)
+  else:
     # Trained alone, the main branch is the only one that uses the decoder.
-    bn_stats=config.model.bn_stats if config.mode == "fdep" else "shared",
-    rngs=nnx.Rngs(config.seed),
-  )
+    bn_stats = config.model.bn_stats if config.mode == "fdep" else "shared"
+    model = FDEP(*network, bn_stats=bn_stats, rngs=rngs)
+  if prior and not prior.vit.frozen:
+    model = ablations.Unfrozen(model, prior.vit, prior.levels)
+  return model
 
 
 def load_detector(
@@ -297,7 +306,12 @@ def normalise(image: jax.Array, mean: float, std: float) -> jax.Array:
 
 
 def frozen_levels(prior: Prior, vit_state, graphdef, image: jax.Array) -> list[jax.Array]:
-  """DINOv2's levels of B×H×W×3 uint8 images, outside every gradient."""
+  """DINOv2's levels of B×H×W×3 uint8 images, outside every gradient.
+
+  Where the model has a DINOv2 of its own to train, what that takes: the prepared image alone.
+  """
+  if not prior.vit.frozen:
+    return [dinov2.prepare(image.astype(jnp.float32) / 255)]
   vit = nnx.merge(graphdef, vit_state)
   with jax.named_scope(PRIOR_SCOPE):
     prepared = dinov2.prepare(image.astype(jnp.float32) / 255)

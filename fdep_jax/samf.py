@@ -63,5 +63,7 @@ class Alignment(nnx.Module):
     self.project = _blocks.Conv(dino_width, channels, 1, rngs=rngs)
 
   def __call__(self, level: jax.Array, top: jax.Array) -> jax.Array:
-    projected = self.project(level.astype(top.dtype))
-    return _ops.resize(projected, top.shape[1:3], align_corners=False)
+    return self.to_size(level.astype(top.dtype), top.shape[1:3])
+
+  def to_size(self, level: jax.Array, size: tuple[int, int]) -> jax.Array:
+    return _ops.resize(self.project(level), size, align_corners=False)

@@ -18,17 +18,25 @@ _FREE = re.compile(
   r"|profile_steps|dino\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
 )
 
+
+class InUse(ValueError):
+  """The folder of a run in which another process trains."""
+
+
 _ADDRESS = re.compile(r"[^,\s]+:\d+,(\d+),(\d+)")  # of `distributed`
 
 _CHOICES = {
   "mode": ("original", "fdep_wo_coisd", "fdep"),
   "model.fusion": ("samf", "add"),
   "model.bn_stats": ("per_branch", "shared"),
+  "model.share": ("both", "encoder", "decoder"),
+  "model.on_dino": ("no", "plain", "msda"),
   "data.augment": ("recipe", "dihedral", "none"),
   "dino.dtype": ("float32", "bfloat16"),
   "train.dtype": ("float32", "bfloat16"),
   "train.nonfinite": ("stop", "skip"),
   "train.remat": ("none", "products"),
+  "train.labels": ("true", "pseudo", "both"),
   "loss.edge_mode": ("intended", "released"),
   "eval.select_on": ("val", "test"),
 }
@@ -95,7 +103,8 @@ def check(config: ConfigDict) -> None:
     )
   if not 0 <= values["data.target_crop_prob"] <= 1:
     problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
-  for name in ("data.crop_margin", "dino.bank", "dino.bank_refresh_epochs"):
+  problems += _ablation_problems(values)
+  for name in ("data.crop_margin", "dino.bank", "dino.bank_refresh_epochs", "loss.distill_weight"):
     if values[name] < 0:
       problems.append(f"{name} is {values[name]}; it must not be negative.")
   if values["dino.checkpoint"] == "random" and values["data.root"] != "synthetic":
@@ -142,16 +151,45 @@ def _check_complete(values: dict[str, object], source: str) -> None:
     )
 
 
+def _ablation_problems(values: dict) -> list[str]:
+  """What does not go together among the settings that only ablations need."""
+  problems, mode = [], values["mode"]
+  for name, is_used, modes in (
+    ("model.share", values["model.share"] != "both", ("fdep",)),
+    ("loss.distill_weight", values["loss.distill_weight"] > 0, ("fdep",)),
+    ("model.on_dino", values["model.on_dino"] != "no", ("fdep_wo_coisd",)),
+    ("dino.unfreeze", values["dino.unfreeze"], ("fdep_wo_coisd",)),
+  ):
+    if is_used and mode not in modes:
+      problems.append(f"{name} is {values[name]!r}, which needs mode {modes[0]}; it is {mode!r}.")
+  if values["dino.unfreeze"] and values["dino.bank"]:
+    problems.append("dino.bank stores what a frozen DINOv2 gives; dino.unfreeze needs dino.bank=0.")
+  if values["dino.unfreeze"] and values["dino.dtype"] != "float32":
+    problems.append("dino.unfreeze trains DINOv2, which needs dino.dtype=float32.")
+  if (values["train.labels"] != "true") != bool(values["train.teacher"]):
+    problems.append(
+      f"train.labels is {values['train.labels']!r} and train.teacher {values['train.teacher']!r}; "
+      "pseudo-labels need the folder of the run that makes them, and true labels none."
+    )
+  return problems
+
+
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path):
+def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
   """Holds the folder of a run, which is made; the system frees it however the process ends.
 
+  Args:
+    workdir: of the run.
+    name: of the lock in it.
+    wait: for whoever holds it.
+
   Raises:
-    ValueError: another process trains in it, or it cannot be written.
+    InUse: another process holds it.
+    ValueError: it cannot be written.
   """
   import fcntl
 
-  path = workdir / "lock"
+  path = workdir / name
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")
@@ -159,11 +197,11 @@ def locked(workdir: pathlib.Path):
     raise ValueError(f"{workdir} cannot be written ({error.strerror}). Choose another.") from None
   with file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
       file.seek(0)
       holder = file.read().strip() or "another process"
-      raise ValueError(
+      raise InUse(
         f"{workdir} is in use: {holder} trains in it. Wait for it, end it, or choose another "
         "--workdir."
       ) from None
@@ -175,6 +213,45 @@ def locked(workdir: pathlib.Path):
     yield
 
 
+def held(workdir: pathlib.Path, name: str) -> str:
+  """Who holds the lock of this name, "" for nobody."""
+  import fcntl
+
+  try:
+    file = open(workdir / name)
+  except OSError:
+    return ""
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return file.read().strip() or "another process"
+    except OSError:
+      return ""
+  return ""
+
+
+def results_of(config: ConfigDict) -> dict[str, object]:
+  """The settings that change what a run computes."""
+  values = flat(config)
+  uses_length = "steps" in [v for k, v in values.items() if k.startswith("train.schedule_args.")]
+  return {
+    key: value
+    for key, value in values.items()
+    if not _FREE.fullmatch(key) or (uses_length and key in ("train.steps", "train.epochs"))
+  }
+
+
+def differing(theirs: ConfigDict, config: ConfigDict) -> list[str]:
+  """The settings in which two configs of other results differ: "name: one there, another here"."""
+  ours, theirs = flat(config), flat(theirs)
+  return [
+    f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
+    for key in sorted({*results_of(config), *(theirs.keys() - ours.keys())})
+    if ours.get(key) != theirs.get(key)
+  ]
+
+
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Writes `config.json`, or refuses a folder that belongs to a config of other results.
 
@@ -182,18 +259,9 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     ValueError: naming every setting that differs, or that the folder cannot be written.
   """
   path = workdir / "config.json"
-  ours = flat(config)
   if path.exists():
-    theirs = flat(_read(workdir))
-    uses_length = "steps" in [v for k, v in ours.items() if k.startswith("train.schedule_args.")]
-    differing = [
-      key
-      for key in sorted({*ours, *theirs})
-      if ours.get(key) != theirs.get(key)
-      and (not _FREE.fullmatch(key) or (uses_length and key in ("train.steps", "train.epochs")))
-    ]
-    if differing:
-      lines = [f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in differing]
+    lines = differing(_read(workdir), config)
+    if lines:
       raise ValueError(
         "\n  ".join([f"{workdir} holds a run of another config:", *lines])
         + "\nChoose another --workdir, or the settings of the run that is there."

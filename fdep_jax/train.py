@@ -20,7 +20,18 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fdep_jax import bank, checkpoint, data, evaluate, losses, mesh, run, settings
+from fdep_jax import (
+  ablations,
+  bank,
+  checkpoint,
+  data,
+  evaluate,
+  losses,
+  mesh,
+  pseudo,
+  run,
+  settings,
+)
 from fdep_jax.backbones._blocks import NormParam
 
 # What the backward pass keeps of the forward one, by `train.remat`; the rest it computes again.
@@ -106,6 +117,7 @@ def make_loss(config: ConfigDict, model) -> Callable:
   model.train()
   graphdef, _ = nnx.split(model)
   weight = {"main": 1.0, "light": config.loss.light_weight if config.mode == "fdep" else 1.0}
+  weight["distill"] = config.loss.distill_weight
   compute = jnp.dtype(config.train.dtype)
 
   def loss(params, stats, rng, image, levels, mask):
@@ -115,6 +127,8 @@ def make_loss(config: ConfigDict, model) -> Callable:
     model = nnx.merge(graphdef, params, stats, rng, copy=True)
     logits = run.branches(model, config.mode, image, levels)
     parts = {n: losses.eedm(x.heads, mask, config.loss.edge_mode) for n, x in logits.items()}
+    if config.loss.distill_weight:
+      parts["distill"] = ablations.distillation(logits["main"], logits["light"])
     stats, rng = nnx.state(model, nnx.BatchStat), nnx.state(model, nnx.RngState)
     return sum(weight[name] * part for name, part in parts.items()), (stats, rng, parts)
 
@@ -206,6 +220,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   the_mesh = mesh.make(config.host_devices, config.train.batch_size)
   with Signals() as signals:
     images = run.load_images(config)
+    if config.train.labels != "true":
+      images = images._replace(train=pseudo.relabel(config, images.train, the_mesh))
     prior = run.load_prior(config)
     crops = _crop_bank(config, images.train) if config.dino.bank else None
     levels = None

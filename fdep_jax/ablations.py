@@ -1,0 +1,195 @@
+"""Models and losses that only the paper's ablations need: partial sharing, DINOv2 as an encoder."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fdep_jax import backbones, dinov2, samf
+from fdep_jax.backbones import Backbone, Logits, _blocks, _ops
+from fdep_jax.backbones.msda import MSDANet
+from fdep_jax.fdep import FUSIONS
+
+
+class PartlyShared(nnx.Module):
+  """FDEP whose branches share their encoder or their decoder only (Tab. 5).
+
+  Two whole detectors, of which one half has the same parameters. What belongs to the encoder is
+  what the top feature depends on; the decoder's blocks on the skips are the decoder's. Every branch
+  has its own running statistics, as in FDEP by default.
+
+  Args:
+    share: "encoder" or "decoder".
+    backbone, dino_width, num_levels, fusion: as for `FDEP`; a name.
+  """
+
+  def __init__(
+    self,
+    share: Literal["encoder", "decoder"],
+    backbone: str,
+    dino_width: int,
+    num_levels: int,
+    fusion: Literal["samf", "add"] = "samf",
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.backbone = backbones.create(backbone, rngs=rngs)
+    channels = self.backbone.top_channels
+    self.fusion = nnx.List(
+      [FUSIONS[fusion](channels, dino_width, rngs=rngs) for _ in range(num_levels)]
+    )
+    self.main_backbone = backbones.create(backbone, rngs=rngs)
+    for path in parameters_of(self.backbone, share):
+      ours, theirs = self.main_backbone, self.backbone
+      for part in path[:-1]:
+        ours, theirs = _child(ours, part), _child(theirs, part)
+      setattr(ours, path[-1], getattr(theirs, path[-1]))
+
+  def light(self, image: jax.Array) -> Logits:
+    """The deployed branch."""
+    return self.backbone(image)
+
+  def main(self, image: jax.Array, levels: Sequence[jax.Array]) -> Logits:
+    """The accurate branch."""
+    skips, top = self.main_backbone.encode(image)
+    for fuse, level in zip(self.fusion, levels, strict=True):
+      top = fuse(top, level)
+    return self.main_backbone.decode(skips, top)
+
+  def __call__(self, image: jax.Array, levels: Sequence[jax.Array]) -> tuple[Logits, Logits]:
+    """The main and the light branch's logits."""
+    return self.main(image, levels), self.light(image)
+
+
+def parameters_of(backbone: Backbone, half: Literal["encoder", "decoder"]) -> list[tuple]:
+  """Paths of the parameters that the top feature depends on, or of all others."""
+  graphdef, params, rest = nnx.split(backbone, nnx.Param, ...)
+  paths = [path for path, _ in nnx.to_flat_state(params)]
+
+  def top(leaves, rest, image):
+    state = nnx.from_flat_state(dict(zip(paths, leaves, strict=True)))
+    return nnx.merge(graphdef, state, rest, copy=True).encode(image)[1]
+
+  size = 2 * max(backbone.stride, backbone.top_stride)
+  image = jax.ShapeDtypeStruct((1, size, size, backbone.in_channels), jnp.float32)
+  leaves = [variable for _, variable in nnx.to_flat_state(params)]
+  jaxpr = jax.make_jaxpr(top)(leaves, rest, image).jaxpr
+  needed = set(jaxpr.outvars)
+  for equation in reversed(jaxpr.eqns):
+    if needed.intersection(equation.outvars):
+      needed.update(v for v in equation.invars if isinstance(v, type(jaxpr.invars[0])))
+  used = [variable in needed for variable in jaxpr.invars[: len(paths)]]
+  return [path for path, is_used in zip(paths, used, strict=True) if is_used == (half == "encoder")]
+
+
+def _child(module: nnx.Module, part: str | int):
+  return module[part] if isinstance(module, nnx.List | nnx.Dict) else getattr(module, part)
+
+
+def distillation(main: Logits, light: Logits) -> jax.Array:
+  """The explicit distillation term (Tab. 5): how far the light branch's output is from the main's.
+
+  OUR CHOICE, as the paper prints no formula: Kullback-Leibler divergence of the light branch's
+  probabilities from the main branch's, which it does not move, per pixel, as a mean; summed over
+  heads as the loss itself is.
+  """
+  total = 0.0
+  for teacher, student in zip(main.heads, light.heads, strict=True):
+    wide = jnp.promote_types(student.dtype, jnp.float32)
+    teacher, student = jax.lax.stop_gradient(teacher).astype(wide), student.astype(wide)
+    prob = jax.nn.sigmoid(teacher)
+    cross = optax.sigmoid_binary_cross_entropy(student, prob)
+    total += jnp.mean(cross - optax.sigmoid_binary_cross_entropy(teacher, prob))
+  return total
+
+
+class OnDino(nnx.Module):
+  """A decoder right on DINOv2's levels: the main branch without a detector's encoder (Tab. 6).
+
+  OUR CHOICE, as the paper only names them ("DINO + D", "DINO + MSDA(D)"): the decoders below.
+
+  Args:
+    decoder: "plain" or "msda".
+    dino_width: D of a level.
+    num_levels: of them.
+  """
+
+  def __init__(
+    self, decoder: Literal["plain", "msda"], dino_width: int, num_levels: int, *, rngs: nnx.Rngs
+  ):
+    kinds = {"plain": PlainDecoder, "msda": MSDADecoder}
+    self.decoder = kinds[decoder](dino_width, num_levels, rngs=rngs)
+
+  def main(self, image: jax.Array, levels: Sequence[jax.Array]) -> Logits:
+    """Logits B×H×W×1 of B×H×W×3, which gives the size only, and levels B×h×w×D."""
+    return self.decoder(levels, image.shape[1:3])
+
+
+class PlainDecoder(nnx.Module):
+  """ "DINO + D": the projected levels' sum, doubled four times with a 3×3 convolution each."""
+
+  def __init__(self, dino_width: int, num_levels: int, *, rngs: nnx.Rngs):
+    channels = (64, 64, 32, 16, 16)  # at 1/16 … 1 of the size
+    self.project = nnx.List(
+      [_blocks.Conv(dino_width, channels[0], 1, rngs=rngs) for _ in range(num_levels)]
+    )
+    self.enlarge = nnx.List(
+      [
+        _blocks.ConvNormRelu(i, o, rngs=rngs)
+        for i, o in zip(channels[:-1], channels[1:], strict=True)
+      ]
+    )
+    self.head = _blocks.Conv(channels[-1], 1, 1, rngs=rngs)
+
+  def __call__(self, levels: Sequence[jax.Array], size: tuple[int, int]) -> Logits:
+    x = sum(project(level) for project, level in zip(self.project, levels, strict=True))
+    x = _ops.resize(x, _part(size, 16), align_corners=False)
+    for layer in self.enlarge:
+      x = layer(_ops.upsample2(x, align_corners=False))
+    return Logits(self.head(x))
+
+
+class MSDADecoder(nnx.Module):
+  """ "DINO + MSDA(D)": MSDA-Net's decoder, each of whose five inputs is a projected level.
+
+  The shallow levels serve the large features; with four levels the first serves two.
+  """
+
+  def __init__(self, dino_width: int, num_levels: int, *, rngs: nnx.Rngs):
+    net = MSDANet(rngs=rngs)
+    self.context, self.fuse, self.head = net.context, net.fuse, net.head
+    channels = (16, 32, 64, 64, 64)  # at 1, 1/2 … 1/16 of the size
+    self.level = nnx.static([i * num_levels // len(channels) for i in range(len(channels))])
+    self.align = nnx.List([samf.Alignment(c, dino_width, rngs=rngs) for c in channels])
+
+  def __call__(self, levels: Sequence[jax.Array], size: tuple[int, int]) -> Logits:
+    *skips, top = (
+      align.to_size(levels[level], _part(size, 2**i))
+      for i, (align, level) in enumerate(zip(self.align, self.level, strict=True))
+    )
+    skips = tuple(context(skip) for context, skip in zip(self.context, skips, strict=False))
+    return MSDANet.decode(self, skips, top)
+
+
+def _part(size: tuple[int, int], factor: int) -> tuple[int, int]:
+  return size[0] // factor, size[1] // factor
+
+
+class Unfrozen(nnx.Module):
+  """A model whose DINOv2 is trained with it (Tab. 6).
+
+  Args:
+    model: with a `main` branch.
+    vit: its parameters are `nnx.Param`.
+    levels: 0-based blocks.
+  """
+
+  def __init__(self, model: nnx.Module, vit: dinov2.DINOv2, levels: tuple[int, ...]):
+    self.model, self.vit, self.levels = model, vit, levels
+
+  def main(self, image: jax.Array, prepared: Sequence[jax.Array]) -> Logits:
+    """As the model's; in place of the levels comes, alone, the image that DINOv2 takes."""
+    return self.model.main(image, self.vit(prepared[0], self.levels))
