@@ -19,6 +19,8 @@ NEEDS = {  # mode: the flags without which it cannot run
   "score": ("predictions", "masks"),
   "plan": ("config", "topology"),
   "report": ("runs", "out"),
+  "sweep": ("config", "workdir"),
+  "table": ("workdir",),
 }
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", help_string="settings of a run to train")
@@ -33,6 +35,8 @@ flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B c
 flags.DEFINE_string("masks", None, "score: folder of masks")
 flags.DEFINE_string("out", None, "folder to write; report: a file .html")
 flags.DEFINE_list("runs", None, "report: folders of evaluated runs, A,B,C,D")
+flags.DEFINE_string("task", None, "sweep: i/n, this one's share of the runs, 0/n to n−1/n")
+flags.DEFINE_list("seeds", None, "sweep, table: 0,1,2; default the table's")
 flags.DEFINE_string("topology", None, "plan: a slice, v5e:4x4 or cpu:8")
 
 
@@ -48,7 +52,7 @@ def main(argv):
     raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
   if mode == "plan":
     topology.start(FLAGS.topology)  # before jax starts
-  if mode in ("predict", "export", "score", "plan", "report"):
+  if mode not in ("train", "eval"):
     importlib.import_module(f"fdep_jax.{mode}").command(FLAGS)
     return
   config = FLAGS.config if mode == "train" else settings.load(FLAGS.workdir)

@@ -247,8 +247,8 @@ def differing(theirs: ConfigDict, config: ConfigDict) -> list[str]:
   ours, theirs = flat(config), flat(theirs)
   return [
     f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
-    for key in sorted({*results_of(config), *(theirs.keys() - ours.keys())})
-    if ours.get(key) != theirs.get(key)
+    for key in sorted({*results_of(config), *(k for k in theirs if k not in ours)})
+    if ours.get(key) != theirs.get(key) and (key in ours or not _FREE.fullmatch(key))
   ]
 
 

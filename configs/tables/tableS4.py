@@ -1,0 +1,18 @@
+"""Table S4: the networks that are here among the paper's methods, on each dataset.
+
+  python main.py --mode sweep --config configs/tables/tableS4.py --workdir runs
+  python main.py --mode table --config configs/tables/tableS4.py --workdir runs --out tables/S4
+
+30 runs, all of them Table 2's.
+"""
+
+from configs import base, tables
+from fdep_jax.experiments import Table
+
+get_config = base.get_config
+
+
+def get_table():
+  title = "Table S4. Methods on each dataset."
+  rows = tables.by_methods("tableS4", "table2", tables.DATASETS)
+  return Table(title, ("Method", "Scheme"), tables.PARTS_COLUMNS, rows)

@@ -1,0 +1,194 @@
+"""Figures of a table's runs: training curves, precision-recall curves, what each run finds."""
+
+import functools
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from fdep_jax import data
+from fdep_jax.data import Sample
+from fdep_jax.metrics import hse
+from fdep_jax.sweep import Run
+
+IMAGES = 5  # rows of a grid
+_MARKS = {"hit": "lime", "miss": "yellow", "false alarm": "red"}
+
+
+def write(results, out: pathlib.Path) -> list[pathlib.Path]:
+  """Writes what the finished runs allow: `training.png`, `pr.png` and `found_<network>.png`.
+
+  Args:
+    results: `table.Result` of every row.
+    out: folder.
+
+  Returns:
+    What was written. Precision-recall curves and grids need the runs' probability maps.
+  """
+  results = [result for result in results if result.runs]
+  written = []
+  if results:
+    written.append(training(out / "training.png", results))
+  mapped = [r for r in results if totals(r.runs[0]) is not None]
+  if mapped:
+    written.append(precision_recall(out / "pr.png", mapped))
+  for key in dict.fromkeys((r.row.label[0], r.row.side) for r in mapped):
+    alike = [r for r in mapped if (r.row.label[0], r.row.side) == key]
+    name = "_".join(part.replace("/", "_") for part in key if part)
+    written.append(grid(out / f"found_{name}.png", alike))
+  return written
+
+
+def training(path: pathlib.Path, results) -> pathlib.Path:
+  """The loss, and HSE of the deployed branch on the images that select, by step; a line a seed."""
+  figure, (left, right) = _figure(1, 2, (10, 4))
+  for number, result in enumerate(results):
+    for i, run in enumerate(result.runs):
+      lines = _log(run)
+      style = {"color": f"C{number % 10}", "alpha": 0.8, "lw": 1}
+      style |= {"label": result.row.name} if not i else {}
+      left.plot(*_pairs((line["step"], line.get("loss")) for line in lines), **style)
+      branch = "main" if run.config.mode == "fdep_wo_coisd" else "light"
+      scores = ((line["step"], line.get("eval", {}).get(branch, {}).get("hse")) for line in lines)
+      right.plot(*_pairs(scores), **style, marker=".")
+  left.set(xlabel="step", ylabel="loss", yscale="log")
+  right.set(xlabel="step", ylabel="HSE, fraction, where the best is selected", ylim=(0, 1))
+  right.legend(fontsize=7)
+  return _save(figure, path)
+
+
+def precision_recall(path: pathlib.Path, results) -> pathlib.Path:
+  """Pixel and target curves of the first seed of every row."""
+  figure, axes = _figure(1, 2, (10, 4.5))
+  for result in results:
+    score = totals(result.runs[0]).result()
+    curves = score.curves
+    true, false = curves["pixel_true"], curves["pixel_false"]
+    recall = np.append(0, true / max(score.target_pixels, 1))
+    precision = np.append(1, true / np.maximum(true + false, 1))
+    name = f"{result.row.name}, seed {result.runs[0].seed}"
+    axes[0].plot(recall, precision, lw=1, label=f"{name}: {100 * score.hse_p:.2f}")
+    axes[1].plot(
+      curves["target_recall"], curves["target_precision"], lw=1, marker=".",
+      label=f"{name}: {100 * score.hse_t:.2f}",
+    )  # fmt: skip
+  for axis, title in zip(axes, ("pixels: HSE-P", "targets: HSE-T"), strict=True):
+    axis.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+  return _save(figure, path)
+
+
+def grid(path: pathlib.Path, results) -> pathlib.Path:
+  """As the paper's Fig. 3: image, truth, and each row's probabilities with what is found at 0.5.
+
+  Hits are ringed in green, missed targets in yellow, false alarms in red.
+  """
+  runs = [result.runs[0] for result in results]
+  samples = _test_images(runs[0].config.data.root, _synthetic(runs[0]))
+  places = [i for i, sample in enumerate(samples) if sample.mask.any()]
+  places = places[:: max(len(places) // IMAGES, 1)][:IMAGES]
+  titles = ["image", "truth", *(r.row.label[-1] for r in results)]
+  figure, axes = _figure(len(places), len(titles), (2.2 * len(titles), 2.2 * len(places) + 0.5))
+  axes = axes.reshape(len(places), len(titles))
+  for row, place in zip(axes, places, strict=True):
+    sample = samples[place]
+    row[0].imshow(sample.image)
+    row[1].imshow(sample.mask, cmap="gray", vmin=0, vmax=1)
+    for axis, run in zip(row[2:], runs, strict=True):
+      prob = _map(run, sample)
+      axis.imshow(prob, cmap="gray", vmin=0, vmax=1)
+      for kind, centre in found(prob, sample.mask):
+        axis.plot(*centre[::-1], "o", ms=11, mfc="none", mec=_MARKS[kind], mew=1.2)
+      axis.set(xlim=(-0.5, prob.shape[1] - 0.5), ylim=(prob.shape[0] - 0.5, -0.5))
+  for axis, title in zip(axes[0], titles, strict=True):
+    axis.set_title(title, fontsize=8)
+  for axis in axes.flat:
+    axis.set_xticks([]), axis.set_yticks([])
+  figure.supxlabel("green: hit, yellow: missed, red: false alarm, at probability > 0.5", fontsize=8)
+  return _save(figure, path)
+
+
+def found(prob: np.ndarray, mask: np.ndarray) -> list[tuple[str, tuple[float, float]]]:
+  """("hit", "miss" or "false alarm", (row, column)) of targets and of what no target claims."""
+  targets, components, claimed = hse.detections(prob, mask, hse.Options())
+  marks = [
+    ("hit" if claim >= 0 else "miss", (float(row), float(column)))
+    for row, column, claim in zip(targets.row, targets.col, claimed, strict=True)
+  ]
+  free = np.ones(len(components), bool)
+  free[claimed[claimed >= 0]] = False
+  marks += [
+    ("false alarm", (float(row), float(column)))
+    for row, column in zip(components.row[free], components.col[free], strict=True)
+  ]
+  return marks
+
+
+def totals(run: Run) -> hse.Accumulator | None:
+  """The counts of the run's test images, None where it kept no maps (eval.save_probs)."""
+  return _totals(run.folder, run.config.data.root, _synthetic(run))
+
+
+@functools.lru_cache(maxsize=64)
+def _totals(folder: pathlib.Path, root: str, synthetic) -> hse.Accumulator | None:
+  maps = _maps_folder(folder)
+  if maps is None:
+    return None
+  total = hse.Accumulator()
+  for sample in _test_images(root, synthetic):
+    total.update(np.load(maps / _file(sample)), sample.mask)
+  return total
+
+
+def _maps_folder(folder: pathlib.Path) -> pathlib.Path | None:
+  """Of the deployed branch."""
+  branch = json.loads((folder / "metrics.json").read_text())["deployed"]
+  maps = folder / "probs" / branch
+  return maps if maps.is_dir() else None
+
+
+def _map(run: Run, sample: Sample) -> np.ndarray:
+  return np.load(_maps_folder(run.folder) / _file(sample))
+
+
+def _file(sample: Sample) -> str:
+  return f"{sample.name.replace('/', '_')}.npy"
+
+
+def _synthetic(run: Run) -> tuple[int, int]:
+  return run.config.data.synthetic_test, run.config.data.synthetic_size
+
+
+@functools.lru_cache(maxsize=4)
+def _test_images(root: str, synthetic: tuple[int, int]) -> list[Sample]:
+  if root == "synthetic":
+    return data.scenes(*synthetic, seed=2)
+  return data.load(root, "test")
+
+
+def _log(run: Run) -> list[dict]:
+  path = run.folder / "metrics.jsonl"
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _pairs(points) -> tuple[list, list]:
+  kept = [(x, y) for x, y in points if y is not None]
+  return [x for x, _ in kept], [y for _, y in kept]
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]):
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=size, layout="constrained")
+  FigureCanvasAgg(figure)
+  return figure, figure.subplots(rows, columns)
+
+
+def _save(figure, path: pathlib.Path) -> pathlib.Path:
+  partial = path.with_suffix(".partial")
+  figure.savefig(partial, dpi=110, format="png")
+  os.replace(partial, path)
+  return path

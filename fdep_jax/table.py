@@ -1,0 +1,365 @@
+"""Ours beside the paper's (`--mode table`): Markdown, CSV, LaTeX and JSON in the paper's layout."""
+
+import csv
+import io
+import json
+import logging
+import os
+import pathlib
+import re
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from fdep_jax import experiments, figures, settings, sweep
+from fdep_jax.experiments import COSTS, METRICS, Row, Table
+
+_PAIRED = ("iou", "pd", "hse")
+
+
+class Cell(NamedTuple):
+  """One number of one row, in the unit of the paper's column."""
+
+  paper: float | None
+  values: tuple[float, ...] = ()  # ours, by seed
+  why: str = ""  # there are none, or fewer than seeds
+
+  @property
+  def mean(self) -> float | None:
+    return statistics.fmean(self.values) if self.values else None
+
+  @property
+  def std(self) -> float | None:
+    """Of a sample; None for fewer than two values."""
+    return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+  @property
+  def difference(self) -> float | None:
+    return None if None in (self.mean, self.paper) else self.mean - self.paper
+
+
+class Result(NamedTuple):
+  """A row and its finished runs."""
+
+  row: Row
+  runs: list[sweep.Run]  # finished
+  metrics: list[dict]  # of them, the content of metrics.json
+  why: str  # the others are not; "" where all are
+  cells: dict[str, Cell]
+
+
+def command(flags) -> None:
+  """`--mode table`."""
+  if flags.config is not None:
+    table, base = experiments.from_flags(flags)
+    results = collect(table, base, flags.workdir)
+  else:
+    table, results = collect_folder(flags.workdir)
+  out = pathlib.Path(flags.out or flags.workdir).expanduser()
+  print(write(table, results, out))
+  for path in figures.write(results, out):
+    logging.info("wrote %s", path)
+
+
+def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Result]:
+  """What there is of every row's runs below `workdir`."""
+  everything = sweep.runs(table, base, workdir)
+  results = []
+  for row in table.rows:
+    mine = [run for run in everything if run.row.name == row.name]
+    states = {run.seed: sweep.state(run) for run in mine}
+    done = [run for run in mine if states[run.seed].word == "finished"]
+    reasons = {
+      seed: str(state).replace("missing", "not run")
+      for seed, state in states.items()
+      if state.word != "finished"
+    }
+    why = "; ".join(
+      f"{reason}, seed {', '.join(str(s) for s, r in reasons.items() if r == reason)}"
+      for reason in dict.fromkeys(reasons.values())
+    )
+    results.append(_result(table, row, done, why, None if done else mine[0].config))
+  return results
+
+
+def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
+  """The same of a folder of any finished runs; runs that differ in their seed alone are one row.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  workdir = pathlib.Path(workdir).expanduser()
+  groups: dict[str, list[sweep.Run]] = {}
+  for path in sorted(workdir.glob("**/metrics.json")):
+    if not (path.parent / "config.json").exists():
+      continue
+    config = settings.load(path.parent)
+    name = re.sub(r"_seed\d+$", "", path.parent.relative_to(workdir).as_posix())
+    run = sweep.Run(Row(name, (name,), {}, {}), config.seed, config, path.parent, None)
+    alike = {k: v for k, v in settings.results_of(config).items() if k != "seed"}
+    groups.setdefault(json.dumps(alike, sort_keys=True), []).append(run)
+  if not groups:
+    raise FileNotFoundError(
+      f"{workdir} holds no finished run: no metrics.json beside a config.json."
+    )
+  title = f"Runs in {workdir.name or workdir}"
+  rows = tuple(runs[0].row for runs in groups.values())
+  table = Table(title, ("Run",), tuple(METRICS), rows)
+  return table, [
+    _result(table, row, runs, "", None) for row, runs in zip(rows, groups.values(), strict=True)
+  ]
+
+
+def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
+  """`unbuilt` is the config whose model is counted where no run has done so."""
+  metrics = [json.loads((run.folder / "metrics.json").read_text()) for run in runs]
+  cells = {}
+  for name in table.columns:
+    key, factor = METRICS[name][1:3]
+    values = [sweep.deployed(m)[key] for m in metrics]
+    kept = tuple(v * factor for v in values if v is not None)
+    lacks = "no value in a set without targets" if len(kept) < len(values) else why
+    cells[name] = Cell(row.paper.get(name), kept, lacks)
+  for name, (_, key, factor, _) in COSTS.items():
+    values = tuple(m[key] * factor for m in metrics)
+    if name == "params_m" and unbuilt is not None:
+      try:
+        values = (experiments.parameters(unbuilt) * factor,)
+      except ValueError as error:
+        why = f"{why}; P: {error}"
+    cells[name] = Cell(row.paper.get(name), values, why)
+  return Result(row, runs, metrics, why, cells)
+
+
+def write(table: Table, results: Sequence[Result], out: pathlib.Path) -> str:
+  """Writes `table.{md,csv,tex,json}`; returns the Markdown."""
+  out.mkdir(parents=True, exist_ok=True)
+  texts = {
+    "md": markdown(table, results),
+    "csv": as_csv(table, results),
+    "tex": latex(table, results),
+    "json": json.dumps(as_json(table, results), indent=1) + "\n",
+  }
+  for suffix, text in texts.items():
+    partial = out / f"table.{suffix}.partial"
+    partial.write_text(text)
+    os.replace(partial, out / f"table.{suffix}")
+  return texts["md"]
+
+
+class _Grid(NamedTuple):
+  """The lines of a table as texts."""
+
+  sides: list[tuple[str, int]]  # heading over so many columns
+  head: list[str]
+  lines: list[list[list[str]]]  # of each label, its lines
+  notes: list[str]  # by number
+
+
+def _grid(table: Table, results: Sequence[Result]) -> _Grid:
+  """Three lines a label: the paper's numbers, ours, and the difference."""
+  sides = list(dict.fromkeys(result.row.side for result in results))
+  head = [METRICS[name][0] for name in table.columns] * len(sides) + [c[0] for c in COSTS.values()]
+  groups: dict[tuple, dict[str, Result]] = {}
+  for result in results:
+    groups.setdefault(result.row.label, {})[result.row.side] = result
+  notes: list[str] = []
+
+  def number(text: str) -> str:
+    if text not in notes:
+      notes.append(text)
+    return f"[{notes.index(text) + 1}]"
+
+  def texts(cell: Cell, decimals: int, missing: str) -> tuple[str, str, str]:
+    paper = "" if cell.paper is None else f"{cell.paper:.{decimals}f}"
+    if cell.mean is None:
+      return paper, f"– {missing}".strip(), ""
+    ours = f"{cell.mean:.{decimals}f}"
+    if cell.std is not None and len(set(cell.values)) > 1:
+      ours += f" ± {cell.std:.{decimals}f}"
+    gap = "" if cell.difference is None else f"{cell.difference:+.{decimals}f}"
+    return paper, f"{ours} ({len(cell.values)})", gap
+
+  lines = []
+  for label, by_side in groups.items():
+    columns = []
+    for side in sides:
+      result = by_side.get(side)
+      for name in table.columns:
+        if result is None:
+          columns.append(("", "", ""))
+          continue
+        cell = result.cells[name]
+        mark = number(f"{result.row.name}: {cell.why}") if cell.why else ""
+        paper, ours, gap = texts(cell, METRICS[name][3], mark)
+        columns.append((paper, f"{ours} {mark}" if cell.values and mark else ours, gap))
+    first = next(iter(by_side.values()))
+    for name in COSTS:  # of one side: the network is the same
+      found = next((r.cells[name] for r in by_side.values() if r.metrics), first.cells[name])
+      columns.append(texts(found, COSTS[name][3], ""))
+    remark = f" {number(first.row.note)}" if first.row.note else ""
+    block = []
+    for i, which in enumerate(("paper", "ours", "difference")):
+      if which == "ours" or any(column[i] for column in columns):
+        block.append([*label, which, *(column[i] for column in columns)])
+    block[0][len(label)] += remark
+    lines.append(block)
+  return _Grid(
+    [(side, len(table.columns)) for side in sides], [*table.head, "", *head], lines, notes
+  )
+
+
+_LEGEND = (
+  "Ours: mean ± standard deviation (number of seeds) of the deployed branch on the test split; "
+  "percent. P, FLOPs (of one crop-sized image) and time are measured on ours; the paper's time is "
+  "an RTX 4090's."
+)
+
+
+def markdown(table: Table, results: Sequence[Result]) -> str:
+  """The table for people."""
+  grid = _grid(table, results)
+  head = list(grid.head)
+  if len(grid.sides) > 1:
+    place = len(table.head) + 1
+    for side, count in grid.sides:
+      head[place] = f"{side}: {head[place]}"
+      place += count
+  lines = [f"### {table.title}", "", _line(head), _line(["---"] * len(head))]
+  for block in grid.lines:
+    for i, cells in enumerate(block):
+      lines.append(_line(cells if not i else [""] * len(table.head) + cells[len(table.head) :]))
+  lines += ["", _LEGEND, ""]
+  lines += [f"[{i}] {note}  " for i, note in enumerate(grid.notes, 1)]
+  comparisons = paired(results)
+  if comparisons:
+    lines += ["", "Paired over test images, mean over seeds, 95 % interval in percent:", ""]
+    lines += [_line(["", *(METRICS[n][0] for n in _PAIRED)]), _line(["---"] * 4)]
+    for name, found in comparisons.items():
+      cells = (f"{d:+.2f} ({low:+.2f} … {high:+.2f})" for d, low, high in found.values())
+      lines.append(_line([name, *cells]))
+  return "\n".join(lines).rstrip() + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+  return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+_TEX = {
+  "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "{": r"\{",
+  "}": r"\}", "$": r"\$", "±": r"$\pm$", "–": "--", "·": r"$\cdot$", "✓": r"$\checkmark$",
+  "−": "$-$", "^": r"\^{}", "~": r"\~{}", "…": r"\ldots{}",
+}  # fmt: skip
+
+
+def latex(table: Table, results: Sequence[Result]) -> str:
+  """A tabular; needs booktabs, and amssymb for the ticks."""
+  grid = _grid(table, results)
+
+  def tex(text: str) -> str:
+    return "".join(_TEX.get(letter, letter) for letter in text)
+
+  def line(cells) -> str:
+    return " & ".join(map(tex, cells)) + r" \\"
+
+  left = len(table.head) + 1
+  lines = [
+    f"% {table.title} Needs the packages booktabs and amssymb.",
+    r"\begin{tabular}{" + "l" * left + "r" * (len(grid.head) - left) + "}",
+    r"\toprule",
+  ]
+  if len(grid.sides) > 1:
+    over = [rf"\multicolumn{{{count}}}{{c}}{{{tex(side)}}}" for side, count in grid.sides]
+    lines.append(" & " * left + " & ".join(over) + " &" * len(COSTS) + r" \\")
+  lines += [line(grid.head), r"\midrule"]
+  for block in grid.lines:
+    for i, cells in enumerate(block):
+      lines.append(line(cells if not i else [""] * len(table.head) + cells[len(table.head) :]))
+  lines += [r"\bottomrule", r"\end{tabular}"]
+  lines += [f"% [{i}] {note}" for i, note in enumerate(grid.notes, 1)]
+  return "\n".join(lines) + "\n"
+
+
+def as_csv(table: Table, results: Sequence[Result]) -> str:
+  """A line a row and column."""
+  buffer = io.StringIO()
+  fields = ("row", *table.head, "side", "column", "paper", "ours", "std", "seeds", "difference")
+  writer = csv.writer(buffer, lineterminator="\n")
+  writer.writerow((*fields, "why"))
+  for result in results:
+    for name, cell in result.cells.items():
+      values = (cell.paper, cell.mean, cell.std, len(cell.values), cell.difference, cell.why)
+      writer.writerow(
+        (result.row.name, *result.row.label, result.row.side, name)
+        + tuple("" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in values)
+      )
+  return buffer.getvalue()
+
+
+def as_json(table: Table, results: Sequence[Result]) -> dict:
+  """For programs."""
+  return {
+    "title": table.title,
+    "columns": [*table.columns, *COSTS],
+    "rows": [
+      {
+        "name": result.row.name,
+        "label": list(result.row.label),
+        "side": result.row.side,
+        "note": result.row.note,
+        "missing": result.why,
+        "runs": [{"seed": run.seed, "folder": run.folder.name} for run in result.runs],
+        "cells": {
+          name: {
+            "paper": cell.paper,
+            "ours": list(cell.values),
+            "mean": cell.mean,
+            "std": cell.std,
+            "difference": cell.difference,
+            "why": cell.why,
+          }
+          for name, cell in result.cells.items()
+        },
+      }
+      for result in results
+    ],
+  }
+
+
+def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[str, tuple]]:
+  """Each row against the first one of its network and side, on the same resampled test images.
+
+  Needs probability maps of the runs (eval.save_probs). The difference of every seed is taken in
+  every resample and averaged over seeds: the interval is over images, not over trainings.
+
+  Returns:
+    {"ROW − FIRST": {metric: (difference, low, high) in percent}}.
+  """
+  import numpy as np
+
+  from fdep_jax.metrics import bootstrap
+
+  found: dict[str, dict[str, tuple]] = {}
+  first: dict[tuple, Result] = {}
+  for result in results:
+    other = first.setdefault((result.row.label[0], result.row.side), result)
+    if other is result:
+      continue
+    ours, theirs = ({run.seed: run for run in r.runs} for r in (result, other))
+    pairs = [(figures.totals(ours[s]), figures.totals(theirs[s])) for s in ours if s in theirs]
+    pairs = [pair for pair in pairs if None not in pair]
+    if not pairs:
+      continue
+    count = len(pairs[0][0])
+    weights = np.concatenate([np.ones((1, count)), bootstrap.draw(count, resamples, 0)])
+    gaps = {name: 0.0 for name in _PAIRED}
+    for a, b in pairs:
+      left, right = bootstrap.samples(a, weights), bootstrap.samples(b, weights)
+      gaps = {n: gaps[n] + 100 * (left[n] - right[n]) / len(pairs) for n in _PAIRED}
+    found[f"{result.row.name} − {other.row.name}, {len(pairs)} seeds"] = {
+      name: (float(gap[0]), *np.nanquantile(gap[1:], [0.025, 0.975]).tolist())
+      for name, gap in gaps.items()
+    }
+  return found

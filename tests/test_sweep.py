@@ -1,0 +1,312 @@
+"""Sweeps: each row once, whoever is killed; failures recorded; tables of what there is."""
+
+import csv
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import sweeping
+from ml_collections import ConfigDict
+
+from fdep_jax import evaluate, experiments, figures, settings, sweep, table
+from fdep_jax.experiments import Row, Table
+
+SCRIPT = pathlib.Path(sweeping.__file__)
+
+
+def start(workdir, compiled, *task) -> subprocess.Popen:
+  return subprocess.Popen(
+    [sys.executable, str(SCRIPT), str(workdir), str(compiled), *task],
+    cwd=SCRIPT.parents[1],
+    stdout=open(f"{workdir}.log", "a"),
+    stderr=subprocess.STDOUT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+  )
+
+
+def children(workdir) -> list[int]:
+  """Processes that hold a run's lock."""
+  found = []
+  for path in pathlib.Path(workdir).glob("*/sweep.lock"):
+    holder = settings.held(path.parent, path.name)
+    found += [int(n) for n in re.findall(r"process (\d+)", holder)]
+  return found
+
+
+def timeless(results) -> dict:
+  """The table without what a clock measured."""
+  out = table.as_json(sweeping.table(), results)
+  for row in out["rows"]:
+    row["cells"].pop("time_s")
+  return out
+
+
+def ends(workdir) -> dict[str, int]:
+  """How often each run came to its end."""
+  return {
+    path.parent.name: path.read_text().count("test images, step")
+    for path in pathlib.Path(workdir).glob("*/log.txt")
+  }
+
+
+@pytest.mark.slow
+def test_six_rows_by_three_processes_and_five_kills_are_each_run_once(tmp_path):
+  compiled = tmp_path / "compiled"
+  base = sweeping.config(compiled)
+  assert start(tmp_path / "alone", compiled).wait(1200) == 0
+  rng = random.Random(0)
+  together = tmp_path / "together"
+  processes = [start(together, compiled) for _ in range(3)]
+  for kill in range(5):
+    time.sleep(rng.uniform(6, 14))
+    victim = rng.choice(processes)
+    if kill % 2 and children(together):
+      os.kill(rng.choice(children(together)), signal.SIGKILL)  # a training, not its sweep
+    victim.kill()
+    victim.wait()
+    processes[processes.index(victim)] = start(together, compiled)
+  for process in processes:
+    process.wait(1200)
+  assert start(together, compiled).wait(1200) == 0  # what killed trainings left, if anything
+  assert len(ends(together)) == 6 and set(ends(together).values()) == {1}
+  ours, theirs = (
+    table.collect(sweeping.table(), base, tmp_path / name) for name in ("together", "alone")
+  )
+  assert all(len(result.runs) == 2 and not result.why for result in ours)
+  assert timeless(ours) == timeless(theirs)
+
+
+@pytest.mark.slow
+def test_a_terminated_sweep_saves_and_goes_on(tmp_path):
+  process = start(tmp_path / "runs", tmp_path / "compiled")
+  deadline = time.time() + 600
+  while not list((tmp_path / "runs").glob("*/checkpoints/*")) and time.time() < deadline:
+    time.sleep(0.2)
+  process.terminate()
+  assert process.wait(120) == 1  # Preempted, which only main.py makes 75
+  assert "is saved" in (tmp_path / "runs.log").read_text()
+  assert not children(tmp_path / "runs")
+  assert not list((tmp_path / "runs").glob("*/failed.json"))
+
+
+def fake(run: sweep.Run, hse: float, step: int = 12) -> None:
+  """The files of a finished run."""
+  run.folder.mkdir(parents=True, exist_ok=True)
+  settings.claim_workdir(run.folder, run.config)
+  branch = evaluate.deployed_branch(run.config.mode)
+  numbers = {"iou": hse / 2, "niou": hse, "pd": 0.9, "fa": 1e-5, "hse_p": 0.9, "hse_t": 0.8}
+  metrics = {branch: numbers | {"hse": hse}, "deployed": branch, "params": 12_345}
+  metrics |= {"flops": 2e9, "seconds_per_image": 0.25, "last": {"checkpoint": step}}
+  evaluate.write_json(run.folder / "metrics.json", metrics)
+
+
+def six(tmp_path, toy) -> list[sweep.Run]:
+  return sweep.runs(sweeping.table(), sweeping.config(""), tmp_path)
+
+
+def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_path):
+  run = six(tmp_path, toy)[0]
+  assert sweep.state(run).word == "missing"
+  settings.claim_workdir(run.folder, run.config)
+  (run.folder / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
+  assert str(sweep.state(run)) == "begun step 4 of 12"
+  fake(run, 0.5)
+  assert str(sweep.state(run)) == "finished HSE 50.00"
+  for change in ({"train.steps": 13}, {"seed": 5}):
+    other = ConfigDict(run.config.to_dict())
+    other.update_from_flattened_dict(change)
+    assert sweep.state(run._replace(config=other)).word == "begun"
+  (run.folder / "metrics.json").unlink()
+  with settings.locked(run.folder, "sweep.lock"):
+    assert "running step 4 of 12 (process" in str(sweep.state(run))
+
+
+def test_tasks_share_the_runs_and_keep_students_with_their_teachers(toy, tmp_path):
+  everything = six(tmp_path, toy)
+  shares = [sweep.part(everything, f"{i}/4") for i in range(4)]
+  names = [run.folder.name for share in shares for run in share]
+  assert sorted(names) == sorted(run.folder.name for run in everything)
+  student = everything[0]._replace(folder=tmp_path / "s", teacher=everything[2].folder)
+  shares = [sweep.part([*everything, student], f"{i}/4") for i in range(4)]
+  assert student in shares[2] and everything[2] in shares[2]
+  for wrong in ("4/4", "1", "a/2", "0/0", "-1/2"):
+    with pytest.raises(ValueError, match="must be i/n"):
+      sweep.part(everything, wrong)
+
+
+def test_a_student_waits_for_its_teacher(toy, tmp_path):
+  student = Row("s", ("s",), {"mode": "original", "train.labels": "both"}, {}, teacher="toy-fdep")
+  rows = (*sweeping.table().rows, student)
+  runs = sweep.runs(sweeping.table()._replace(rows=rows), sweeping.config(""), tmp_path)
+  teacher, mine = runs[2], runs[3]
+  assert mine.config.train.teacher == str(teacher.folder)
+  assert str(sweep.state(mine)) == "waiting for toy-fdep_seed0"
+  assert not sweep._can_begin(mine, 0)
+  fake(teacher, 0.5)
+  assert sweep._can_begin(mine, 0) and not sweep._can_begin(teacher, 0)
+
+
+def test_a_failure_is_recorded_and_is_not_the_end_of_the_others(toy, tmp_path, monkeypatch, capsys):
+  began = []
+
+  def pretend(run, signals, view):
+    began.append(run.folder.name)
+    if run.row.name == "toy-original":
+      run.folder.mkdir(parents=True)
+      return -9  # as a process that the system ends for want of memory
+    fake(run, 0.5)
+    return 0
+
+  monkeypatch.setattr(sweep, "_train", pretend)
+  failed = sweep.sweep(sweeping.table(), sweeping.config(""), tmp_path)
+  assert sorted(began) == sorted(run.folder.name for run in six(tmp_path, toy))
+  assert [run.folder.name for run in failed] == ["toy-original_seed0", "toy-original_seed1"]
+  assert "ended by signal 9" in sweep.failed(failed[0])["error"]
+  assert "4 finished" in capsys.readouterr().out
+  began.clear()
+  sweep.sweep(sweeping.table(), sweeping.config(""), tmp_path)
+  assert began == ["toy-original_seed0", "toy-original_seed1"]  # tried again, once
+
+
+def test_a_training_that_fails_leaves_its_reason(toy, tmp_path):
+  found = Table("", ("a", "b"), ("hse",), (sweeping.BROKEN,), (0,))
+  failed = sweep.sweep(found, sweeping.config(tmp_path / "compiled"), tmp_path / "runs")
+  assert len(failed) == 1
+  about = sweep.failed(failed[0])
+  assert about["error"].startswith("ValueError: ") and "Traceback" in about["traceback"]
+  (result,) = table.collect(found, sweeping.config(""), tmp_path / "runs")
+  assert result.why.startswith("failed ValueError: ")
+
+
+# Tables
+
+
+def results_of(tmp_path, toy, seeds=2):
+  for run in six(tmp_path, toy):
+    if run.row.name != "toy-fdep_wo_coisd" and run.seed < seeds:
+      fake(run, 0.5 if run.row.name == "toy-original" else 0.6 + 0.02 * run.seed)
+  return table.collect(sweeping.table(), sweeping.config(""), tmp_path)
+
+
+def test_a_table_has_the_papers_numbers_ours_and_the_difference(toy, tmp_path):
+  results = results_of(tmp_path / "runs", toy)
+  cell = results[2].cells["hse"]  # 60 and 62 against 50
+  assert cell.mean == pytest.approx(61) and cell.std == pytest.approx(np.sqrt(2))
+  assert cell.difference == pytest.approx(11) and not cell.why
+  assert results[0].cells["iou"].paper is None and results[0].cells["iou"].mean == 25
+  text = table.write(sweeping.table(), results, tmp_path)
+  assert text == (tmp_path / "table.md").read_text()
+  assert "| 61.00 ± 1.41 (2) |" in text and "| +11.00 |" in text and "| 50.00 (2) |" in text
+  assert "[1] toy-fdep_wo_coisd: not run, seed 0, 1" in text
+  assert "2.00 (2)" in text and "0.250 (2)" in text  # GFLOPs, seconds
+  tex = (tmp_path / "table.tex").read_text()
+  assert r"61.00 $\pm$ 1.41 (2)" in tex and tex.count(r"\\") == 1 + 3 * 3
+  lines = list(csv.DictReader((tmp_path / "table.csv").open()))
+  (line,) = [r for r in lines if r["row"] == "toy-fdep" and r["column"] == "hse"]
+  assert (line["paper"], line["ours"], line["seeds"], line["difference"]) == ("50", "61", "2", "11")
+  assert json.loads((tmp_path / "table.json").read_text())["rows"][2]["cells"]["hse"]["ours"]
+
+
+def test_a_row_with_some_of_its_seeds_says_so_and_parameters_need_no_run(toy, tmp_path):
+  results = results_of(tmp_path, toy, seeds=1)
+  assert results[0].why == "not run, seed 1" and len(results[0].runs) == 1
+  assert results[0].cells["hse"].std is None
+  text = table.markdown(sweeping.table(), results)
+  assert "50.00 (1) [1]" in text and "[1] toy-original: not run, seed 1" in text
+  missing = results[1]
+  assert not missing.runs and missing.cells["params_m"].values  # counted on the built model
+  assert missing.cells["flops_g"].mean is None
+
+
+def test_sides_stand_beside_each_other(toy, tmp_path):
+  rows = tuple(
+    Row(f"toy-{side}", ("Toy", "x"), {"data.synthetic_test": n}, {"hse": 10.0 * n}, side=side)
+    for n, side in ((3, "A-SIRST"), (4, "B-SIRST"))
+  )
+  sided = Table("Two.", ("Network", "Scheme"), ("hse",), rows)
+  base = sweeping.config("")
+  results = table.collect(sided, base, tmp_path)
+  text = table.markdown(sided, results)
+  assert "| A-SIRST: HSE | B-SIRST: HSE | P (M) |" in text and "| 30.00 | 40.00 |" in text
+  assert r"\multicolumn{1}{c}{A-SIRST} & \multicolumn{1}{c}{B-SIRST}" in table.latex(sided, results)
+
+
+def test_a_folder_of_finished_runs_needs_no_table(toy, tmp_path):
+  with pytest.raises(FileNotFoundError, match="no finished run"):
+    table.collect_folder(tmp_path)
+  results_of(tmp_path, toy)
+  found, results = table.collect_folder(tmp_path)
+  assert [(r.row.label, len(r.runs)) for r in results] == [
+    (("toy-fdep",), 2),
+    (("toy-original",), 2),
+  ]
+  assert "61.00 ± 1.41 (2)" in table.markdown(found, results)
+
+
+def with_maps(tmp_path, toy):
+  """Two rows whose maps are known: the first finds nothing, the second everything, and one more."""
+  for run in six(tmp_path, toy):
+    fake(run, 0.5)
+    branch = evaluate.deployed_branch(run.config.mode)
+    (run.folder / "probs" / branch).mkdir(parents=True)
+    for sample in figures._test_images("synthetic", figures._synthetic(run)):
+      prob = np.full(sample.mask.shape, 0.1, np.float32)
+      if run.row.name == "toy-fdep":
+        prob[sample.mask] = 0.9
+        prob[-1, -1] = 0.7
+      np.save(run.folder / "probs" / branch / figures._file(sample), prob)
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "eval": {"light": {"hse": 0.2}}}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run.folder / "metrics.jsonl").write_text(text)
+  return table.collect(sweeping.table(), sweeping.config(""), tmp_path)
+
+
+def test_rows_with_maps_are_compared_on_the_same_images(toy, tmp_path):
+  results = with_maps(tmp_path, toy)
+  found = table.paired(results, resamples=50)
+  assert list(found) == [
+    "toy-fdep_wo_coisd − toy-original, 2 seeds",
+    "toy-fdep − toy-original, 2 seeds",
+  ]
+  assert found["toy-fdep_wo_coisd − toy-original, 2 seeds"]["pd"] == (0, 0, 0)
+  difference, low, high = found["toy-fdep − toy-original, 2 seeds"]["pd"]
+  assert difference == low == high == pytest.approx(100)
+  difference, low, high = found["toy-fdep − toy-original, 2 seeds"]["iou"]
+  assert low <= difference <= high and difference > 50
+  assert "Paired over test images" in table.markdown(sweeping.table(), results)
+
+
+def test_figures_are_written_of_what_there_is(toy, tmp_path):
+  results = results_of(tmp_path / "bare", toy)
+  assert [p.name for p in figures.write(results, tmp_path)] == ["training.png"]
+  results = with_maps(tmp_path / "full", toy)
+  written = figures.write(results, tmp_path)
+  assert [p.name for p in written] == ["training.png", "pr.png", "found_Toy.png"]
+  assert all(p.stat().st_size > 5000 for p in written)
+
+
+def test_hits_misses_and_false_alarms_are_told_apart():
+  mask, prob = np.zeros((20, 20), bool), np.zeros((20, 20), np.float32)
+  mask[3:5, 3:5] = mask[15, 15] = True
+  prob[3:5, 3:5] = prob[3, 16] = 0.8
+  marks = figures.found(prob, mask)
+  assert marks == [("hit", (3.5, 3.5)), ("miss", (15, 15)), ("false alarm", (3, 16))]
+
+
+def test_settings_that_tell_rows_apart_are_not_for_the_command_line():
+  done = subprocess.run(
+    [sys.executable, "main.py", "--mode", "sweep", "--config", "configs/tables/table1.py",
+     "--workdir", "never", "--config.mode=fdep"],
+    cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=120,
+  )  # fmt: skip
+  assert done.returncode == 2 and "set mode themselves" in done.stderr
+  assert "Traceback" not in done.stderr
+  assert not experiments.pathlib.Path("never").exists()
