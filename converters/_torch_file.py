@@ -104,6 +104,7 @@ _MAX_STEPS = 4_000_000
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 100
 _MAX_NAME = 1000  # characters
+_MAX_MESSAGE = 5000  # characters
 
 # (Values of the program never enter a message: a short one can describe a value of endless text.)
 # What a damaged or hostile program raises in the interpreter.
@@ -156,7 +157,8 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
       else:
         arrays = _read_legacy(file)
     except _UNREADABLE as error:
-      raise ValueError(f"{path}: {error}") from None
+      # zipfile's can quote the file.
+      raise ValueError(f"{path}: {str(error)[:_MAX_MESSAGE]}") from None
   if not arrays:
     raise ValueError(f"{path}: there are no named tensors in it.")
   return arrays

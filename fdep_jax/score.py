@@ -206,7 +206,7 @@ def _read(path):
 
 def _read_array(path):
   data = np.load(path, allow_pickle=False)
-  if path.suffix.lower() == ".npy":
+  if isinstance(data, np.ndarray):  # np.load goes by the content, not by the name
     return data
   with data:
     names = data.files
@@ -214,7 +214,10 @@ def _read_array(path):
       raise ValueError(
         f"holds the arrays {', '.join(names) or '(none)'}; save one, or one named prob"
       )
-    return data["prob" if "prob" in names else names[0]]
+    array = data["prob" if "prob" in names else names[0]]
+  if not isinstance(array, np.ndarray):
+    raise ValueError("holds something else than an array")
+  return array
 
 
 def _read_image(path):
