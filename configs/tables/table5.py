@@ -3,7 +3,7 @@
   python main.py --mode sweep --config configs/tables/table5.py --workdir runs
   python main.py --mode table --config configs/tables/table5.py --workdir runs --out tables/5
 
-Six runs on SIRST3. OUR CHOICE: the paper prints neither the term nor its weight; ours is the
+Six runs on SIRST3. The paper prints neither the term nor its weight; ours is the
 divergence of the outputs (`fdep_jax/ablations.py`) with weight 1.
 """
 

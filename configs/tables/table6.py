@@ -3,7 +3,7 @@
   python main.py --mode sweep --config configs/tables/table6.py --workdir runs
   python main.py --mode table --config configs/tables/table6.py --workdir runs --out tables/6
 
-Five runs, the last one Table 1's. OUR CHOICE: the paper only names these decoders; ours are in
+Five runs, the last one Table 1's. The paper only names these decoders; ours are in
 `fdep_jax/ablations.py`. An unfrozen ViT-L has gradients and optimiser: take an accelerator.
 """
 
