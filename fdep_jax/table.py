@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from fdep_jax import experiments, figures, settings, sweep
+from fdep_jax import experiments, figures, report, settings, sweep
 from fdep_jax.experiments import COSTS, METRICS, Row, Table
 
 _PAIRED = ("iou", "pd", "hse")
+_REPORTED = 4  # runs that a report shows side by side
 
 
 class Cell(NamedTuple):
@@ -59,7 +60,7 @@ def command(flags) -> None:
     table, results = collect_folder(flags.workdir)
   out = pathlib.Path(flags.out or flags.workdir).expanduser()
   print(write(table, results, out))
-  for path in figures.write(results, out):
+  for path in [*figures.write(results, out), *write_report(results, out)]:
     logging.info("wrote %s", path)
 
 
@@ -147,6 +148,16 @@ def write(table: Table, results: Sequence[Result], out: pathlib.Path) -> str:
     partial.write_text(text)
     os.replace(partial, out / f"table.{suffix}")
   return texts["md"]
+
+
+def write_report(results: Sequence[Result], out: pathlib.Path) -> list[pathlib.Path]:
+  """`report.html` of the first run of each of the first rows that share their test images."""
+  runs = [result.runs[0] for result in results if result.runs]
+  alike = [r for r in runs if r.config.data == runs[0].config.data]
+  folders = [r.folder for r in alike if (r.folder / "report.html").is_file()]
+  if not folders:
+    return []
+  return [report.of(folders[:_REPORTED], out / "report.html")]
 
 
 class _Grid(NamedTuple):

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import sweeping
+import test_report
 from ml_collections import ConfigDict
 
 from fdep_jax import evaluate, experiments, figures, settings, sweep, table
@@ -291,6 +292,20 @@ def test_figures_are_written_of_what_there_is(toy, tmp_path):
   written = figures.write(results, tmp_path)
   assert [p.name for p in written] == ["training.png", "pr.png", "found_Toy.png"]
   assert all(p.stat().st_size > 5000 for p in written)
+
+
+def test_a_table_leaves_a_report_of_its_first_rows(toy, tmp_path):
+  results = results_of(tmp_path, toy)
+  out = tmp_path / "tables"
+  assert table.write_report(results, out) == []
+  samples, maps = test_report.samples_and_maps(3)
+  for result in results:
+    for run in result.runs:
+      test_report.write(run.folder, samples, maps)
+  assert table.write_report(results, out) == [out / "report.html"]
+  page = (out / "report.html").read_text()
+  first = [result.runs[0].folder.name for result in results if result.runs]
+  assert len(first) > 1 and all(name in page for name in first)
 
 
 def test_hits_misses_and_false_alarms_are_told_apart():
