@@ -10,9 +10,11 @@ import jax
 
 from fdep_jax import backbones, experiments, sweep
 
-# Also in the processes that train, which import this file as their main module.
-backbones.__path__.append(str(pathlib.Path(__file__).resolve().parent / "toy_backbones"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# Also in the processes that train, which import this file as their main module; not in tests, which
+# have a fixture for it.
+if __name__ in ("__main__", "__mp_main__"):
+  backbones.__path__.append(str(pathlib.Path(__file__).resolve().parent / "toy_backbones"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 MODES = ("original", "fdep_wo_coisd", "fdep")
 BROKEN = experiments.Row("broken", ("Toy", "broken"), {"data.crop": 30}, {})
