@@ -60,8 +60,9 @@ def command(flags) -> None:
     table, results = collect_folder(flags.workdir)
   out = pathlib.Path(flags.out or flags.workdir).expanduser()
   print(write(table, results, out))
-  for path in [*figures.write(results, out), *write_report(results, out)]:
+  for path in figures.write(results, out):
     logging.info("wrote %s", path)
+  write_report(results, out)  # says so itself
 
 
 def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Result]:

@@ -168,8 +168,7 @@ def survive(tmp_path, kills: int, damages: int, config):
     if damage_at and number >= damage_at[0] and len(steps) > 1:
       damage_at.pop(0)
       newest = run.workdir / "checkpoints" / str(steps[-1])
-      # Not "flip", which can hit a byte that nobody reads (see the test of flipped bits).
-      damage(newest, rng.choice(["truncate", "zero", "delete"]), rng)
+      damage(newest, rng.choice(list(DAMAGES)), rng)
       run.kill(rng, steps[-2], steps[-1])
       assert f"{newest} is damaged" in run.said
   run.finish()
@@ -219,8 +218,10 @@ def test_a_second_process_on_a_folder_is_refused_and_evaluation_of_it_works(toy,
 
 def flip(path: pathlib.Path, rng: random.Random):
   content = bytearray(path.read_bytes())
-  content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+  place = rng.randrange(len(content))
+  content[place] ^= 1 << rng.randrange(8)
   path.write_bytes(content)
+  return place
 
 
 DAMAGES = {
@@ -277,15 +278,15 @@ def test_flipped_bits_of_values_are_noticed(tmp_path):
   workdir, rng = written(tmp_path, 4, 8), random.Random(1)
   newest = workdir / "checkpoints" / "8"
   largest = max(newest.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
-  content, noticed = largest.read_bytes(), 0
+  content = largest.read_bytes()
   for _ in range(40):
-    flip(largest, rng)
+    place = flip(largest, rng)
     state, meta = checkpoint.Checkpoints(workdir).restore(tree(0))
-    noticed += meta["step"] == 4
+    # The last fiftieth is the file's own index, which has bytes that nobody reads.
+    assert meta["step"] == 4 or place > 0.98 * len(content)
     for ours, theirs in zip(*map(jax.tree.leaves, (state, tree(meta["step"]))), strict=True):
       np.testing.assert_array_equal(ours, theirs)  # what is not noticed does not matter
     largest.write_bytes(content)
-  assert noticed >= 36  # a few bytes of the file are its format's, not values
   assert checkpoint.Checkpoints(workdir).restore(tree(0))[1]["step"] == 8
 
 
