@@ -178,8 +178,10 @@ def make_step(
     )
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
     grad_norm = optax.tree.norm(grads)
-    # Sums are not finite where an addend is not.
-    finite = jnp.isfinite(value + grad_norm + optax.tree.sum(stats) + optax.tree.sum(updates))
+    # A sum is not finite where an addend is not. Reduced from one vector: a chain of additions
+    # would be copied into the choice of every parameter below, which XLA compiles for hours.
+    sums = [jnp.sum(leaf) for leaf in jax.tree.leaves((stats, updates))]
+    finite = jnp.isfinite(jnp.stack([value, grad_norm, *sums])).all()
     moved = {
       "params": optax.apply_updates(state["params"], updates),
       "stats": stats,
