@@ -126,14 +126,19 @@ def found(prob: np.ndarray, mask: np.ndarray) -> list[tuple[str, tuple[float, fl
   return marks
 
 
-def totals(run: Run) -> hse.Accumulator | None:
-  """The counts of the run's test images, None where it kept no maps (eval.save_probs)."""
-  return _totals(run.folder, run.config.data.root, _synthetic(run))
+def totals(run: Run, branch: str = "") -> hse.Accumulator | None:
+  """The counts of the run's test images, None where it kept no maps (eval.save_probs).
+
+  Args:
+    run: a finished run.
+    branch: "light" or "main"; by default the deployed one.
+  """
+  return _totals(run.folder, branch, run.config.data.root, _synthetic(run))
 
 
 @functools.lru_cache(maxsize=64)
-def _totals(folder: pathlib.Path, root: str, synthetic) -> hse.Accumulator | None:
-  maps = _maps_folder(folder)
+def _totals(folder: pathlib.Path, branch: str, root: str, synthetic) -> hse.Accumulator | None:
+  maps = _maps_folder(folder, branch)
   if maps is None:
     return None
   total = hse.Accumulator()
@@ -142,9 +147,9 @@ def _totals(folder: pathlib.Path, root: str, synthetic) -> hse.Accumulator | Non
   return total
 
 
-def _maps_folder(folder: pathlib.Path) -> pathlib.Path | None:
-  """Of the deployed branch."""
-  branch = json.loads((folder / "metrics.json").read_text())["deployed"]
+def _maps_folder(folder: pathlib.Path, branch: str = "") -> pathlib.Path | None:
+  """Of a branch, by default the deployed one."""
+  branch = branch or json.loads((folder / "metrics.json").read_text())["deployed"]
   maps = folder / "probs" / branch
   return maps if maps.is_dir() else None
 

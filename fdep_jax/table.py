@@ -188,11 +188,8 @@ def _grid(table: Table, results: Sequence[Result]) -> _Grid:
     paper = "" if cell.paper is None else f"{cell.paper:.{decimals}f}"
     if cell.mean is None:
       return paper, f"– {missing}".strip(), ""
-    ours = f"{cell.mean:.{decimals}f}"
-    if cell.std is not None and len(set(cell.values)) > 1:
-      ours += f" ± {cell.std:.{decimals}f}"
     gap = "" if cell.difference is None else f"{cell.difference:+.{decimals}f}"
-    return paper, f"{ours} ({len(cell.values)})", gap
+    return paper, _ours(cell, decimals), gap
 
   lines = []
   for label, by_side in groups.items():
@@ -223,6 +220,15 @@ def _grid(table: Table, results: Sequence[Result]) -> _Grid:
   )
 
 
+def _ours(cell: Cell, decimals: int) -> str:
+  if cell.mean is None:
+    return "–"
+  text = f"{cell.mean:.{decimals}f}"
+  if cell.std is not None and len(set(cell.values)) > 1:
+    text += f" ± {cell.std:.{decimals}f}"
+  return f"{text} ({len(cell.values)})"
+
+
 _LEGEND = (
   "Ours: mean ± standard deviation (number of seeds) of the deployed branch on the test split; "
   "percent. P, FLOPs (of one crop-sized image) and time are measured on ours; the paper's time is "
@@ -245,6 +251,12 @@ def markdown(table: Table, results: Sequence[Result]) -> str:
       lines.append(_line(cells if not i else [""] * len(table.head) + cells[len(table.head) :]))
   lines += ["", _LEGEND, ""]
   lines += [f"[{i}] {note}  " for i, note in enumerate(grid.notes, 1)]
+  others = main_branches(results)
+  if others:
+    lines += ["", "The main branch of the same runs, which needs DINOv2 and is not deployed:", ""]
+    lines += [_line(["", *(METRICS[n][0] for n in METRICS)]), _line(["---"] * (1 + len(METRICS)))]
+    for name, cells in others.items():
+      lines.append(_line([name, *(_ours(cells[n], METRICS[n][3]) for n in METRICS)]))
   comparisons = paired(results)
   if comparisons:
     lines += ["", "Paired over test images, mean over seeds, 95 % interval in percent:", ""]
@@ -323,6 +335,11 @@ def as_json(table: Table, results: Sequence[Result]) -> dict:
         "note": result.row.note,
         "missing": result.why,
         "runs": [{"seed": run.seed, "folder": run.folder.name} for run in result.runs],
+        "main_branch": {
+          name: list(cell.values)
+          for cells in main_branches([result]).values()
+          for name, cell in cells.items()
+        },
         "cells": {
           name: {
             "paper": cell.paper,
@@ -340,11 +357,25 @@ def as_json(table: Table, results: Sequence[Result]) -> dict:
   }
 
 
+def main_branches(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
+  """{row: {column: cell}} of the main branch, of rows that deploy the light one but have both."""
+  found = {}
+  for result in results:
+    both = [m for m in result.metrics if m["deployed"] == "light" and "main" in m]
+    if both:
+      found[result.row.name] = {
+        name: Cell(None, tuple(m["main"][k] * f for m in both if m["main"][k] is not None))
+        for name, (_, k, f, _) in METRICS.items()
+      }
+  return found
+
+
 def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[str, tuple]]:
   """Each row against the first one of its network and side, on the same resampled test images.
 
   Needs probability maps of the runs (eval.save_probs). The difference of every seed is taken in
-  every resample and averaged over seeds: the interval is over images, not over trainings.
+  every resample and averaged over seeds: the interval is over images, not over trainings. Where a
+  row deploys the light branch, its main branch is compared, too.
 
   Returns:
     {"ROW − FIRST": {metric: (difference, low, high) in percent}}.
@@ -360,18 +391,22 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
     if other is result:
       continue
     ours, theirs = ({run.seed: run for run in r.runs} for r in (result, other))
-    pairs = [(figures.totals(ours[s]), figures.totals(theirs[s])) for s in ours if s in theirs]
-    pairs = [pair for pair in pairs if None not in pair]
-    if not pairs:
-      continue
-    count = len(pairs[0][0])
-    weights = np.concatenate([np.ones((1, count)), bootstrap.draw(count, resamples, 0)])
-    gaps = {name: 0.0 for name in _PAIRED}
-    for a, b in pairs:
-      left, right = bootstrap.samples(a, weights), bootstrap.samples(b, weights)
-      gaps = {n: gaps[n] + 100 * (left[n] - right[n]) / len(pairs) for n in _PAIRED}
-    found[f"{result.row.name} − {other.row.name}, {len(pairs)} seeds"] = {
-      name: (float(gap[0]), *np.nanquantile(gap[1:], [0.025, 0.975]).tolist())
-      for name, gap in gaps.items()
-    }
+    for branch in ("", "main") if main_branches([result]) else ("",):
+      pairs = [
+        (figures.totals(ours[s], branch), figures.totals(theirs[s])) for s in ours if s in theirs
+      ]
+      pairs = [pair for pair in pairs if None not in pair]
+      if not pairs:
+        continue
+      count = len(pairs[0][0])
+      weights = np.concatenate([np.ones((1, count)), bootstrap.draw(count, resamples, 0)])
+      gaps = {name: 0.0 for name in _PAIRED}
+      for a, b in pairs:
+        left, right = bootstrap.samples(a, weights), bootstrap.samples(b, weights)
+        gaps = {n: gaps[n] + 100 * (left[n] - right[n]) / len(pairs) for n in _PAIRED}
+      name = result.row.name + (", main branch" if branch else "")
+      found[f"{name} − {other.row.name}, {len(pairs)} seeds"] = {
+        name: (float(gap[0]), *np.nanquantile(gap[1:], [0.025, 0.975]).tolist())
+        for name, gap in gaps.items()
+      }
   return found

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,6 +284,27 @@ def test_rows_with_maps_are_compared_on_the_same_images(toy, tmp_path):
   difference, low, high = found["toy-fdep − toy-original, 2 seeds"]["iou"]
   assert low <= difference <= high and difference > 50
   assert "Paired over test images" in table.markdown(sweeping.table(), results)
+
+
+def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_told_and_compared(toy, tmp_path):
+  with_maps(tmp_path, toy)
+  for run in six(tmp_path, toy):
+    if run.row.name == "toy-fdep":  # the other branch finds nothing
+      path = run.folder / "metrics.json"
+      metrics = json.loads(path.read_text())
+      metrics["main"] = {k: v / 10 for k, v in metrics["light"].items()}
+      path.write_text(json.dumps(metrics))
+      shutil.copytree(
+        tmp_path / f"toy-original_seed{run.seed}" / "probs" / "light", run.folder / "probs" / "main"
+      )
+  results = table.collect(sweeping.table(), sweeping.config(""), tmp_path)
+  assert list(table.main_branches(results)) == ["toy-fdep"]
+  found = table.paired(results, resamples=50)
+  assert found["toy-fdep, main branch − toy-original, 2 seeds"]["pd"] == (0, 0, 0)
+  assert found["toy-fdep − toy-original, 2 seeds"]["pd"][0] == pytest.approx(100)
+  text = table.markdown(sweeping.table(), results)
+  assert "| toy-fdep | 2.50 (2) |" in text  # a tenth of IoU 25
+  assert table.as_json(sweeping.table(), results)["rows"][2]["main_branch"]["hse"] == [5.0, 5.0]
 
 
 def test_figures_are_written_of_what_there_is(toy, tmp_path):
