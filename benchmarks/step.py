@@ -15,7 +15,8 @@ ViT-S/14 of random weights (its time does not depend on them) and four SAMFs:
 * bank: the step with levels that a prior bank reads from disk;
 * PyTorch: the published network run twice, eagerly, in both memory layouts.
 
-A second table has the forward pass of DINOv2 ViT-S/14 at 448×448.
+A second table has the forward pass of DINOv2 ViT-S/14 at 448×448. `--vit vitl14` measures ours with
+another size of DINOv2: "step / bank" is what the prior bank saves.
 """
 
 import argparse
@@ -38,7 +39,7 @@ TOP = {"alcl": "stage", "dna": "conv4_0", "msda": "stage"}
 class JaxWorker:
   """Ours."""
 
-  def __init__(self):
+  def __init__(self, vit):
     flag = f"--xla_force_host_platform_device_count={bench.CORES}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -49,15 +50,15 @@ class JaxWorker:
     from fdep_jax import dinov2, run
 
     self.version = f"jax {jax.__version__}"
-    vit = dinov2.DINOv2(**dinov2.SIZES["vits14"], rngs=nnx.Rngs(0))
+    vit = dinov2.DINOv2(**dinov2.SIZES[vit], rngs=nnx.Rngs(0))
     self.prior = run.Prior(vit, dinov2.quarter_levels(vit.depth), "random")
     self.calls = {}
 
   def describe(self):
     return {"version": self.version, "variants": OURS}
 
-  def prepare(self, name, folder):
-    """Compiles every variant; the state is each one's own."""
+  def prepare(self, name, folder, variants):
+    """Compiles the variants; the state is each one's own."""
     from configs import base
     from fdep_jax import bank, data, mesh
 
@@ -71,17 +72,17 @@ class JaxWorker:
     levels.prepare(0, BATCH, the_mesh, progress=False)
     image, mask = (np.stack(x) for x in zip(*map(crops.crop, range(BATCH)), strict=True))
     batch = {"image": image, "mask": mask}
-    self.calls = {
-      "step": self._step(config, the_mesh, lambda: batch),
-      "two passes": self._step(config, the_mesh, lambda: batch, two_passes=True),
-      "bank": self._step(
-        config, the_mesh, lambda: {**batch, "levels": levels.levels(range(BATCH))}
-      ),
-    }
     ready = levels.levels(range(BATCH))
-    self.calls["levels"] = self._step(config, the_mesh, lambda: {**batch, "levels": ready})
+    batches = {
+      "step": lambda: batch,
+      "two passes": lambda: batch,
+      "levels": lambda: {**batch, "levels": ready},
+      "bank": lambda: {**batch, "levels": levels.levels(range(BATCH))},
+    }
+    for variant in variants:
+      self.calls[variant] = self._step(config, the_mesh, batches[variant], variant == "two passes")
 
-  def _step(self, config, the_mesh, next_batch, two_passes=False):
+  def _step(self, config, the_mesh, next_batch, two_passes):
     import jax
     from flax import nnx
 
@@ -152,7 +153,7 @@ class TorchWorker:
   def describe(self):
     return {"version": self.version, "variants": LAYOUTS}
 
-  def prepare(self, name, folder):
+  def prepare(self, name, folder, variants):
     import torch
 
     formats = (torch.contiguous_format, torch.channels_last)
@@ -266,46 +267,56 @@ def main():
   parser.add_argument("--dinov2", help="your checkout of facebookresearch/dinov2")
   parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch")
   parser.add_argument("--networks", default=",".join(TOP), help="comma-separated")
+  parser.add_argument("--vit", default="vits14", choices=("vits14", "vitb14", "vitl14"))
+  parser.add_argument("--ours", default=",".join(OURS), help="which of ours; each takes memory")
   parser.add_argument("--rounds", type=int, default=5, help="timings of each; the median counts")
   parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.worker == "jax":
-    return bench.serve(JaxWorker())
+    return bench.serve(JaxWorker(flags.vit))
   if flags.worker == "torch":
     return bench.serve(TorchWorker(flags.reference, flags.dinov2))
   if bool(flags.reference) != bool(flags.dinov2):
     parser.error("PyTorch's step needs both --reference and --dinov2.")
+  if flags.reference and flags.vit != "vits14":
+    parser.error("PyTorch's step has a ViT-S/14; leave --reference out.")
+  if unknown := sorted(set(flags.ours.split(",")) - set(OURS)):
+    parser.error(f"--ours has {', '.join(unknown)}; it takes {', '.join(OURS)}.")
   names = flags.networks.split(",")
   if flags.reference and (unknown := sorted(set(names) - set(TOP))):
     parser.error(f"PyTorch's step is there for {', '.join(TOP)}, not for {', '.join(unknown)}.")
   bench.prepare_machine()
 
   here = str(pathlib.Path(__file__))
-  ours, theirs = bench.Remote(sys.executable, "--worker", "jax", script=here), None
+  worker = ("--worker", "jax", "--vit", flags.vit)
+  ours, theirs = bench.Remote(sys.executable, *worker, script=here), None
   if flags.reference:
     paths = [str(pathlib.Path(p).resolve()) for p in (flags.reference, flags.dinov2)]
     theirs = bench.Remote(
       flags.torch_python, "--worker", "torch", "--reference", paths[0], "--dinov2", paths[1],
       script=here,
     )  # fmt: skip
-  print(f"Train step, batch {BATCH}, {CROP}×{CROP}, ViT-S/14, {bench.CORES} cores; milliseconds:\n")
-  variants = [*OURS, *(LAYOUTS if theirs else ())]
-  ratios = ["two passes / step", "bank / levels", *(f"{v} / step" for v in variants[4:])]
-  print(f"| network | {' | '.join([*variants, *ratios])} |")
+  setting = f"batch {BATCH}, {CROP}×{CROP}, {flags.vit}, {bench.CORES} cores"
+  print(f"Train step, {setting}; milliseconds:\n")
+  mine = flags.ours.split(",")
+  variants = [*mine, *(LAYOUTS if theirs else ())]
+  ratios = [("two passes", "step"), ("bank", "levels"), ("step", "bank")]
+  ratios += [(layout, "step") for layout in LAYOUTS]
+  ratios = [pair for pair in ratios if set(pair) <= set(variants)]
+  print(f"| network | {' | '.join([*variants, *(f'{a} / {b}' for a, b in ratios)])} |")
   print("| --- |" + " ---: |" * (len(variants) + len(ratios)), flush=True)
   for name in names:
     with tempfile.TemporaryDirectory() as folder:
-      contenders = [(ours, variant) for variant in OURS]
-      ours("prepare", name, folder)
+      contenders = [(ours, variant) for variant in mine]
+      ours("prepare", name, folder, mine)
       if theirs:
-        theirs("prepare", name, folder)
+        theirs("prepare", name, folder, [])
         contenders += [(theirs, variant) for variant in LAYOUTS]
       s = medians(contenders, flags.rounds)
     cells = [f"{1e3 * s[v]:.0f}" for v in variants]
-    cells += [f"{s['two passes'] / s['step']:.2f}", f"{s['bank'] / s['levels']:.2f}"]
-    cells += [f"{s[v] / s['step']:.2f}" for v in variants[4:]]
+    cells += [f"{s[a] / s[b]:.2f}" for a, b in ratios]
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
-  print("\nDINOv2 ViT-S/14 forward, 448×448; milliseconds:\n")
+  print(f"\nDINOv2 {flags.vit} forward, 448×448; milliseconds:\n")
   print("| batch | ours |" + (" PyTorch | ours / PyTorch |" if theirs else ""))
   print("| ---: | ---: |" + (" ---: | ---: |" if theirs else ""))
   for batch in VIT_BATCHES:
