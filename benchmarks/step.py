@@ -153,7 +153,7 @@ class TorchWorker:
   def describe(self):
     return {"version": self.version, "variants": LAYOUTS}
 
-  def prepare(self, name, folder, variants):
+  def prepare(self, name):
     import torch
 
     formats = (torch.contiguous_format, torch.channels_last)
@@ -310,7 +310,7 @@ def main():
       contenders = [(ours, variant) for variant in mine]
       ours("prepare", name, folder, mine)
       if theirs:
-        theirs("prepare", name, folder, [])
+        theirs("prepare", name)
         contenders += [(theirs, variant) for variant in LAYOUTS]
       s = medians(contenders, flags.rounds)
     cells = [f"{1e3 * s[v]:.0f}" for v in variants]

@@ -28,9 +28,9 @@ GMAC = {
   "msda": (58.45, 5.60),
 }
 TRAIN_IMAGES = 1676  # of SIRST3, for epochs an hour
-# The TPU compiler's least effort for speed: the same fusions, FLOPs, memory and collectives in a
-# third of the time; it leaves out what is kept in or fetched early into a chip's own memory, so
-# all traffic is counted as HBM's.
+# The TPU compiler's least effort for speed, a third of the time. On ACM the fusions, FLOPs and
+# all-reduces are the same and memory is within 4 %; it leaves out what is kept in or fetched early
+# into a chip's own memory, so all traffic is counted as HBM's.
 QUICK = -1.0
 
 

@@ -406,7 +406,7 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
         gaps = {n: gaps[n] + 100 * (left[n] - right[n]) / len(pairs) for n in _PAIRED}
       name = result.row.name + (", main branch" if branch else "")
       found[f"{name} − {other.row.name}, {len(pairs)} seeds"] = {
-        name: (float(gap[0]), *np.nanquantile(gap[1:], [0.025, 0.975]).tolist())
-        for name, gap in gaps.items()
+        metric: (float(gap[0]), *np.nanquantile(gap[1:], [0.025, 0.975]).tolist())
+        for metric, gap in gaps.items()
       }
   return found

@@ -179,7 +179,8 @@ def make_step(
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
     grad_norm = optax.tree.norm(grads)
     # A sum is not finite where an addend is not. Reduced from one vector: a chain of additions
-    # would be copied into the choice of every parameter below, which XLA compiles for hours.
+    # would be copied into the choice of every parameter below, and 8 CPU devices compiled it
+    # without end.
     sums = [jnp.sum(leaf) for leaf in jax.tree.leaves((stats, updates))]
     finite = jnp.isfinite(jnp.stack([value, grad_norm, *sums])).all()
     moved = {

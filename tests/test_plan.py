@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,29 @@ def test_a_plan_for_cpu_devices_reports_every_column(toy, tmp_path, capsys):
   # Gradients are the largest thing that is reduced: neither logits nor losses are.
   assert max(c["bytes"] for c in result["collectives"]) <= 4 * floats + 1024
   assert result["evaluation"]["collectives"] == []
+
+
+@pytest.mark.parametrize(("thorough", "effort"), [(False, "quick"), (True, "thorough")])
+def test_a_plan_says_with_which_effort_it_compiled(toy, tmp_path, thorough, effort):
+  names = {"topology": "cpu:2", "thorough": thorough, "workdir": None, "out": str(tmp_path)}
+  config = toy_config(mode="original", **{"log.compile_cache": ""})
+  before = jax.config.jax_exec_time_optimization_effort
+  compiled = []
+  try:
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(mesh, "start", lambda config: None)  # jax has started with other devices
+      original = plan.compile_train
+
+      def spy(*arguments):
+        compiled.append(jax.config.jax_exec_time_optimization_effort)
+        return original(*arguments)
+
+      patch.setattr(plan, "compile_train", spy)
+      plan.command(types.SimpleNamespace(config=config, **names))
+  finally:
+    jax.config.update("jax_exec_time_optimization_effort", before)
+  assert compiled == [before if thorough else plan.QUICK]
+  assert json.loads((tmp_path / "plan.json").read_text())["effort"] == effort
 
 
 @pytest.mark.slow
