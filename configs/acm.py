@@ -9,7 +9,7 @@ Paper, Tab. 1, SIRST3 test set (%; Fa in 10⁻⁶):
   FDEP w/o CO-ISD    70.43  69.73  96.48  19.70  90.02  86.66  78.01
   FDEP               68.56  68.01  95.42  13.92  89.17  85.02  75.81
 
-Tab. 2, its parts (%):
+Tab. 2, trained on each alone (%):
 
                                    IoU     Pd  HSE-P  HSE-T    HSE
   NUAA-SIRST  Original           67.07  91.63  87.25  89.23  77.86

@@ -9,7 +9,7 @@ Paper, Tab. 1, SIRST3 test set (%; Fa in 10⁻⁶):
   FDEP w/o CO-ISD    83.06  84.16  97.21   8.49  96.31  92.30  88.90
   FDEP               81.83  83.95  96.41  16.09  95.74  91.29  87.40
 
-Tab. 2, its parts (%):
+Tab. 2, trained on each alone (%):
 
                                    IoU     Pd  HSE-P  HSE-T    HSE
   NUAA-SIRST  Original           76.52  95.82  93.44  90.02  84.11

@@ -9,7 +9,7 @@ Paper, Tab. 1, SIRST3 test set (%; Fa in 10⁻⁶):
   FDEP w/o CO-ISD    73.17  73.23  97.14  24.95  91.73  88.67  81.34
   FDEP               70.57  72.88  95.61  22.05  89.75  87.25  78.31
 
-Tab. 2, its parts (%):
+Tab. 2, trained on each alone (%):
 
                                    IoU     Pd  HSE-P  HSE-T    HSE
   NUAA-SIRST  Original           70.64  92.02  90.56  87.09  78.87

@@ -9,7 +9,7 @@ Paper, Tab. 1, SIRST3 test set (%; Fa in 10⁻⁶):
   FDEP w/o CO-ISD   83.06  86.09  98.14   8.90  96.33  94.99  91.50
   FDEP              82.54  86.06  97.54  11.93  95.46  93.89  89.62
 
-Tab. 2, its parts (%):
+Tab. 2, trained on each alone (%):
 
                                   IoU     Pd  HSE-P  HSE-T    HSE
   NUAA-SIRST  Original          76.29  96.58  93.56  91.19  85.31

@@ -9,7 +9,7 @@ Paper, Tab. 1, SIRST3 test set (%; Fa in 10⁻⁶):
   FDEP w/o CO-ISD    84.35  85.62  97.54  13.90  96.78  94.58  91.53
   FDEP               83.59  86.29  97.34  11.46  96.48  94.00  90.69
 
-Tab. 2, its parts (%):
+Tab. 2, trained on each alone (%):
 
                                    IoU     Pd  HSE-P  HSE-T    HSE
   NUAA-SIRST  Original           79.46  97.34  94.64  93.44  88.43

@@ -9,7 +9,7 @@ Paper, Tab. 1, SIRST3 test set (%; Fa in 10⁻⁶):
   FDEP w/o CO-ISD    84.16  85.08  97.54   8.59  96.63  93.57  90.43
   FDEP               80.24  83.46  95.42  12.25  94.27  92.50  87.20
 
-Tab. 2, its parts (%):
+Tab. 2, trained on each alone (%):
 
                                    IoU     Pd  HSE-P  HSE-T    HSE
   NUAA-SIRST  Original           76.37  96.96  93.80  88.79  83.28

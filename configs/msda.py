@@ -12,7 +12,7 @@ Paper, Tab. 1, SIRST3 test set (%; Fa in 10⁻⁶):
   FDEP w/o CO-ISD    84.71  86.57  98.14  11.95  97.25  94.32  91.73
   FDEP               84.05  86.33  97.54  14.24  96.92  94.21  91.31
 
-Tab. 2, its parts (%):
+Tab. 2, trained on each alone (%):
 
                                    IoU     Pd  HSE-P  HSE-T    HSE
   NUAA-SIRST  Original           75.94  96.96  93.25  89.64  83.58

@@ -9,7 +9,7 @@ Paper, Tab. 1, SIRST3 test set (%; Fa in 10⁻⁶):
   FDEP w/o CO-ISD   84.34  85.58  97.41   5.35  96.93  93.30  90.44
   FDEP              83.12  85.05  97.08  13.31  96.57  93.22  90.01
 
-Tab. 2, its parts (%):
+Tab. 2, trained on each alone (%):
 
                                   IoU     Pd  HSE-P  HSE-T    HSE
   NUAA-SIRST  Original          78.23  96.58  94.37  91.03  85.91

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import checkpoint, data, mesh, report, run, settings
+from fdep_jax import checkpoint, data, hlo, mesh, report, run, settings
 from fdep_jax.metrics import hse
 
 COLUMNS = ("IoU", "nIoU", "Pd", "Fa·1e6", "HSE-P", "HSE-T", "HSE", "P(M)", "time (s)")
@@ -112,7 +112,10 @@ def deployed_branch(mode: str) -> str:
 
 
 def cost(config: ConfigDict, model, prior, repeats: int = 5) -> dict[str, float]:
-  """FLOPs and seconds of the deployed branch on one crop-sized image (batch 1, this machine)."""
+  """FLOPs and seconds of the deployed branch on one crop-sized image (batch 1, this machine).
+
+  FLOPs are two for every multiply-add of convolutions and matrix products.
+  """
   model = nnx.clone(model)
   model.eval()
   graphdef, state = nnx.split(model)
@@ -127,8 +130,9 @@ def cost(config: ConfigDict, model, prior, repeats: int = 5) -> dict[str, float]
     return model.main(normal, run.frozen_levels(prior, vit_state, vit[0], image)).final
 
   image = jnp.zeros((1, config.data.crop, config.data.crop, 3), jnp.uint8)
-  compiled = deployed.lower(state, vit[1], image).compile()
-  flops = compiled.cost_analysis().get("flops", float("nan"))
+  lowered = deployed.lower(state, vit[1], image)
+  flops = hlo.flops(lowered.as_text("hlo"), "none")["outside"]
+  compiled = lowered.compile()
   seconds = []
   for _ in range(repeats + 1):
     start = time.perf_counter()
@@ -256,6 +260,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     "selected_on": config.eval.select_on,
     "images": len(images.test),
     "last": newest or chosen,
+    "steps": last.get("steps"),
   }
   checkpoints.close()
   if not mesh.writes():

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from absl import flags
@@ -34,10 +35,11 @@ class Row(NamedTuple):
 
   name: str  # of its runs' folders; the same in two tables where the runs are the same
   label: tuple[str, ...]  # the first columns
-  changes: dict[str, object]  # settings by dotted name; "{seed}" in a text stands for the seed
+  changes: dict[str, object]  # settings by dotted name; texts may hold "{seed}" and "{workdir}"
   paper: dict[str, float | None]  # the paper's numbers; a column that is absent is not printed
   side: str = ""
   teacher: str = ""  # the row whose run of the same seed makes the pseudo-labels
+  baseline: str = ""  # the row it is compared with; else the first of its first label and side
   note: str = ""
 
 
@@ -70,9 +72,18 @@ def load(path: str | os.PathLike) -> Table:
   for row in table.rows:
     if names.count(row.name) > 1:
       raise ValueError(f"{path} has two rows named {row.name}, which would share a folder.")
-    if row.teacher and row.teacher not in names:
-      raise ValueError(f"{path}: row {row.name} names a teacher {row.teacher}, which is no row.")
+    for kind, other in (("teacher", row.teacher), ("baseline", row.baseline)):
+      if other and other not in names:
+        raise ValueError(f"{path}: row {row.name} names a {kind} {other}, which is no row.")
   return table
+
+
+def baselines(rows: Sequence[Row]) -> dict[str, str]:
+  """{name of a row: name of the row that it is compared with, its own for that one}."""
+  first = {}
+  for row in rows:
+    first.setdefault((row.label[0], row.side), row.name)
+  return {row.name: row.baseline or first[row.label[0], row.side] for row in rows}
 
 
 def from_flags(values) -> tuple[Table, ConfigDict]:
@@ -85,15 +96,24 @@ def from_flags(values) -> tuple[Table, ConfigDict]:
   path = config_flags.get_config_filename(holder)
   table = load(path)
   if values.seeds:
-    table = table._replace(seeds=tuple(int(seed) for seed in values.seeds))
+    table = table._replace(seeds=_seeds(values.seeds))
   taken = {name for row in table.rows for name in row.changes} | {"seed"}
   clashes = sorted(taken & set(config_flags.get_override_values(holder)))
   if clashes:
     raise ValueError(
       f"The rows of {path} set {', '.join(clashes)} themselves (seeds: --seeds 0,1,2). Leave "
-      "that out, or change the table."
+      "that out, or change the table; data and weights that lie elsewhere may be linked to where "
+      "the rows look for them."
     )
   return table, values.config
+
+
+def _seeds(texts: Sequence[str]) -> tuple[int, ...]:
+  if not all(text.strip().isdecimal() for text in texts) or len(set(map(int, texts))) < len(texts):
+    raise ValueError(
+      f"--seeds is {','.join(texts)!r}; it must be different whole numbers from 0, as in 0,1,2."
+    )
+  return tuple(int(text) for text in texts)
 
 
 def resolve(base: ConfigDict, row: Row, seed: int, workdir: str | os.PathLike) -> ConfigDict:
@@ -108,7 +128,8 @@ def resolve(base: ConfigDict, row: Row, seed: int, workdir: str | os.PathLike) -
   if unknown:
     raise ValueError(f"Row {row.name} changes {', '.join(unknown)}, which no config has.")
   for name, value in row.changes.items():
-    value = value.format(seed=seed) if isinstance(value, str) else value
+    if isinstance(value, str):
+      value = value.format(seed=seed, workdir=pathlib.Path(workdir).expanduser())
     config.update_from_flattened_dict({name: value})
   if row.teacher:
     config.train.teacher = str(folder(workdir, row.teacher, seed))

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdep_jax import checkpoint, evaluate
+from fdep_jax import checkpoint, evaluate, hlo
 from fdep_jax import run as run_lib
 from fdep_jax.backbones import Backbone
 
@@ -156,11 +156,11 @@ def symbolic_sizes(net) -> tuple:
 
 
 def flops(net: Backbone, size: int) -> float:
-  """Of one forward pass of a size×size image, as XLA counts them in the program as written."""
+  """Of one forward pass of a size×size image: two for every multiply-add, as `evaluate.cost`."""
   graphdef, state = nnx.split(net)
   image = jax.ShapeDtypeStruct((1, size, size, net.in_channels), jnp.float32)
   forward = jax.jit(lambda state, image: nnx.merge(graphdef, state)(image).final)
-  return forward.lower(state, image).cost_analysis()["flops"]
+  return hlo.flops(forward.lower(state, image).as_text("hlo"), "none")["outside"]
 
 
 # Each writes a file and returns the function from images to probabilities that the file holds.

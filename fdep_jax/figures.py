@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from fdep_jax import data
+from fdep_jax import data, experiments
 from fdep_jax.data import Sample
 from fdep_jax.metrics import hse
 from fdep_jax.sweep import Run
@@ -17,7 +17,7 @@ _MARKS = {"hit": "lime", "miss": "yellow", "false alarm": "red"}
 
 
 def write(results, out: pathlib.Path) -> list[pathlib.Path]:
-  """Writes what the finished runs allow: `training.png`, `pr.png` and `found_<network>.png`.
+  """Writes what the finished runs allow: `training.png`, `pr.png` and `found_<baseline>.png`.
 
   Args:
     results: `table.Result` of every row.
@@ -26,17 +26,17 @@ def write(results, out: pathlib.Path) -> list[pathlib.Path]:
   Returns:
     What was written. Precision-recall curves and grids need the runs' probability maps.
   """
-  results = [result for result in results if result.runs]
+  finished = [result for result in results if result.runs]
   written = []
-  if results:
-    written.append(training(out / "training.png", results))
-  mapped = [r for r in results if totals(r.runs[0]) is not None]
+  if finished:
+    written.append(training(out / "training.png", finished))
+  mapped = [r for r in finished if totals(r.runs[0]) is not None]
   if mapped:
     written.append(precision_recall(out / "pr.png", mapped))
-  for key in dict.fromkeys((r.row.label[0], r.row.side) for r in mapped):
-    alike = [r for r in mapped if (r.row.label[0], r.row.side) == key]
-    name = "_".join(part.replace("/", "_") for part in key if part)
-    written.append(grid(out / f"found_{name}.png", alike))
+  baselines = experiments.baselines([r.row for r in results])
+  for baseline in dict.fromkeys(baselines[r.row.name] for r in mapped):
+    alike = [r for r in mapped if baselines[r.row.name] == baseline]
+    written.append(grid(out / f"found_{baseline.replace('/', '_')}.png", alike))
   return written
 
 
@@ -89,7 +89,7 @@ def grid(path: pathlib.Path, results) -> pathlib.Path:
   samples = _test_images(runs[0].config.data.root, _synthetic(runs[0]))
   places = [i for i, sample in enumerate(samples) if sample.mask.any()]
   places = places[:: max(len(places) // IMAGES, 1)][:IMAGES]
-  titles = ["image", "truth", *(r.row.label[-1] for r in results)]
+  titles = ["image", "truth", *(r.row.name for r in results)]
   figure, axes = _figure(len(places), len(titles), (2.2 * len(titles), 2.2 * len(places) + 0.5))
   axes = axes.reshape(len(places), len(titles))
   for row, place in zip(axes, places, strict=True):

@@ -233,7 +233,7 @@ def held(workdir: pathlib.Path, name: str) -> str:
 
 def results_of(config: ConfigDict) -> dict[str, object]:
   """The settings that change what a run computes."""
-  values = flat(config)
+  values = _comparable(config)
   uses_length = "steps" in [v for k, v in values.items() if k.startswith("train.schedule_args.")]
   return {
     key: value
@@ -244,12 +244,18 @@ def results_of(config: ConfigDict) -> dict[str, object]:
 
 def differing(theirs: ConfigDict, config: ConfigDict) -> list[str]:
   """The settings in which two configs of other results differ: "name: one there, another here"."""
-  ours, theirs = flat(config), flat(theirs)
+  ours, theirs = _comparable(config), _comparable(theirs)
   return [
     f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
     for key in sorted({*results_of(config), *(k for k in theirs if k not in ours)})
     if ours.get(key) != theirs.get(key) and (key in ours or not _FREE.fullmatch(key))
   ]
+
+
+def _comparable(config: ConfigDict) -> dict[str, object]:
+  """A teacher is the same run wherever its folder lies."""
+  values = flat(config)
+  return values | {"train.teacher": os.path.basename(values.get("train.teacher", "").rstrip("/"))}
 
 
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:

@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 class State(NamedTuple):
-  """How far a run is: missing, waiting, begun, running, failed, or finished."""
+  """How far a run is: missing, waiting, begun, running, failed, finished, or of another config."""
 
   word: str
   detail: str = ""
@@ -59,7 +59,8 @@ def command(flags) -> None:
   table, base = experiments.from_flags(flags)
   failed = sweep(table, base, flags.workdir, flags.task)
   if failed:
-    print(f"{len(failed)} failed: {', '.join(run.folder.name for run in failed)}", file=sys.stderr)
+    print(f"{len(failed)} failed; why:", file=sys.stderr)
+    print(*(f"  {run.folder / _FAILED}" for run in failed), sep="\n", file=sys.stderr)
     sys.exit(1)
 
 
@@ -111,8 +112,9 @@ def state(run: Run) -> State:
   if failure:
     return State("failed", failure["error"].splitlines()[0][:120])
   if (run.folder / "config.json").exists():
-    return State("begun", _progress(run))
-  if run.teacher and not (run.teacher / "metrics.json").exists():
+    other = _other_config(run)
+    return State("of another config:", other) if other else State("begun", _progress(run))
+  if run.teacher and not _complete(run.teacher):
     return State("waiting", f"for {run.teacher.name}")
   return State("missing")
 
@@ -123,15 +125,28 @@ def _holder(run: Run) -> str:
 
 def finished(run: Run) -> bool:
   """Whether the folder has the results of this very config, at its full length."""
-  if not (run.folder / "metrics.json").exists():
+  if not _complete(run.folder) or _other_config(run):
     return False
+  theirs = settings.load(run.folder).train
+  return all(theirs[name] == run.config.train[name] for name in ("steps", "epochs"))
+
+
+def _complete(folder: pathlib.Path) -> bool:
+  """Whether it has the results of a training that came to its end, not of one under way."""
   try:
-    theirs = settings.load(run.folder)
-  except (ValueError, FileNotFoundError):  # of another version; training in it is refused
+    metrics = json.loads((folder / "metrics.json").read_text())
+    steps = settings.load(folder).train.steps
+  except (ValueError, FileNotFoundError):
     return False
-  lengths = ("steps", "epochs")
-  same_length = all(theirs.train[name] == run.config.train[name] for name in lengths)
-  return same_length and not settings.differing(theirs, run.config)
+  return metrics["last"]["checkpoint"] >= (steps if steps > 0 else metrics["steps"])
+
+
+def _other_config(run: Run) -> str:
+  """The first setting in which the run in the folder differs; training in it is refused."""
+  try:
+    return next(iter(settings.differing(settings.load(run.folder), run.config)), "")
+  except ValueError as error:  # of another version
+    return str(error).splitlines()[0]
 
 
 def failed(run: Run) -> dict | None:
@@ -188,7 +203,7 @@ def _can_begin(run: Run, begin: float) -> bool:
     return False
   if run.teacher is None:
     return True
-  return (run.teacher / "metrics.json").exists()
+  return _complete(run.teacher)
 
 
 def _train(run: Run, signals: "_Signals", view: "_View") -> int:
@@ -221,7 +236,6 @@ def _life(config: dict, folder: str) -> None:
       run = Run(None, config.seed, config, folder, None)
       if finished(run):
         return
-      (folder / "metrics.json").unlink(missing_ok=True)  # of a shorter run
       from fdep_jax import mesh, train
 
       mesh.start(config)

@@ -26,6 +26,7 @@ class Cell(NamedTuple):
   paper: float | None
   values: tuple[float, ...] = ()  # ours, by seed
   why: str = ""  # there are none, or fewer than seeds
+  same_unit: bool = True  # as the paper's; not so for the time of another machine
 
   @property
   def mean(self) -> float | None:
@@ -38,7 +39,9 @@ class Cell(NamedTuple):
 
   @property
   def difference(self) -> float | None:
-    return None if None in (self.mean, self.paper) else self.mean - self.paper
+    if None in (self.mean, self.paper) or not self.same_unit:
+      return None
+    return self.mean - self.paper
 
 
 class Result(NamedTuple):
@@ -87,30 +90,37 @@ def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[
 
 
 def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
-  """The same of a folder of any finished runs; runs that differ in their seed alone are one row.
+  """The same of a folder of any evaluated runs; those that differ in their seed alone are one row.
 
   Raises:
     FileNotFoundError: there is none.
   """
   workdir = pathlib.Path(workdir).expanduser()
-  groups: dict[str, list[sweep.Run]] = {}
+  groups: dict[tuple, list[sweep.Run]] = {}
   for path in sorted(workdir.glob("**/metrics.json")):
     if not (path.parent / "config.json").exists():
       continue
     config = settings.load(path.parent)
-    name = re.sub(r"_seed\d+$", "", path.parent.relative_to(workdir).as_posix())
-    run = sweep.Run(Row(name, (name,), {}, {}), config.seed, config, path.parent, None)
-    alike = {k: v for k, v in settings.results_of(config).items() if k != "seed"}
-    groups.setdefault(json.dumps(alike, sort_keys=True), []).append(run)
+    run = sweep.Run(None, config.seed, config, path.parent, None)
+    alike = settings.results_of(config) | {"seed": 0}
+    alike |= {"train.steps": config.train.steps, "train.epochs": config.train.epochs}
+    key = json.dumps(alike, sort_keys=True)
+    seen = [other.seed for known, runs in groups.items() if known[0] == key for other in runs]
+    # A seed that is there twice is not a second seed, but a row of its own.
+    groups.setdefault((key, seen.count(run.seed)), []).append(run)
   if not groups:
     raise FileNotFoundError(
       f"{workdir} holds no finished run: no metrics.json beside a config.json."
     )
   title = f"Runs in {workdir.name or workdir}"
-  rows = tuple(runs[0].row for runs in groups.values())
+  folders = [runs[0].folder.relative_to(workdir).as_posix() for runs in groups.values()]
+  short = [re.sub(r"_seed\d+$", "", name) for name in folders]
+  names = [s if short.count(s) == 1 else name for s, name in zip(short, folders, strict=True)]
+  rows = tuple(Row(name, (name,), {}, {}) for name in names)
   table = Table(title, ("Run",), tuple(METRICS), rows)
   return table, [
-    _result(table, row, runs, "", None) for row, runs in zip(rows, groups.values(), strict=True)
+    _result(table, row, [run._replace(row=row) for run in runs], "", None)
+    for row, runs in zip(rows, groups.values(), strict=True)
   ]
 
 
@@ -131,18 +141,19 @@ def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
         values = (experiments.parameters(unbuilt) * factor,)
       except ValueError as error:
         why = f"{why}; P: {error}"
-    cells[name] = Cell(row.paper.get(name), values, why)
+    cells[name] = Cell(row.paper.get(name), values, why, same_unit=name != "time_s")
   return Result(row, runs, metrics, why, cells)
 
 
 def write(table: Table, results: Sequence[Result], out: pathlib.Path) -> str:
   """Writes `table.{md,csv,tex,json}`; returns the Markdown."""
   out.mkdir(parents=True, exist_ok=True)
+  comparisons = paired(results)
   texts = {
-    "md": markdown(table, results),
+    "md": markdown(table, results, comparisons),
     "csv": as_csv(table, results),
     "tex": latex(table, results),
-    "json": json.dumps(as_json(table, results), indent=1) + "\n",
+    "json": json.dumps(as_json(table, results) | {"paired": comparisons}, indent=1) + "\n",
   }
   for suffix, text in texts.items():
     partial = out / f"table.{suffix}.partial"
@@ -184,12 +195,12 @@ def _grid(table: Table, results: Sequence[Result]) -> _Grid:
       notes.append(text)
     return f"[{notes.index(text) + 1}]"
 
-  def texts(cell: Cell, decimals: int, missing: str) -> tuple[str, str, str]:
+  def texts(cell: Cell, decimals: int, missing: str, ours=_ours) -> tuple[str, str, str]:
     paper = "" if cell.paper is None else f"{cell.paper:.{decimals}f}"
     if cell.mean is None:
       return paper, f"– {missing}".strip(), ""
     gap = "" if cell.difference is None else f"{cell.difference:+.{decimals}f}"
-    return paper, _ours(cell, decimals), gap
+    return paper, ours(cell, decimals), gap
 
   lines = []
   for label, by_side in groups.items():
@@ -207,7 +218,7 @@ def _grid(table: Table, results: Sequence[Result]) -> _Grid:
     first = next(iter(by_side.values()))
     for name in COSTS:  # of one side: the network is the same
       found = next((r.cells[name] for r in by_side.values() if r.metrics), first.cells[name])
-      columns.append(texts(found, COSTS[name][3], ""))
+      columns.append(texts(found, COSTS[name][3], "", lambda cell, d: f"{cell.mean:.{d}f}"))
     remark = f" {number(first.row.note)}" if first.row.note else ""
     block = []
     for i, which in enumerate(("paper", "ours", "difference")):
@@ -231,13 +242,14 @@ def _ours(cell: Cell, decimals: int) -> str:
 
 _LEGEND = (
   "Ours: mean ± standard deviation (number of seeds) of the deployed branch on the test split; "
-  "percent. P, FLOPs (of one crop-sized image) and time are measured on ours; the paper's time is "
+  "percent. P is of what is trained (SAMF, too); FLOPs (two for a multiply-add, of one crop-sized "
+  "image) and time are the deployed branch's, on the machine that evaluated; the paper's time is "
   "an RTX 4090's."
 )
 
 
-def markdown(table: Table, results: Sequence[Result]) -> str:
-  """The table for people."""
+def markdown(table: Table, results: Sequence[Result], comparisons: dict | None = None) -> str:
+  """The table for people; `comparisons` as `paired`, which is called where they are not given."""
   grid = _grid(table, results)
   head = list(grid.head)
   if len(grid.sides) > 1:
@@ -257,7 +269,7 @@ def markdown(table: Table, results: Sequence[Result]) -> str:
     lines += [_line(["", *(METRICS[n][0] for n in METRICS)]), _line(["---"] * (1 + len(METRICS)))]
     for name, cells in others.items():
       lines.append(_line([name, *(_ours(cells[n], METRICS[n][3]) for n in METRICS)]))
-  comparisons = paired(results)
+  comparisons = paired(results) if comparisons is None else comparisons
   if comparisons:
     lines += ["", "Paired over test images, mean over seeds, 95 % interval in percent:", ""]
     lines += [_line(["", *(METRICS[n][0] for n in _PAIRED)]), _line(["---"] * 4)]
@@ -314,7 +326,8 @@ def as_csv(table: Table, results: Sequence[Result]) -> str:
   writer.writerow((*fields, "why"))
   for result in results:
     for name, cell in result.cells.items():
-      values = (cell.paper, cell.mean, cell.std, len(cell.values), cell.difference, cell.why)
+      seeds = len(cell.values) if result.runs else 0  # P is counted without a run
+      values = (cell.paper, cell.mean, cell.std, seeds, cell.difference, cell.why)
       writer.writerow(
         (result.row.name, *result.row.label, result.row.side, name)
         + tuple("" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in values)
@@ -371,23 +384,24 @@ def main_branches(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
 
 
 def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[str, tuple]]:
-  """Each row against the first one of its network and side, on the same resampled test images.
+  """Each row against its baseline (`experiments.baselines`), on the same resampled test images.
 
   Needs probability maps of the runs (eval.save_probs). The difference of every seed is taken in
   every resample and averaged over seeds: the interval is over images, not over trainings. Where a
   row deploys the light branch, its main branch is compared, too.
 
   Returns:
-    {"ROW − FIRST": {metric: (difference, low, high) in percent}}.
+    {"ROW − BASELINE": {metric: (difference, low, high) in percent}}.
   """
   import numpy as np
 
   from fdep_jax.metrics import bootstrap
 
   found: dict[str, dict[str, tuple]] = {}
-  first: dict[tuple, Result] = {}
+  baselines = experiments.baselines([result.row for result in results])
+  by_name = {result.row.name: result for result in results}
   for result in results:
-    other = first.setdefault((result.row.label[0], result.row.side), result)
+    other = by_name[baselines[result.row.name]]
     if other is result:
       continue
     ours, theirs = ({run.seed: run for run in r.runs} for r in (result, other))

@@ -246,6 +246,7 @@ def _train(config, workdir, the_mesh, images, prior, crops, levels, model, signa
   steps = total_steps(config, len(images.train))
   optimizer = make_optimizer(config, steps)
   meta = {
+    "steps": steps,
     "mean": images.mean,
     "std": images.std,
     "dino_sha256": prior.sha256 if prior else None,
@@ -267,6 +268,8 @@ def _train(config, workdir, the_mesh, images, prior, crops, levels, model, signa
     logging.info("continuing at step %d of %d", start, steps)
   if mesh.writes():
     checkpoints.rewind(start)
+    if start < steps:  # of a shorter run, or of an evaluation on the way
+      (workdir / "metrics.json").unlink(missing_ok=True)
   mesh.minimum(0)  # no process looks at the folder before
   skipped = int(state["skipped"]["count"])
   state = mesh.put_replicated(state, the_mesh)

@@ -212,3 +212,10 @@ def test_there_are_as_many_programs_as_the_tables_have():
 def test_the_stand_ins_are_as_deep_as_the_vits():
   for size, arguments in TINY.items():
     assert arguments["depth"] == dinov2.SIZES[f"vit{size[0].lower()}14"]["depth"]
+
+
+@pytest.mark.parametrize("text", ["a", "0-2", "-1", "1,1", "1.5", ""])
+def test_seeds_are_different_whole_numbers(text):
+  with pytest.raises(ValueError, match="must be different whole numbers from 0"):
+    experiments._seeds(text.split(","))
+  assert experiments._seeds(["2", " 0"]) == (2, 0)

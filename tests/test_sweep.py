@@ -122,13 +122,43 @@ def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_pa
   assert str(sweep.state(run)) == "begun step 4 of 12"
   fake(run, 0.5)
   assert str(sweep.state(run)) == "finished HSE 50.00"
-  for change in ({"train.steps": 13}, {"seed": 5}):
+  for change, state in (
+    ({"train.steps": 13}, "begun step 4 of 13"),  # its schedule is constant: it can go on
+    ({"data.crop": 64}, f"of another config: data.crop: {run.config.data.crop} there, 64 here"),
+  ):
     other = ConfigDict(run.config.to_dict())
     other.update_from_flattened_dict(change)
-    assert sweep.state(run._replace(config=other)).word == "begun"
+    assert str(sweep.state(run._replace(config=other))) == state
+  fake(run, 0.5, step=4)  # evaluated by hand on its way
+  assert str(sweep.state(run)) == "begun step 4 of 12"
+  assert not sweep._complete(run.folder)
   (run.folder / "metrics.json").unlink()
   with settings.locked(run.folder, "sweep.lock"):
     assert "running step 4 of 12 (process" in str(sweep.state(run))
+
+
+def test_results_of_another_config_are_kept(toy, tmp_path):
+  found = sweeping.table()._replace(seeds=(0,), rows=sweeping.table().rows[:1])
+  base = sweeping.config(tmp_path / "compiled")
+  base.model.backbone = "acm"  # the process does not know the toy
+  (run,) = sweep.runs(found, base, tmp_path / "runs")
+  fake(run, 0.5)
+  before = {p.name: p.read_bytes() for p in run.folder.iterdir()}
+  base.data.crop *= 2
+  (failed,) = sweep.sweep(found, base, tmp_path / "runs")
+  assert "holds a run of another config" in sweep.failed(failed)["error"]
+  assert before.items() <= {p.name: p.read_bytes() for p in run.folder.iterdir()}.items()
+
+
+def test_a_teacher_is_the_same_wherever_the_work_folder_is(toy, tmp_path, monkeypatch):
+  student = Row("s", ("s",), {"mode": "original", "train.labels": "both"}, {}, teacher="toy-fdep")
+  rows = (*sweeping.table().rows, student)
+  found = sweeping.table()._replace(rows=rows, seeds=(0,))
+  absolute = sweep.runs(found, sweeping.config(""), tmp_path)
+  for run in absolute:
+    fake(run, 0.5)
+  monkeypatch.chdir(tmp_path)
+  assert all(map(sweep.finished, sweep.runs(found, sweeping.config(""), ".")))
 
 
 def test_tasks_share_the_runs_and_keep_students_with_their_teachers(toy, tmp_path):
@@ -208,7 +238,7 @@ def test_a_table_has_the_papers_numbers_ours_and_the_difference(toy, tmp_path):
   assert text == (tmp_path / "table.md").read_text()
   assert "| 61.00 ± 1.41 (2) |" in text and "| +11.00 |" in text and "| 50.00 (2) |" in text
   assert "[1] toy-fdep_wo_coisd: not run, seed 0, 1" in text
-  assert "2.00 (2)" in text and "0.250 (2)" in text  # GFLOPs, seconds
+  assert "| 2.00 | 0.250 |" in text  # GFLOPs, seconds
   tex = (tmp_path / "table.tex").read_text()
   assert r"61.00 $\pm$ 1.41 (2)" in tex and tex.count(r"\\") == 1 + 3 * 3
   lines = list(csv.DictReader((tmp_path / "table.csv").open()))
@@ -223,6 +253,9 @@ def test_a_row_with_some_of_its_seeds_says_so_and_parameters_need_no_run(toy, tm
   assert results[0].cells["hse"].std is None
   text = table.markdown(sweeping.table(), results)
   assert "50.00 (1) [1]" in text and "[1] toy-original: not run, seed 1" in text
+  lines = csv.DictReader(table.as_csv(sweeping.table(), results).splitlines())
+  (line,) = [r for r in lines if (r["row"], r["column"]) == ("toy-fdep_wo_coisd", "params_m")]
+  assert line["seeds"] == "0" and float(line["ours"]) > 0
   missing = results[1]
   assert not missing.runs and missing.cells["params_m"].values  # counted on the built model
   assert missing.cells["flops_g"].mean is None
@@ -251,6 +284,35 @@ def test_a_folder_of_finished_runs_needs_no_table(toy, tmp_path):
     (("toy-original",), 2),
   ]
   assert "61.00 ± 1.41 (2)" in table.markdown(found, results)
+
+
+def test_runs_of_other_lengths_or_crops_are_rows_of_their_own(toy, tmp_path):
+  def run(name: str, seed: int, hse: float, **changes):
+    config = sweeping.config("")
+    config.update_from_flattened_dict({"seed": seed, **changes})
+    fake(sweep.Run(None, seed, config, tmp_path / name, None), hse)
+
+  run("a_seed0", 0, 0.1)
+  run("a_seed1", 1, 0.3)
+  run("b_seed0", 0, 0.5, **{"train.steps": 13})
+  run("c_seed0", 0, 0.6, **{"data.crop": 64})
+  run("c_seed1", 1, 0.7, **{"data.crop": 96})
+  run("copy/a_seed1", 1, 0.3)
+  _, results = table.collect_folder(tmp_path)
+  assert {r.row.name: [round(v) for v in r.cells["hse"].values] for r in results} == {
+    "a": [10, 30], "b": [50], "c_seed0": [60], "c_seed1": [70], "copy/a": [30],
+  }  # fmt: skip
+
+
+def test_rows_are_compared_with_the_baseline_that_they_name(toy, tmp_path):
+  results = with_maps(tmp_path, toy)
+  results = [r._replace(row=r.row._replace(baseline="toy-fdep_wo_coisd")) for r in results]
+  assert [name.split(",")[0] for name in table.paired(results, resamples=5)] == [
+    "toy-original − toy-fdep_wo_coisd",
+    "toy-fdep − toy-fdep_wo_coisd",
+  ]
+  names = [p.name for p in figures.write(results, tmp_path)]
+  assert names == ["training.png", "pr.png", "found_toy-fdep_wo_coisd.png"]
 
 
 def with_maps(tmp_path, toy):
@@ -312,7 +374,7 @@ def test_figures_are_written_of_what_there_is(toy, tmp_path):
   assert [p.name for p in figures.write(results, tmp_path)] == ["training.png"]
   results = with_maps(tmp_path / "full", toy)
   written = figures.write(results, tmp_path)
-  assert [p.name for p in written] == ["training.png", "pr.png", "found_Toy.png"]
+  assert [p.name for p in written] == ["training.png", "pr.png", "found_toy-original.png"]
   assert all(p.stat().st_size > 5000 for p in written)
 
 

@@ -95,6 +95,19 @@ def test_every_mode_trains_and_reports_its_branches(toy, tmp_path, mode):
     assert again[name] == metrics[name]
 
 
+def test_the_flops_of_a_deployed_main_branch_hold_every_block_of_the_prior(toy, monkeypatch):
+  config = toy_config(mode="fdep_wo_coisd")
+  width, flops = run.RANDOM_PRIOR["width"], []
+  for depth in (4, 8):
+    monkeypatch.setitem(run.RANDOM_PRIOR, "depth", depth)
+    prior = run.load_prior(config)
+    model = run.create_model(config, prior)
+    flops.append(evaluate.cost(config, model, prior, repeats=1)["flops"])
+  tokens = 1 + math.ceil(config.data.crop / prior.vit.patch) ** 2
+  block = 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
+  assert flops[1] - flops[0] == 4 * block
+
+
 def parts(config):
   prior = run.load_prior(config)
   model = run.create_model(config, prior)

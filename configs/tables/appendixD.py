@@ -1,7 +1,8 @@
 """Appendix D: conventional two-stage distillation, of which the paper says that it collapses.
 
-  python main.py --mode sweep --config configs/tables/appendixD.py --workdir runs
-  python main.py --mode table --config configs/tables/appendixD.py --workdir runs --out tables/D
+  python main.py --mode sweep --config configs/tables/appendixD.py --workdir runs/paper
+  python main.py --mode table --config configs/tables/appendixD.py --workdir runs/paper \
+      --out tables/D
 
 MSDA-Net on SIRST3: the teacher (FDEP w/o CO-ISD, Table 1's), then the original network on its
 pseudo-labels, and on these and the true ones in as many steps.

@@ -5,9 +5,9 @@
       --out results/nuaa_cpu
 
 Needs data/NUAA-SIRST and weights/dinov2_vits14_pretrain.pth. All runs of a seed see the same crops
-in the same order, and share the ViT's levels of them. The schedule was chosen on held-out train
-images with the network as published, before any run was scored on the test set; what was tried, and
-the results: results/README.md. Run the first command twice at once to use both cores.
+in the same order, and share the ViT's levels of them, 1.4 GB a seed. The schedule was chosen on
+held-out train images with the network as published, before any run was scored on the test set; what
+was tried, and the results: results/README.md. Run the first command twice at once for both cores.
 """
 
 from configs import base, tables
@@ -52,9 +52,13 @@ def get_config():
 
 
 def get_table():
-  shared = {"dino.bank_folder": "runs/nuaa_cpu/bank_seed{seed}"}
+  shared = {"dino.bank_folder": "{workdir}/bank_seed{seed}"}
   rows = tuple(
-    row._replace(side="", name=row.name.removesuffix("-NUAA-SIRST"), changes=row.changes | shared)
+    row._replace(
+      side="",
+      name=row.name.removesuffix("-NUAA-SIRST"),
+      changes={k: v for k, v in row.changes.items() if k != "data.root"} | shared,  # base has it
+    )
     for row in tables.by_networks("table2", ("NUAA-SIRST",))
     if row.label[0] in NETWORKS
   )

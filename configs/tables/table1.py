@@ -1,7 +1,7 @@
 """Table 1: the eight networks on SIRST3, as published and with FDEP.
 
-  python main.py --mode sweep --config configs/tables/table1.py --workdir runs
-  python main.py --mode table --config configs/tables/table1.py --workdir runs --out tables/1
+  python main.py --mode sweep --config configs/tables/table1.py --workdir runs/paper
+  python main.py --mode table --config configs/tables/table1.py --workdir runs/paper --out tables/1
 
 24 runs of 400 epochs on 448×448 crops; each needs data/SIRST3 and, but for the original networks,
 weights/dinov2_vitl14_pretrain.pth.

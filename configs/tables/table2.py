@@ -1,7 +1,7 @@
 """Table 2: the eight networks on each dataset, as published and with FDEP.
 
-  python main.py --mode sweep --config configs/tables/table2.py --workdir runs
-  python main.py --mode table --config configs/tables/table2.py --workdir runs --out tables/2
+  python main.py --mode sweep --config configs/tables/table2.py --workdir runs/paper
+  python main.py --mode table --config configs/tables/table2.py --workdir runs/paper --out tables/2
 
 72 runs; needs data/NUAA-SIRST, data/NUDT-SIRST, data/IRSTD-1K and the weights of Table 1.
 """

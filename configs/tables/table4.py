@@ -1,7 +1,7 @@
 """Table 4: MSDA-Net with FDEP, by the size of the ViT, with and without SAMF, on SIRST3.
 
-  python main.py --mode sweep --config configs/tables/table4.py --workdir runs
-  python main.py --mode table --config configs/tables/table4.py --workdir runs --out tables/4
+  python main.py --mode sweep --config configs/tables/table4.py --workdir runs/paper
+  python main.py --mode table --config configs/tables/table4.py --workdir runs/paper --out tables/4
 
 Six runs; needs weights/dinov2_vit{s,b,l}14_pretrain.pth.
 """

@@ -1,7 +1,7 @@
 """Table 5: what the branches of MSDA-Net with FDEP share, and an explicit distillation term.
 
-  python main.py --mode sweep --config configs/tables/table5.py --workdir runs
-  python main.py --mode table --config configs/tables/table5.py --workdir runs --out tables/5
+  python main.py --mode sweep --config configs/tables/table5.py --workdir runs/paper
+  python main.py --mode table --config configs/tables/table5.py --workdir runs/paper --out tables/5
 
 Six runs on SIRST3. The paper prints neither the term nor its weight; ours is the
 divergence of the outputs (`fdep_jax/ablations.py`) with weight 1.
@@ -26,6 +26,6 @@ def get_table():
       name += "-distill"
     label = (printed["share"], "✓" if printed["distill"] else "")
     changes = tables.network("msda", "fdep", **changes)
-    rows.append(Row(name, label, changes, tables.numbers(printed)))
+    rows.append(Row(name, label, changes, tables.numbers(printed), baseline="msda-fdep"))
   head = ("Shared", "Distillation term")
   return Table("Table 5. Sharing, MSDA-Net on SIRST3.", head, tables.HSE, tuple(rows))

@@ -1,7 +1,8 @@
 """Table S2: MSDA-Net with FDEP w/o CO-ISD, by ViT size, with and without SAMF, on SIRST3.
 
-  python main.py --mode sweep --config configs/tables/tableS2.py --workdir runs
-  python main.py --mode table --config configs/tables/tableS2.py --workdir runs --out tables/S2
+  python main.py --mode sweep --config configs/tables/tableS2.py --workdir runs/paper
+  python main.py --mode table --config configs/tables/tableS2.py --workdir runs/paper \
+      --out tables/S2
 
 Six runs; needs weights/dinov2_vit{s,b,l}14_pretrain.pth.
 """

@@ -1,7 +1,8 @@
 """Table S3: the networks that are here among the paper's methods, on SIRST3.
 
-  python main.py --mode sweep --config configs/tables/tableS3.py --workdir runs
-  python main.py --mode table --config configs/tables/tableS3.py --workdir runs --out tables/S3
+  python main.py --mode sweep --config configs/tables/tableS3.py --workdir runs/paper
+  python main.py --mode table --config configs/tables/tableS3.py --workdir runs/paper \
+      --out tables/S3
 
 Ten runs, all of them Table 1's.
 """

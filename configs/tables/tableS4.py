@@ -1,7 +1,8 @@
 """Table S4: the networks that are here among the paper's methods, on each dataset.
 
-  python main.py --mode sweep --config configs/tables/tableS4.py --workdir runs
-  python main.py --mode table --config configs/tables/tableS4.py --workdir runs --out tables/S4
+  python main.py --mode sweep --config configs/tables/tableS4.py --workdir runs/paper
+  python main.py --mode table --config configs/tables/tableS4.py --workdir runs/paper \
+      --out tables/S4
 
 30 runs, all of them Table 2's.
 """
