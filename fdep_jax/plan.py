@@ -255,6 +255,7 @@ def command(flags) -> None:
   kind, sides = topology.parse(flags.topology)
   config = flags.config
   config.host_devices, config.distributed = sides[0] if kind == "cpu" else 1, "off"
+  config.log.compile_cache = ""  # compile times are told, and a TPU's programs need one to be read
   if not flags.thorough:
     jax.config.update("jax_exec_time_optimization_effort", QUICK)
   mesh.start(config)
