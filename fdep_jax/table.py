@@ -54,6 +54,15 @@ class Result(NamedTuple):
   cells: dict[str, Cell]
 
 
+class Gap(NamedTuple):
+  """By how much a row is above its baseline, in percent."""
+
+  mean: float  # over seeds
+  low: float
+  high: float
+  by_seed: list[float]
+
+
 def command(flags) -> None:
   """`--mode table`."""
   if flags.config is not None:
@@ -153,13 +162,20 @@ def write(table: Table, results: Sequence[Result], out: pathlib.Path) -> str:
     "md": markdown(table, results, comparisons),
     "csv": as_csv(table, results),
     "tex": latex(table, results),
-    "json": json.dumps(as_json(table, results) | {"paired": comparisons}, indent=1) + "\n",
+    "json": json.dumps(as_json(table, results) | {"paired": _plain(comparisons)}, indent=1) + "\n",
   }
   for suffix, text in texts.items():
     partial = out / f"table.{suffix}.partial"
     partial.write_text(text)
     os.replace(partial, out / f"table.{suffix}")
   return texts["md"]
+
+
+def _plain(comparisons: dict[str, dict[str, Gap]]) -> dict:
+  return {
+    name: {metric: gap._asdict() for metric, gap in found.items()}
+    for name, found in comparisons.items()
+  }
 
 
 def write_report(results: Sequence[Result], out: pathlib.Path) -> list[pathlib.Path]:
@@ -271,10 +287,17 @@ def markdown(table: Table, results: Sequence[Result], comparisons: dict | None =
       lines.append(_line([name, *(_ours(cells[n], METRICS[n][3]) for n in METRICS)]))
   comparisons = paired(results) if comparisons is None else comparisons
   if comparisons:
-    lines += ["", "Paired over test images, mean over seeds, 95 % interval in percent:", ""]
+    lines += [
+      "",
+      "Paired over test images, percent: mean over seeds (95 % interval over images); each seed:",
+      "",
+    ]
     lines += [_line(["", *(METRICS[n][0] for n in _PAIRED)]), _line(["---"] * 4)]
     for name, found in comparisons.items():
-      cells = (f"{d:+.2f} ({low:+.2f} … {high:+.2f})" for d, low, high in found.values())
+      cells = [f"{g.mean:+.2f} ({g.low:+.2f} … {g.high:+.2f})" for g in found.values()]
+      if len(next(iter(found.values())).by_seed) > 1:
+        each = (", ".join(f"{value:+.2f}" for value in g.by_seed) for g in found.values())
+        cells = [f"{cell}; {values}" for cell, values in zip(cells, each, strict=True)]
       lines.append(_line([name, *cells]))
   return "\n".join(lines).rstrip() + "\n"
 
@@ -383,7 +406,7 @@ def main_branches(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
   return found
 
 
-def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[str, tuple]]:
+def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[str, Gap]]:
   """Each row against its baseline (`experiments.baselines`), on the same resampled test images.
 
   Needs probability maps of the runs (eval.save_probs). The difference of every seed is taken in
@@ -391,7 +414,7 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
   row deploys the light branch, its main branch is compared, too.
 
   Returns:
-    {"ROW − BASELINE": {metric: (difference, low, high) in percent}}.
+    {"ROW − BASELINE, seeds": {metric: gap}}.
   """
   import numpy as np
 
@@ -414,13 +437,12 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
         continue
       count = len(pairs[0][0])
       weights = np.concatenate([np.ones((1, count)), bootstrap.draw(count, resamples, 0)])
-      gaps = {name: 0.0 for name in _PAIRED}
-      for a, b in pairs:
-        left, right = bootstrap.samples(a, weights), bootstrap.samples(b, weights)
-        gaps = {n: gaps[n] + 100 * (left[n] - right[n]) / len(pairs) for n in _PAIRED}
+      each = [[bootstrap.samples(total, weights) for total in pair] for pair in pairs]
       name = result.row.name + (", main branch" if branch else "")
-      found[f"{name} − {other.row.name}, {len(pairs)} seeds"] = {
-        metric: (float(gap[0]), *np.nanquantile(gap[1:], [0.025, 0.975]).tolist())
-        for metric, gap in gaps.items()
-      }
+      name += f" − {other.row.name}, {len(pairs)} seed" + "s" * (len(pairs) > 1)
+      found[name] = {}
+      for metric in _PAIRED:
+        gaps = 100 * np.array([left[metric] - right[metric] for left, right in each])
+        low, high = np.nanquantile(gaps[:, 1:].mean(0), [0.025, 0.975]).tolist()
+        found[name][metric] = Gap(float(gaps[:, 0].mean()), low, high, gaps[:, 0].tolist())
   return found

@@ -340,11 +340,12 @@ def test_rows_with_maps_are_compared_on_the_same_images(toy, tmp_path):
     "toy-fdep_wo_coisd − toy-original, 2 seeds",
     "toy-fdep − toy-original, 2 seeds",
   ]
-  assert found["toy-fdep_wo_coisd − toy-original, 2 seeds"]["pd"] == (0, 0, 0)
-  difference, low, high = found["toy-fdep − toy-original, 2 seeds"]["pd"]
+  assert found["toy-fdep_wo_coisd − toy-original, 2 seeds"]["pd"] == (0, 0, 0, [0, 0])
+  difference, low, high, _ = found["toy-fdep − toy-original, 2 seeds"]["pd"]
   assert difference == low == high == pytest.approx(100)
-  difference, low, high = found["toy-fdep − toy-original, 2 seeds"]["iou"]
+  difference, low, high, by_seed = found["toy-fdep − toy-original, 2 seeds"]["iou"]
   assert low <= difference <= high and difference > 50
+  assert np.mean(by_seed) == pytest.approx(difference)
   assert "Paired over test images" in table.markdown(sweeping.table(), results)
 
 
@@ -362,7 +363,7 @@ def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_told_and_compare
   results = table.collect(sweeping.table(), sweeping.config(""), tmp_path)
   assert list(table.main_branches(results)) == ["toy-fdep"]
   found = table.paired(results, resamples=50)
-  assert found["toy-fdep, main branch − toy-original, 2 seeds"]["pd"] == (0, 0, 0)
+  assert found["toy-fdep, main branch − toy-original, 2 seeds"]["pd"] == (0, 0, 0, [0, 0])
   assert found["toy-fdep − toy-original, 2 seeds"]["pd"][0] == pytest.approx(100)
   text = table.markdown(sweeping.table(), results)
   assert "| toy-fdep | 2.50 (2) |" in text  # a tenth of IoU 25
