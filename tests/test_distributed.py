@@ -55,7 +55,11 @@ def start_processes(changes, then):
 
 
 def finish(processes, code=0):
-  outputs = [process.communicate(timeout=400)[0] for process in processes]
+  try:
+    outputs = [process.communicate(timeout=1800)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
   for process, output in zip(processes, outputs, strict=True):
     assert process.returncode == code, output[-4000:]
   return outputs
