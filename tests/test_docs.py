@@ -9,7 +9,7 @@ from configs import base
 from fdep_jax import settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "results/README.md"]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
 
