@@ -188,6 +188,15 @@ def test_a_pooled_value_is_what_its_name_says(ours, plain):
   assert_same(ours, plain, normal(2, 3, 4, 5))
 
 
+@pytest.mark.parametrize("axes", [(-1,), (1, 2)])
+def test_the_largest_has_jaxs_gradient_and_divides_by_no_zero(axes):
+  x = jnp.round(normal(2, 3, 4, 5))  # with ties
+  assert_same(lambda x: _ops.largest(x, axes), lambda x: x.max(axes, keepdims=True), x)
+  # As where it was computed with other rounding, nothing equals the maximum.
+  gradient = jax.grad(lambda x: _ops.largest(x, axes).sum())(x.at[0].set(jnp.nan))
+  assert (gradient[0] == 0).all() and jnp.isfinite(gradient).all()
+
+
 def test_every_operation_is_checked_here():
   public = [
     name

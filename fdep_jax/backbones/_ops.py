@@ -4,6 +4,8 @@ Every rewritten form equals the plain operation exactly up to rounding (tests/te
 and costs no more multiply-adds.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,9 +232,29 @@ def haar(x: jax.Array, *, stride: int) -> dict[str, jax.Array]:
   }
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """Maximum over axes, which are kept; the gradient goes in equal parts to what equals it.
+
+  JAX's own gradient divides by the number of elements that equal the maximum, which is 0 where the
+  compiler computes `x` twice with different rounding: seen as NaN on DNA-Net, compiled without
+  optimisation.
+  """
+  return x.max(axes, keepdims=True)
+
+
+@largest.defjvp
+def _(axes, primals, tangents):
+  (x,), (change,) = primals, tangents
+  top = x.max(axes, keepdims=True)
+  equal = x >= top
+  count = jnp.maximum(equal.sum(axes, keepdims=True), 1).astype(x.dtype)
+  return top, jnp.where(equal, change, 0).sum(axes, keepdims=True) / count
+
+
 def max_and_mean(x: jax.Array) -> jax.Array:
   """B×H×W×2: maximum, then mean over channels."""
-  return jnp.concatenate([x.max(-1, keepdims=True), x.mean(-1, keepdims=True)], -1)
+  return jnp.concatenate([largest(x, (-1,)), x.mean(-1, keepdims=True)], -1)
 
 
 def spatial_mean(x: jax.Array) -> jax.Array:
@@ -244,9 +266,9 @@ def spatial_mean(x: jax.Array) -> jax.Array:
 def spatial_max(x: jax.Array) -> jax.Array:
   """B×1×1×C; of the whole frame where x is a window of it."""
   window = _window.current(x)
-  return x.max((1, 2), keepdims=True) if window is None else window.max(x)
+  return largest(x, (1, 2)) if window is None else window.max(x)
 
 
 def mean_and_max(x: jax.Array) -> jax.Array:
   """B×H×W×2: mean, then maximum over channels (DNA-Net, UIU-Net)."""
-  return jnp.concatenate([x.mean(-1, keepdims=True), x.max(-1, keepdims=True)], -1)
+  return jnp.concatenate([x.mean(-1, keepdims=True), largest(x, (-1,))], -1)
