@@ -113,7 +113,7 @@ def state(run: Run) -> State:
     return State("failed", failure["error"].splitlines()[0][:120])
   if (run.folder / "config.json").exists():
     other = _other_config(run)
-    return State("of another config:", other) if other else State("begun", _progress(run))
+    return State("of another config", f"({other})") if other else State("begun", _progress(run))
   if run.teacher and not _complete(run.teacher):
     return State("waiting", f"for {run.teacher.name}")
   return State("missing")
@@ -138,7 +138,8 @@ def _complete(folder: pathlib.Path) -> bool:
     steps = settings.load(folder).train.steps
   except (ValueError, FileNotFoundError):
     return False
-  return metrics["last"]["checkpoint"] >= (steps if steps > 0 else metrics["steps"])
+  planned = steps if steps > 0 else metrics.get("steps")  # an older version did not write it
+  return planned is not None and metrics["last"]["checkpoint"] >= planned
 
 
 def _other_config(run: Run) -> str:

@@ -420,7 +420,7 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
 
   from fdep_jax.metrics import bootstrap
 
-  found: dict[str, dict[str, tuple]] = {}
+  found: dict[str, dict[str, Gap]] = {}
   baselines = experiments.baselines([result.row for result in results])
   by_name = {result.row.name: result for result in results}
   for result in results:

@@ -56,7 +56,7 @@ def start_processes(changes, then):
 
 def finish(processes, code=0):
   try:
-    outputs = [process.communicate(timeout=1800)[0] for process in processes]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
   finally:
     for process in processes:
       process.kill()

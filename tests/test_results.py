@@ -41,7 +41,7 @@ def test_every_run_is_of_todays_config_and_in_the_table(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_about_them_is_in_them(name):
-  """Every row of numbers, and every difference, in the chapter on a table."""
+  """Every number of two decimals in the chapter on a table is a number of the table."""
   chapter = TEXT.split(f"## `{name}`")[1].split("\n## ")[0].split("### What came out")[1]
   committed = (ROOT / "results" / name / "table.json").read_text()
   known = {f"{float(n):.2f}" for n in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", committed)}
@@ -50,3 +50,10 @@ def test_what_is_written_about_them_is_in_them(name):
   written = re.findall(r"[+−]?\d+\.\d\d", chapter)
   assert len(written) > 5
   assert {w.lstrip("+").replace("−", "-") for w in written} <= known
+
+
+def test_the_readme_has_the_tables_means():
+  page = (ROOT / "results/nuaa_cpu/table.md").read_text()
+  readme = (ROOT / "README.md").read_text()
+  written = re.findall(r"\d+\.\d\d ± \d+\.\d\d", readme)
+  assert len(written) == 4 and all(f"| {mean} (3) |" in page for mean in written)

@@ -124,7 +124,7 @@ def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_pa
   assert str(sweep.state(run)) == "finished HSE 50.00"
   for change, state in (
     ({"train.steps": 13}, "begun step 4 of 13"),  # its schedule is constant: it can go on
-    ({"data.crop": 64}, f"of another config: data.crop: {run.config.data.crop} there, 64 here"),
+    ({"data.crop": 64}, f"of another config (data.crop: {run.config.data.crop} there, 64 here)"),
   ):
     other = ConfigDict(run.config.to_dict())
     other.update_from_flattened_dict(change)
@@ -135,6 +135,20 @@ def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_pa
   (run.folder / "metrics.json").unlink()
   with settings.locked(run.folder, "sweep.lock"):
     assert "running step 4 of 12 (process" in str(sweep.state(run))
+
+
+def test_the_end_of_a_run_by_epochs_is_what_its_evaluation_says(toy, tmp_path):
+  config = sweeping.config("")
+  config.train.steps, config.train.epochs = 0, 2
+  run = sweep.Run(None, 0, config, tmp_path / "run", None)
+  fake(run, 0.5, step=40)
+  path = run.folder / "metrics.json"
+  metrics = json.loads(path.read_text())
+  for steps, word in ((40, "finished"), (41, "begun"), (None, "begun")):
+    evaluate.write_json(path, metrics | {"steps": steps})
+    assert sweep.state(run).word == word
+  evaluate.write_json(path, metrics)  # of an older version
+  assert sweep.state(run).word == "begun"
 
 
 def test_results_of_another_config_are_kept(toy, tmp_path):

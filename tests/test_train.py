@@ -53,12 +53,19 @@ def lines(workdir) -> list[dict]:
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_same_seed_and_an_interruption_give_identical_parameters(toy, tmp_path):
+def test_same_seed_and_an_interruption_give_identical_parameters(toy, tmp_path, monkeypatch):
   config = toy_config(**{"train.steps": 20, "log.every_steps": 1})
   train.train(config, tmp_path / "a")
   train.train(config, tmp_path / "b")
   train.train(toy_config(**{"train.steps": 7, "log.every_steps": 1}), tmp_path / "c")
   assert checkpoint.Checkpoints(tmp_path / "c").steps()[-1] == 7
+  evaluate_run = evaluate.evaluate
+
+  def evaluate_again(workdir, *arguments):
+    assert not (workdir / "metrics.json").exists()  # those of the shorter run are gone
+    return evaluate_run(workdir, *arguments)
+
+  monkeypatch.setattr(evaluate, "evaluate", evaluate_again)
   train.train(config, tmp_path / "c")
   a, b, c = (parameters(tmp_path / name, config) for name in "abc")
   assert any(k.startswith("opt/") for k in a) and any(k.startswith("rng/") for k in a)
