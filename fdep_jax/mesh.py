@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -24,11 +25,17 @@ def start(config: ConfigDict) -> None:
   if config.host_devices > 1:
     jax.config.update("jax_num_cpu_devices", config.host_devices)
   cache_programs(config)
+  if config.distributed == "off":
+    return
   if config.distributed == "auto":
     jax.distributed.initialize()
-  elif config.distributed != "off":
+  else:
     address, count, index = config.distributed.split(",")
     jax.distributed.initialize(address, int(count), int(index))
+  # Gloo, which joins CPUs, gives up when one process comes to their first exchange 30 s after
+  # another; later ones wait. Compiling a step can part them by more, so the first is made now.
+  everyone = over(jax.devices())
+  jax.block_until_ready(jax.jit(jnp.sum)(put_rows(np.ones(everyone.size), everyone)))
 
 
 def cache_programs(config: ConfigDict) -> None:

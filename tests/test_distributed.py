@@ -101,6 +101,18 @@ def test_one_process_writes():
 
 
 @pytest.mark.slow
+def test_a_process_waits_for_one_that_compiles_longer():
+  then = """
+import time
+import numpy as np
+ones = mesh.put_rows(np.ones(4), mesh.make())
+time.sleep(35 * jax.process_index())  # Gloo's patience for the first exchange is 30 s
+assert float(jax.jit(jax.numpy.sum)(ones)) == 4
+"""
+  finish(start_processes({}, then))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["msda", "dna"])
 def test_eight_devices_and_two_processes_take_the_steps_of_one(backbone, tmp_path):
   """Hard mining included: every target of a batch is on the first device."""
