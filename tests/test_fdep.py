@@ -93,7 +93,8 @@ def test_encoding_once_equals_two_full_passes(toy, name):
     twice, grads_twice = run(params, two_passes)
     np.testing.assert_allclose(once, twice, rtol=1e-12)
     for a, b in zip(jax.tree.leaves(grads_once), jax.tree.leaves(grads_twice), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-12)
+      # Sums of terms as large as the largest gradient are rounded at its scale.
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-11 * max(1, abs(b).max()))
 
 
 def test_the_light_branch_is_the_backbone_alone(toy):
