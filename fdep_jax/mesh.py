@@ -18,7 +18,7 @@ _SMALL = 2**16  # elements; smaller arrays are not worth a gather
 
 
 def start(config: ConfigDict) -> None:
-  """What must be set before jax finds its devices; joins the other processes of the run.
+  """What must be set before jax finds its devices; joins, and waits for, the run's other processes.
 
   With several processes on CPUs each has `host_devices` devices.
   """
@@ -32,10 +32,9 @@ def start(config: ConfigDict) -> None:
   else:
     address, count, index = config.distributed.split(",")
     jax.distributed.initialize(address, int(count), int(index))
-  # Gloo, which joins CPUs, gives up when one process comes to their first exchange 30 s after
-  # another; later ones wait. Compiling a step can part them by more, so the first is made now.
-  everyone = over(jax.devices())
-  jax.block_until_ready(jax.jit(jnp.sum)(put_rows(np.ones(everyone.size), everyone)))
+  # Gloo, which joins CPUs, gives up when one process comes to the first exchange of a group of
+  # devices 30 s after another; later ones wait. Loading or compiling may part them by more.
+  minimum(0)
 
 
 def cache_programs(config: ConfigDict) -> None:
@@ -121,9 +120,9 @@ def minimum(value: int) -> int:
   """The smallest of all processes' values."""
   if jax.process_count() == 1:
     return value
-  from jax.experimental import multihost_utils
-
-  return int(multihost_utils.process_allgather(np.asarray(value)).min())
+  # Over all devices, as a step's exchanges: a group of others would have a first one of its own.
+  rows = np.full(jax.local_device_count(), value)
+  return int(jax.jit(jnp.min)(put_batch(rows, over(jax.devices()))))
 
 
 def shared_out(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

@@ -101,13 +101,16 @@ def test_one_process_writes():
 
 
 @pytest.mark.slow
-def test_a_process_waits_for_one_that_compiles_longer():
-  then = """
+@pytest.mark.parametrize(
+  "exchange", ["float(jax.jit(jax.numpy.min)(rows))", "mesh.minimum(jax.process_index() + 3)"]
+)
+def test_a_process_waits_for_one_that_loads_or_compiles_longer(exchange):
+  then = f"""
 import time
 import numpy as np
-ones = mesh.put_rows(np.ones(4), mesh.make())
-time.sleep(35 * jax.process_index())  # Gloo's patience for the first exchange is 30 s
-assert float(jax.jit(jax.numpy.sum)(ones)) == 4
+rows = mesh.put_rows(np.arange(3.0, 7), mesh.make())
+time.sleep(35 * jax.process_index())  # Gloo's patience for a first exchange is 30 s
+assert {exchange} == 3
 """
   finish(start_processes({}, then))
 
