@@ -18,6 +18,8 @@ import tempfile
 import networks as bench
 import numpy as np
 
+from fdep_jax import build
+
 OURS = ("onnxruntime", "light", "original")
 MEAN, STD = 0.4, 0.2
 
@@ -53,7 +55,7 @@ class Worker:
 
     import converters
     from configs import base
-    from fdep_jax import backbones, evaluate, export, run
+    from fdep_jax import backbones, export, run
     from fdep_jax.fdep import FDEP
 
     weights = pathlib.Path(folder, "weights.npz")
@@ -86,7 +88,7 @@ class Worker:
     if logits.exists():
       theirs = 1 / (1 + np.exp(-np.load(logits).astype(np.float64)))
       difference = float(np.abs(self.calls["onnxruntime"]()[0] - theirs).max())
-    counts = [evaluate.count_parameters(nnx.state(n, nnx.Param)) for n in (light.net, original)]
+    counts = [build.count_parameters(nnx.state(n, nnx.Param)) for n in (light.net, original)]
     flops = [export.flops(n, 256) for n in (light.net, original)]
     return {
       "parameters": counts[0] / counts[1],

@@ -154,7 +154,7 @@ class JaxWorker:
     import optax
     from flax import nnx
 
-    from fdep_jax import mesh as meshes
+    from fdep_jax.runtime import mesh as meshes
 
     mesh = meshes.make(CORES, TRAIN_SHAPE[0])
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)

@@ -28,6 +28,9 @@ import tempfile
 import networks as bench
 import numpy as np
 
+from fdep_jax import build
+from fdep_jax import step as step_lib
+
 CROP, BATCH = 224, 4
 OURS = ("step", "two passes", "levels", "bank")
 LAYOUTS = ("NCHW", "channels_last")
@@ -47,7 +50,8 @@ class JaxWorker:
     import jax
     from flax import nnx
 
-    from fdep_jax import dinov2, run
+    from fdep_jax import run
+    from fdep_jax.priors import dinov2
 
     self.version = f"jax {jax.__version__}"
     vit = dinov2.DINOv2(**dinov2.SIZES[vit], rngs=nnx.Rngs(0))
@@ -60,7 +64,8 @@ class JaxWorker:
   def prepare(self, name, folder, variants):
     """Compiles the variants; the state is each one's own."""
     from configs import base
-    from fdep_jax import bank, data, mesh
+    from fdep_jax import bank, data
+    from fdep_jax.runtime import mesh
 
     self.calls = {}
     config = base.get_config()
@@ -84,21 +89,20 @@ class JaxWorker:
 
   def _step(self, config, the_mesh, next_batch, two_passes):
     import jax
-    from flax import nnx
 
-    from fdep_jax import mesh, run, train
+    from fdep_jax.runtime import mesh
 
-    model = run.create_model(config, self.prior)
+    model = build.create_model(config, self.prior)
     if two_passes:
       model.__class__ = _two_passes()
-    optimizer = train.make_optimizer(config, 1)
-    step = train.make_step(config, model, self.prior, optimizer, 0.5, 0.2)
-    state = mesh.put_replicated(train.init_state(model, optimizer), the_mesh)
-    vit_state = mesh.put_replicated(nnx.split(self.prior.vit)[1], the_mesh)
+    optimizer = step_lib.make_optimizer(config, 1)
+    step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
+    state = mesh.put_replicated(step_lib.init_state(model, optimizer), the_mesh)
+    placed = mesh.put_replicated(self.prior, the_mesh)
 
     def call():
       nonlocal state
-      state, metrics = step(state, vit_state, mesh.put_batch(next_batch(), the_mesh))
+      state, metrics = step(state, placed, mesh.put_batch(next_batch(), the_mesh))
       jax.block_until_ready(metrics)
 
     call()
@@ -108,11 +112,11 @@ class JaxWorker:
     import jax
     from flax import nnx
 
-    from fdep_jax import mesh
+    from fdep_jax.runtime import mesh
 
-    graphdef, state = nnx.split(self.prior.vit)
+    graphdef, state = nnx.split(self.prior.model)
     the_mesh = mesh.make(min(bench.CORES, batch), batch)
-    run_vit = jax.jit(lambda state, image: nnx.merge(graphdef, state)(image, self.prior.levels))
+    run_vit = jax.jit(lambda state, image: nnx.merge(graphdef, state)(image, self.prior.blocks))
     state = mesh.put_replicated(state, the_mesh)
     image = mesh.put_batch(bench.arrays((batch, 448, 448))[0], the_mesh)
     self.calls = {"vit": lambda: jax.block_until_ready(run_vit(state, image))}

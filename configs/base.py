@@ -70,7 +70,7 @@ def get_config():
   c.train.teacher = ""  # the finished run whose selected main branch makes the pseudo-labels
   c.train.nonfinite = "stop"  # stop | skip (and count): a step that is not finite
   c.train.dtype = "float32"  # of activations; parameters, statistics and losses stay float32
-  # none | products: what the backward pass computes again to save memory, see train.REMAT
+  # none | products: what the backward pass computes again to save memory, see step_lib.REMAT
   c.train.remat = "none"
 
   c.eval = ConfigDict()

@@ -11,7 +11,7 @@ from flax import nnx
 from converters import _rules
 from converters._torch_file import read_torch
 from fdep_jax import backbones
-from fdep_jax.dinov2 import DINOv2
+from fdep_jax.priors.dinov2 import DINOv2
 
 __all__ = ["load_backbone", "load_dinov2", "read_torch", "to_torch"]
 

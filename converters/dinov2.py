@@ -1,4 +1,4 @@
-"""DINOv2 weights: facebookresearch or Hugging Face names → fdep_jax.dinov2.
+"""DINOv2 weights: facebookresearch or Hugging Face names → fdep_jax.priors.dinov2.
 
   python -m converters.dinov2 IN OUT
 
@@ -19,9 +19,9 @@ import numpy as np
 from flax import nnx
 
 from converters._torch_file import is_safetensors, read_torch
-from fdep_jax import dinov2
+from fdep_jax.priors import dinov2
 
-FORMAT = "fdep_jax.dinov2/1"  # metadata of a converted file
+FORMAT = "fdep_jax.priors.dinov2/1"  # metadata of a converted file
 _HEAD_WIDTH = 64  # of every published DINOv2; the shapes do not tell it
 
 

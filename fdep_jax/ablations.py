@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fdep_jax import backbones, dinov2, samf
-from fdep_jax.backbones import Backbone, Logits, _blocks, _ops
+from fdep_jax import backbones, samf
+from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.backbones.msda import MSDANet
 from fdep_jax.fdep import FUSIONS
+from fdep_jax.layers import basic, ops
+from fdep_jax.priors import dinov2
 
 
 class PartlyShared(nnx.Module):
@@ -47,6 +49,10 @@ class PartlyShared(nnx.Module):
       for part in path[:-1]:
         ours, theirs = _child(ours, part), _child(theirs, part)
       setattr(ours, path[-1], getattr(theirs, path[-1]))
+
+  @property
+  def in_channels(self) -> int:
+    return self.backbone.in_channels
 
   def light(self, image: jax.Array) -> Logits:
     """The deployed branch."""
@@ -117,6 +123,8 @@ class OnDino(nnx.Module):
     num_levels: of them.
   """
 
+  in_channels = 3
+
   def __init__(
     self, decoder: Literal["plain", "msda"], dino_width: int, num_levels: int, *, rngs: nnx.Rngs
   ):
@@ -134,21 +142,21 @@ class PlainDecoder(nnx.Module):
   def __init__(self, dino_width: int, num_levels: int, *, rngs: nnx.Rngs):
     channels = (64, 64, 32, 16, 16)  # at 1/16 … 1 of the size
     self.project = nnx.List(
-      [_blocks.Conv(dino_width, channels[0], 1, rngs=rngs) for _ in range(num_levels)]
+      [basic.Conv(dino_width, channels[0], 1, rngs=rngs) for _ in range(num_levels)]
     )
     self.enlarge = nnx.List(
       [
-        _blocks.ConvNormRelu(i, o, rngs=rngs)
+        basic.ConvNormRelu(i, o, rngs=rngs)
         for i, o in zip(channels[:-1], channels[1:], strict=True)
       ]
     )
-    self.head = _blocks.Conv(channels[-1], 1, 1, rngs=rngs)
+    self.head = basic.Conv(channels[-1], 1, 1, rngs=rngs)
 
   def __call__(self, levels: Sequence[jax.Array], size: tuple[int, int]) -> Logits:
     x = sum(project(level) for project, level in zip(self.project, levels, strict=True))
-    x = _ops.resize(x, _part(size, 16), align_corners=False)
+    x = ops.resize(x, _part(size, 16), align_corners=False)
     for layer in self.enlarge:
-      x = layer(_ops.upsample2(x, align_corners=False))
+      x = layer(ops.upsample2(x, align_corners=False))
     return Logits(self.head(x))
 
 
@@ -189,6 +197,10 @@ class Unfrozen(nnx.Module):
 
   def __init__(self, model: nnx.Module, vit: dinov2.DINOv2, levels: tuple[int, ...]):
     self.model, self.vit, self.levels = model, vit, levels
+
+  @property
+  def in_channels(self) -> int:
+    return self.model.in_channels
 
   def main(self, image: jax.Array, prepared: Sequence[jax.Array]) -> Logits:
     """As the model's; in place of the levels comes, alone, the image that DINOv2 takes."""

@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
-from fdep_jax import mesh, run, settings
 from fdep_jax.data import CropBank
+from fdep_jax.priors import Prior
+from fdep_jax.runtime import files, mesh
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)
 
@@ -42,18 +42,18 @@ class Bank:
   """
 
   def __init__(
-    self, folder: pathlib.Path, crops: CropBank, prior: run.Prior, *, keep_old: bool = False
+    self, folder: pathlib.Path, crops: CropBank, prior: Prior, *, keep_old: bool = False
   ):
     self._folder, self._crops, self._prior, self._keep_old = folder, crops, prior, keep_old
-    side = -(-crops.size // prior.vit.patch)
-    self.shape = (len(prior.levels), side, side, prior.vit.width)  # of one crop
+    side = -(-crops.size // prior.patch)
+    self.shape = (len(prior.blocks), side, side, prior.width)  # of one crop
     self._generation = -1
     self._shards: list[np.memmap] = []
     self._identity = {
       "format": 1,
       "dino_sha256": prior.sha256,
-      "dino_dtype": str(prior.vit.patch_embed.kernel[...].dtype),
-      "levels": list(prior.levels),
+      "dino_dtype": str(prior.model.patch_embed.kernel[...].dtype),
+      "levels": list(prior.blocks),
       "crop": crops.size,
       "crops": len(crops),
       "seed": crops.seed,
@@ -110,10 +110,10 @@ class Bank:
     per_shard = -(-len(self._crops) // shards)
     if not self._complete(folder, shards):
       # Runs that share the folder wait for the one that fills it.
-      with settings.locked(folder, wait=True) if mesh.writes() else contextlib.nullcontext():
+      with files.locked(folder, wait=True) if mesh.writes() else contextlib.nullcontext():
         _barrier("bank begins")
         if mesh.writes():
-          _write(path, json.dumps(identity | {"shards": shards}, indent=2))
+          files.write(path, json.dumps(identity | {"shards": shards}, indent=2))
         _barrier("bank is described")
         self._fill(folder, generation, per_shard, batch_size, the_mesh, progress)
         _barrier("bank is full")
@@ -126,8 +126,8 @@ class Bank:
     """This process's shard, in step with the others; every process computes as many batches."""
     process, count = jax.process_index(), jax.process_count()
     rows = max(batch_size // count, the_mesh.devices.size // count)
-    compute = _levels_of(self._prior, the_mesh)
-    vit_state = mesh.put_replicated(nnx.split(self._prior.vit)[1], the_mesh)
+    compute = _levels_of(the_mesh)
+    prior = self._prior.placed(the_mesh)
     shape = (per_shard, *self.shape)
     bin_path, done_path = folder / f"shard_{process}.bin", folder / f"shard_{process}.done"
     done = int(done_path.read_text()) if done_path.exists() and bin_path.exists() else 0
@@ -144,11 +144,11 @@ class Bank:
         image = np.stack(
           [self._crops.crop(generation * len(self._crops) + number)[0] for number in numbers]
         )
-        levels = mesh.local_rows(compute(vit_state, mesh.put_batch(image, the_mesh)))
+        levels = mesh.local_rows(compute(prior, mesh.put_batch(image, the_mesh)))
         end = min(start + rows, per_shard)
         shard[start:end] = levels[: end - start].view(np.uint16)
         shard.flush()
-        _write(done_path, str(end))
+        files.write(done_path, str(end))
         bar.update(end - start)
 
   def _complete(self, folder: pathlib.Path, shards: int) -> bool:
@@ -193,13 +193,11 @@ class Bank:
       )  # fmt: skip
 
 
-def _levels_of(prior: run.Prior, the_mesh) -> Callable:
-  """Jitted (vit_state, B×H×W×3 uint8) → B×levels×h×w×D bfloat16."""
-  graphdef = nnx.split(prior.vit)[0]
+def _levels_of(the_mesh) -> Callable:
+  """Makes the jitted (prior, B×H×W×3 uint8) → B×levels×h×w×D bfloat16."""
 
-  def levels(vit_state, image):
-    found = run.frozen_levels(prior, vit_state, graphdef, image)
-    return jax.numpy.stack(found, 1).astype(_DTYPE)
+  def levels(prior, image):
+    return jax.numpy.stack(prior.levels(image), 1).astype(_DTYPE)
 
   return jax.jit(levels, out_shardings=mesh.split(the_mesh))
 
@@ -212,12 +210,6 @@ def _fingerprint(crops: CropBank) -> str:
     digest.update(np.ascontiguousarray(sample.image))
     digest.update(np.ascontiguousarray(sample.mask))
   return digest.hexdigest()
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text)
-  os.replace(partial, path)
 
 
 def _barrier(name: str) -> None:

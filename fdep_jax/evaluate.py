@@ -1,7 +1,6 @@
 """Evaluation: whole images at their own sizes, every trained branch, the paper's columns (§4.2)."""
 
 import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -15,40 +14,18 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import checkpoint, data, hlo, mesh, report, run, settings
-from fdep_jax.metrics import hse
+from fdep_jax import build, data, forward, report, settings
+from fdep_jax.metrics import columns, hse
+from fdep_jax.priors import Prior
+from fdep_jax.runtime import checkpoint, files, hlo, mesh
 
-COLUMNS = ("IoU", "nIoU", "Pd", "Fa·1e6", "HSE-P", "HSE-T", "HSE", "P(M)", "time (s)")
 PAD = 32  # pixels; reported images are zero-padded to multiples of it, as the reference does
 
 
-def make_forward(config: ConfigDict, model, prior, mean: float, std: float) -> Callable:
-  """A jitted (params, stats, rng, vit_state, image) → {branch: B×H×W float32 probabilities}.
-
-  `image` is B×H×W×3 uint8. Everything is in evaluation mode.
-  """
-  model = nnx.clone(model)
-  model.eval()
-  graphdef, _ = nnx.split(model)
-  vit_graphdef = nnx.split(prior.vit)[0] if prior else None
-
-  @jax.jit
-  def forward(params, stats, rng, vit_state, image):
-    model = nnx.merge(graphdef, params, stats, rng)
-    levels = run.frozen_levels(prior, vit_state, vit_graphdef, image) if prior else []
-    logits = run.branches(model, config.mode, run.normalise(image, mean, std), levels)
-    return {
-      name: jax.nn.sigmoid(branch.final[..., 0].astype(jnp.float32))
-      for name, branch in logits.items()
-    }
-
-  return forward
-
-
 def probabilities(
-  forward: Callable,
+  apply: Callable,
   state: dict,
-  vit_state,
+  prior: Prior | None,
   samples: Sequence[data.Sample],
   batch_size: int,
   the_mesh,
@@ -65,7 +42,7 @@ def probabilities(
   )
   for batch in batches:
     image = mesh.put_rows(batch["image"], the_mesh)
-    probs = mesh.get(forward(state["params"], state["stats"], state["rng"], vit_state, image))
+    probs = mesh.get(apply(state["params"], state["stats"], state["rng"], prior, image))
     for row, (index, (height, width)) in enumerate(
       zip(batch["indices"], batch["sizes"], strict=True)
     ):
@@ -100,43 +77,31 @@ def accumulate(
   return totals
 
 
-def count_parameters(params) -> int:
-  """P of the paper: all parameters without DINOv2, also where that is trained."""
-  flat = nnx.to_flat_state(params)
-  return sum(leaf.size for path, leaf in flat if path[0] != "vit")
-
-
-def deployed_branch(mode: str) -> str:
-  """The branch that selection looks at and users deploy."""
-  return "main" if mode == "fdep_wo_coisd" else "light"
-
-
-def cost(config: ConfigDict, model, prior, repeats: int = 5) -> dict[str, float]:
-  """FLOPs and seconds of the deployed branch on one crop-sized image (batch 1, this machine).
+def cost(config: ConfigDict, model, prior: Prior | None, repeats: int = 5) -> dict[str, float]:
+  """Measures FLOPs and seconds of the deployed branch on one crop-sized image on this machine.
 
   FLOPs are two for every multiply-add of convolutions and matrix products.
   """
   model = nnx.clone(model)
   model.eval()
   graphdef, state = nnx.split(model)
-  vit = nnx.split(prior.vit) if prior and config.mode == "fdep_wo_coisd" else (None, None)
+  branch = forward.deployed_branch(config.mode)
+  if branch == "light":
+    prior = None
 
   @jax.jit
-  def deployed(state, vit_state, image):
+  def deployed(state, prior, image):
     model = nnx.merge(graphdef, state)
-    normal = run.normalise(image, 0.5, 0.25)
-    if vit_state is None:
-      return model.light(normal).final
-    return model.main(normal, run.frozen_levels(prior, vit_state, vit[0], image)).final
+    return forward.logits(model, forward.ALONE[branch], image, prior, 0.5, 0.25)[branch].final
 
   image = jnp.zeros((1, config.data.crop, config.data.crop, 3), jnp.uint8)
-  lowered = deployed.lower(state, vit[1], image)
+  lowered = deployed.lower(state, prior, image)
   flops = hlo.flops(lowered.as_text("hlo"), "none")["outside"]
   compiled = lowered.compile()
   seconds = []
   for _ in range(repeats + 1):
     start = time.perf_counter()
-    jax.block_until_ready(compiled(state, vit[1], image))
+    jax.block_until_ready(compiled(state, prior, image))
     seconds.append(time.perf_counter() - start)
   return {"flops": flops, "seconds_per_image": statistics.median(seconds[1:])}
 
@@ -147,21 +112,16 @@ def results(scores: dict[str, hse.Score]) -> dict[str, dict]:
 
 
 def table(metrics: dict) -> str:
-  """The paper's columns, a row a branch; percent, Fa in 10⁻⁶."""
-  lines = [f"{'':<8}" + "".join(f"{c:>10}" for c in COLUMNS)]
+  """Formats the paper's columns, one row a branch; percent, Fa in 10⁻⁶."""
+  shown = {**columns.METRICS, **{n: c for n, c in columns.COSTS.items() if n != "flops_g"}}
+  lines = [f"{'':<8}" + "".join(f"{column.heading:>10}" for column in shown.values())]
   for branch in ("main", "light"):
     if branch not in metrics:
       continue
-    m = metrics[branch]
-
-    def shown(key, factor, m=m):
-      return "-" if m[key] is None else f"{m[key] * factor:.2f}"
-
-    cells = [shown(k, 100) for k in ("iou", "niou", "pd")] + [shown("fa", 1e6)]
-    cells += [shown(k, 100) for k in ("hse_p", "hse_t", "hse")]
-    cells.append(f"{metrics['params'] / 1e6:.2f}")
+    values = metrics[branch] | {"params": metrics["params"]}
     deployed = branch == metrics["deployed"]
-    cells.append(f"{metrics['seconds_per_image']:.3f}" if deployed else "-")
+    values["seconds_per_image"] = metrics["seconds_per_image"] if deployed else None
+    cells = [column.shown(values[column.key]) for column in shown.values()]
     lines.append(f"{branch:<8}" + "".join(f"{cell:>10}" for cell in cells))
   return "\n".join(lines)
 
@@ -190,43 +150,32 @@ def _fingerprint(state: dict) -> str:
   return digest.hexdigest()
 
 
-def write_json(path: pathlib.Path, value) -> None:
-  """Writes the whole file or nothing."""
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(partial, path)
-
-
 def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loaded=None) -> dict:
   """Scores the best and the newest checkpoint on the test split; writes and prints the table.
 
   Args:
-    workdir: of a run.
+    workdir: folder of a run.
     config: of the run; default its config.json.
-    loaded: (images, prior, model) where the caller has them.
+    loaded: (images, prior, model) if the caller has them.
 
   Returns:
-    What `metrics.json` holds; `report.html` and `examples.png` show it.
+    The content of `metrics.json`; `report.html` and `examples.png` show it.
 
   Raises:
     FileNotFoundError: no run, no checkpoint, or its data or weights are gone.
   """
-  workdir = run.run_folder(workdir)
+  workdir = files.expand(workdir)
   config = config or settings.load(workdir)
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   if not checkpoints.steps():
     raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
   if loaded is None:
-    run.check_inputs(config)
-    prior = run.load_prior(config)
-    loaded = run.load_images(config), prior, run.create_model(config, prior)
+    build.check_inputs(config)
+    prior = build.load_prior(config)
+    loaded = build.load_images(config), prior, build.create_model(config, prior)
   images, prior, model = loaded
-  the_mesh = mesh.make(config.host_devices)
-  forward = make_forward(config, model, prior, images.mean, images.std)
-  vit_state = run.place_prior(config, prior, the_mesh)
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   like = {"params": params, "stats": stats, "rng": rng}
-
   # Both are read now: a training that is under way replaces them.
   last_state, last = checkpoints.restore(like)
   best_state, best = (
@@ -234,11 +183,9 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     if checkpoints.best_step() is not None
     else (last_state, last)
   )
+  checkpoints.close()
 
-  def maps_of(state: dict):
-    state = mesh.put_replicated(state, the_mesh)
-    return probabilities(forward, state, vit_state, images.test, config.eval.batch_size, the_mesh)
-
+  maps_of = _maps_of(config, images, prior, model)
   newest = None
   if best["step"] != last["step"]:
     newest = results(score(maps_of(last_state), images.test)) | {"checkpoint": last["step"]}
@@ -253,8 +200,8 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
   chosen["checkpoint"] = best["step"]
   metrics = {
     **chosen,
-    "params": count_parameters(params),
-    "deployed": deployed_branch(config.mode),
+    "params": build.count_parameters(params),
+    "deployed": forward.deployed_branch(config.mode),
     **cost(config, model, prior),
     "split": "test",
     "selected_on": config.eval.select_on,
@@ -262,23 +209,45 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     "last": newest or chosen,
     "steps": last.get("steps"),
   }
-  checkpoints.close()
-  if not mesh.writes():
-    return metrics
-  write_json(workdir / "metrics.json", metrics)
-  if shown:
-    source = "no prior" if prior is None else f"prior: {config.dino.checkpoint}"
-    caption = f"{config.model.backbone}, {config.mode}, {source}, step {metrics['checkpoint']}"
-    chosen_samples = [images.test[i] for i in shown]
-    report.examples(workdir / "examples.png", chosen_samples, list(shown.values()), caption)
-  about = {
+  if mesh.writes():
+    files.write_json(workdir / "metrics.json", metrics)
+    about = _about(config, images, best, best_state, newest=best is last)
+    _show(workdir, config, images, recorder, totals, metrics, shown, about)
+  return metrics
+
+
+def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, model) -> Callable:
+  """Makes the function from a state to the test images' maps."""
+  the_mesh = mesh.make(config.host_devices)
+  apply = forward.make_forward(config, model, images.mean, images.std)
+  prior = prior.placed(the_mesh, config.dino.shard) if prior else None
+
+  def maps(state: dict):
+    state = mesh.put_replicated(state, the_mesh)
+    return probabilities(apply, state, prior, images.test, config.eval.batch_size, the_mesh)
+
+  return maps
+
+
+def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, newest: bool) -> dict:
+  """Describes the scored checkpoint for the report."""
+  return {
     "checkpoint": f"step {best['step']}, "
-    + ("the newest" if best is last else f"the best on {config.eval.select_on}"),
-    "its parameters and statistics, SHA-256": _fingerprint(best_state),
+    + ("the newest" if newest else f"the best on {config.eval.select_on}"),
+    "its parameters and statistics, SHA-256": _fingerprint(state),
     "DINOv2, SHA-256 of its file": best["dino_sha256"] or "none",
     "normalisation": f"mean {images.mean:.6f}, standard deviation {images.std:.6f}",
     "data": f"{config.data.root}, {len(images.test)} test images",
   }
+
+
+def _show(workdir, config, images, recorder, totals, metrics, shown, about) -> None:
+  """Writes `examples.png` and `report.html`, and prints the table."""
+  if shown:
+    source = "no prior" if config.mode == "original" else f"prior: {config.dino.checkpoint}"
+    caption = f"{config.model.backbone}, {config.mode}, {source}, step {metrics['checkpoint']}"
+    samples = [images.test[i] for i in shown]
+    report.examples(workdir / "examples.png", samples, list(shown.values()), caption)
   flat = settings.flat(config)
   path = workdir / "report.html"
   report.write(path, workdir.resolve().name, images.test, recorder, totals, metrics, flat, about)
@@ -289,4 +258,3 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     f"(best on {config.eval.select_on})"
   )
   print(table(metrics))
-  return metrics

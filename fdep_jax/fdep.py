@@ -64,6 +64,10 @@ class FDEP(nnx.Module):
       for path in sorted(_decoder_stats(backbone)):
         self.main_stats[path] = MainStat(jnp.array(stats[path][...]))
 
+  @property
+  def in_channels(self) -> int:
+    return self.backbone.in_channels
+
   def light(self, image: jax.Array) -> Logits:
     """The deployed branch: the detector's own parameters and nothing else."""
     return self.backbone(image)

@@ -13,7 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fdep_jax import dinov2, evaluate, hlo, mesh, run, settings, topology, train
+from fdep_jax import build, forward, priors, settings
+from fdep_jax import step as step_lib
+from fdep_jax.priors import Prior, dinov2
+from fdep_jax.runtime import files, hlo, mesh, topology
 
 # GMAC of one 448×448 image, convolutions and linears: the encoder with what decoding computes from
 # the skips alone, and what depends on the top feature. Counted on the published networks.
@@ -37,7 +40,7 @@ QUICK = -1.0
 class Parts(NamedTuple):
   """What a step is built from, as shapes only."""
 
-  prior: run.Prior | None
+  prior: Prior | None
   model: nnx.Module
   state: dict
 
@@ -62,54 +65,31 @@ class DoesNotFitError(Exception):
     self.needed, self.seconds = needed, seconds
 
 
-def vit_arguments(checkpoint: str) -> dict:
-  """Keywords of `DINOv2` from a file's name; the file need not exist.
-
-  Raises:
-    ValueError: the name does not tell the size.
-  """
-  if checkpoint == "random":
-    return run.RANDOM_PRIOR
-  name = os.path.basename(checkpoint).lower()
-  size = re.search(r"vit[-_]?([sblg])[-_]?14", name)
-  if not size:
-    raise ValueError(
-      f"dino.checkpoint is {checkpoint!r}, whose name does not tell the ViT's size. Plans read no "
-      "weights: name a file such as dinov2_vitl14_pretrain.pth (s, b, l, g; it need not exist)."
-    )
-  return {**dinov2.SIZES[f"vit{size.group(1)}14"], "registers": 4 if "reg" in name else 0}
-
-
 def abstract(config: ConfigDict) -> Parts:
-  """Prior, model and state as the config makes them, without memory or weights."""
-  prior = None
-  if config.mode != "original":
-    options = {**vit_arguments(config.dino.checkpoint), "dtype": jnp.dtype(config.dino.dtype)}
-    vit = nnx.eval_shape(lambda: dinov2.DINOv2(**options, rngs=nnx.Rngs(0)))
-    prior = run.Prior(vit, run.fused_levels(config, vit.depth), "abstract")
-  model = nnx.eval_shape(lambda: run.create_model(config, prior))
-  optimizer = train.make_optimizer(config, 1000)
-  state = jax.eval_shape(lambda: train.init_state(run.create_model(config, prior), optimizer))
+  """Builds prior, model and state as shapes only, without memory or weights."""
+  prior, model = build.abstract(config)
+  optimizer = step_lib.make_optimizer(config, 1000)
+  state = jax.eval_shape(lambda: step_lib.init_state(build.create_model(config, prior), optimizer))
   return Parts(prior, model, state)
 
 
 def compile_train(config: ConfigDict, parts: Parts, the_mesh: Mesh) -> Cost:
   """The train step for a slice."""
   prior, model, state = parts
-  step = train.make_step(config, model, prior, train.make_optimizer(config, 1000), 0.5, 0.25)
-  vit_state, batch = _prior_state(config, prior, the_mesh), _batch(config, prior, the_mesh)
-  return _compile(step, _placed(state, the_mesh), vit_state, batch)
+  step = step_lib.make_step(config, model, step_lib.make_optimizer(config, 1000), 0.5, 0.25)
+  batch = _batch(config, prior, the_mesh)
+  return _compile(step, _placed(state, the_mesh), _placed_prior(config, prior, the_mesh), batch)
 
 
 def compile_eval(config: ConfigDict, parts: Parts, the_mesh: Mesh) -> Cost:
   """The evaluation step for a slice, at the size of a train crop."""
   prior, model, state = parts
-  forward = evaluate.make_forward(config, model, prior, 0.5, 0.25)
+  apply = forward.make_forward(config, model, 0.5, 0.25)
   devices = the_mesh.devices.size
   rows = -(-config.eval.batch_size // devices) * devices
   state = _placed({name: state[name] for name in ("params", "stats", "rng")}, the_mesh)
   image = _rows(rows, config.data.crop, the_mesh)["image"]
-  return _compile(forward, state, _prior_state(config, prior, the_mesh), {"image": image})
+  return _compile(apply, state, _placed_prior(config, prior, the_mesh), {"image": image})
 
 
 def _placed(tree, the_mesh: Mesh):
@@ -120,23 +100,23 @@ def _placed(tree, the_mesh: Mesh):
   return jax.tree.map(place, tree)
 
 
-def _prior_state(config: ConfigDict, prior: run.Prior | None, the_mesh: Mesh):
+def _placed_prior(config: ConfigDict, prior: Prior | None, the_mesh: Mesh):
   if prior is None:
     return None
   place = mesh.shared_out if config.dino.shard else lambda the_mesh, _: mesh.replicated(the_mesh)
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(the_mesh, a.shape)),
-    nnx.split(prior.vit)[1],
+    prior,
   )
 
 
-def _batch(config: ConfigDict, prior: run.Prior | None, the_mesh: Mesh) -> dict:
+def _batch(config: ConfigDict, prior: Prior | None, the_mesh: Mesh) -> dict:
   batch = _rows(config.train.batch_size, config.data.crop, the_mesh)
   if prior and config.dino.bank:  # the levels come with the batch
-    side = -(-config.data.crop // prior.vit.patch)
-    shape = (config.train.batch_size, side, side, prior.vit.width)
+    side = -(-config.data.crop // prior.patch)
+    shape = (config.train.batch_size, side, side, prior.width)
     level = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=mesh.split(the_mesh))
-    batch["levels"] = [level] * len(prior.levels)
+    batch["levels"] = [level] * len(prior.blocks)
   return batch
 
 
@@ -148,17 +128,17 @@ def _rows(count: int, size: int, the_mesh: Mesh) -> dict:
   }
 
 
-def _compile(function, state: dict, vit_state, batch: dict) -> Cost:
+def _compile(function, state: dict, prior: Prior | None, batch: dict) -> Cost:
   begin = time.perf_counter()
   if "opt" in state:
-    lowered = function.lower(state, vit_state, batch)
+    lowered = function.lower(state, prior, batch)
   else:
-    lowered = function.lower(*state.values(), vit_state, batch["image"])
+    lowered = function.lower(*state.values(), prior, batch["image"])
   held = {
     "parameters": _bytes(state["params"]),
     "optimiser": _bytes(state.get("opt")),
     "batch_statistics": _bytes(state["stats"]),
-    "frozen_vit": _bytes(vit_state),
+    "frozen_vit": _bytes(prior),
     "batch": _bytes(batch),
   }
   try:
@@ -172,7 +152,7 @@ def _compile(function, state: dict, vit_state, batch: dict) -> Cost:
   memory, text = compiled.memory_analysis(), compiled.as_text()
   analysis = compiled.cost_analysis() or {}
   optimal = analysis.get("optimal_seconds", -1)
-  flops = hlo.flops(text, run.PRIOR_SCOPE)
+  flops = hlo.flops(text, priors.SCOPE)
   arguments = memory.argument_size_in_bytes
   fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return Cost(
@@ -228,13 +208,13 @@ def minimum(config: ConfigDict, parts: Parts, rows: int, training: bool) -> dict
     branches = 2 if config.mode == "fdep" else 1
     least["network"] = passes * (once + branches * top) * 1e9 * (crop / 448) ** 2
   if parts.prior:
-    vit, channels = parts.prior.vit, model.backbone.top_channels
+    vit, channels = parts.prior.model, model.backbone.top_channels
     tokens = (-(-crop // vit.patch)) ** 2
     places = (crop // model.backbone.top_stride) ** 2
     project = vit.width * channels * tokens
     inside = 11.5 * channels**2 if config.model.fusion == "samf" else 0
-    least["samf"] = passes * len(parts.prior.levels) * (project + inside * places)
-    least["frozen_vit"] = 2 * rows * _vit_macs(vit, tokens, max(parts.prior.levels) + 1)
+    least["samf"] = passes * len(parts.prior.blocks) * (project + inside * places)
+    least["frozen_vit"] = 2 * rows * _vit_macs(vit, tokens, max(parts.prior.blocks) + 1)
   return least
 
 
@@ -278,8 +258,8 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
     ValueError: the config, the slice or the folder does not fit.
   """
   settings.check(config)
-  run.check_crop(config)
-  out = run.run_folder(out)
+  build.check_crop(config)
+  out = files.expand(out)
   devices = topology.devices(name)
   the_mesh = mesh.over(devices, config.train.batch_size)
   try:
@@ -315,7 +295,7 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
     result |= {"fits": False, "hbm_bytes_per_chip": error.needed, "compile_seconds": error.seconds}
     result |= _ways_out(config, parts, the_mesh, limit, error.needed)
   print(table(result))
-  evaluate.write_json(out / "plan.json", result)
+  files.write_json(out / "plan.json", result)
   logging.info("wrote %s", out / "plan.json")
   return result
 
@@ -363,7 +343,7 @@ def _report(config, parts: Parts, cost: Cost, chip, devices: int, training: bool
 
 def _ways_out(config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed) -> dict:
   """Options that make the step fit, and the largest batch that fits without them; all compiled."""
-  options = [{"train.remat": kind} for kind in train.REMAT if kind != config.train.remat]
+  options = [{"train.remat": kind} for kind in step_lib.REMAT if kind != config.train.remat]
   if parts.prior and not config.dino.shard and the_mesh.devices.size > 1:
     options += [{"dino.shard": True}, {**options[-1], "dino.shard": True}]
   helps = []

@@ -7,7 +7,6 @@ prob = predict.Predictor(detector)(frame)  # or H×W probabilities of one H×W o
 found = predict.targets(prob)  # and the targets in them
 """
 
-import contextlib
 import csv
 import io
 import json
@@ -15,31 +14,20 @@ import logging
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from fdep_jax import mesh
-from fdep_jax import run as run_lib
-from fdep_jax.backbones import _window
-from fdep_jax.data import frames, padded_size
-from fdep_jax.evaluate import PAD
+from fdep_jax import detector as detector_lib
+from fdep_jax.data import frames
+from fdep_jax.detector import Detector
+from fdep_jax.runtime import files, mesh
+from fdep_jax.tiling import Predictor
 
-load = run_lib.load_detector
-
-# Pixels, multiples of PAD, which every stride divides. Frames of a larger area than WINDOW² are cut
-# into windows of this side, which reach HALO beyond what they are for, on every inner side.
-WINDOW = 768
-HALO = 128
-SEAM = 32  # width over which neighbouring windows are blended
-_SETTLED = 1e-6  # change of the frame's statistics from pass to pass, relative to the largest
-_PENDING = 2**24  # pixels of small frames that wait for others of their shape
+load = detector_lib.load
 
 
 class Target(NamedTuple):
@@ -83,163 +71,6 @@ class Result(NamedTuple):
     return "\n  ".join([title, *lines])
 
 
-class Predictor:
-  """Probability maps of frames of any size from one branch of a trained run."""
-
-  def __init__(self, detector: run_lib.Detector):
-    self._whole, self._part = _forwards(detector)
-
-  def __call__(self, frame: np.ndarray, values: frames.Range = "auto") -> np.ndarray:
-    """H×W float32 probabilities of an H×W or H×W×3 array; `values` as `frames.grey_levels`."""
-    return next(
-      self.stream([(None, frames.grey_levels(frames.checked(np.asarray(frame)), values))])
-    )[1]
-
-  def stream(
-    self, items: Iterable[tuple[object, np.ndarray]], batch_size: int = 16
-  ) -> Iterator[tuple[object, np.ndarray]]:
-    """(key, H×W float32 probabilities) of (key, grey levels) pairs, not in their order.
-
-    Frames up to a window's area run whole, zero-padded to multiples of 32 as in evaluation and
-    batched by shape; larger ones by windows, see `tiled`.
-    """
-    waiting: dict[tuple[int, int], list] = {}
-    area = WINDOW**2
-    for key, levels in items:
-      height, width = padded_size(levels.shape[:2], PAD)
-      if height * width > area:
-        yield key, self.tiled(levels)
-        continue
-      group = waiting.setdefault((height, width), [])
-      group.append((key, levels))
-      if len(group) == max(1, min(batch_size, area // (height * width))):
-        yield from self._batch(waiting.pop((height, width)))
-      elif sum(h * w * len(group) for (h, w), group in waiting.items()) > _PENDING:
-        for shape in list(waiting):
-          yield from self._batch(waiting.pop(shape))
-    for group in waiting.values():
-      yield from self._batch(group)
-
-  def _batch(self, group: list) -> Iterator[tuple[object, np.ndarray]]:
-    height, width = padded_size(group[0][1].shape[:2], PAD)
-    # Rows in powers of two, so that the last, smaller batch of a shape seldom compiles anew.
-    image = np.zeros((1 << (len(group) - 1).bit_length(), height, width, 3), np.float32)
-    for row, (_, levels) in zip(image, group, strict=False):
-      row[: levels.shape[0], : levels.shape[1]] = _colour(levels)
-    probs = np.asarray(self._whole(image))
-    for prob, (key, levels) in zip(probs, group, strict=False):
-      yield key, prob[: levels.shape[0], : levels.shape[1]]
-
-  def tiled(self, levels: np.ndarray, window: int = WINDOW, halo: int = HALO) -> np.ndarray:
-    """H×W probabilities of a large frame by overlapping windows, in the memory of one window.
-
-    Every window is computed as a part of the frame (`backbones/_window.py`): the features'
-    statistics and sampling points are the frame's, so the result is the untiled one but for what
-    a network draws from beyond the halo. The frame's statistics take further passes over all
-    windows; networks without them (ALCL-Net, MLCL-Net) take one. The main branch's DINOv2 attends
-    within a window only, so that branch is not the untiled one.
-
-    Args:
-      levels: H×W or H×W×3 grey levels in [0, 255].
-      window, halo: in pixels, multiples of 32.
-    """
-    height, width = padded_size(levels.shape[:2], PAD)
-    cuts = [_cut(length, window, halo) for length in (height, width)]
-    size = tuple(min(window, length) for length in (height, width))
-    frame = np.array([height, width], np.int32)
-    first = (np.zeros(2, np.int32), np.zeros((2, 2), np.int32))
-    shapes = jax.eval_shape(lambda: self._part(_image(levels, (0, 0), size), frame, *first, None))
-    known = [[np.full(s.shape, np.nan, np.float32) for s in kind] for kind in shapes[1]]
-    # The first pass knows nothing; each pass makes at least one more statistic exact.
-    for _ in range(2 + sum(map(len, known))):
-      prob = np.zeros((height, width), np.float32)
-      found = [[np.zeros(k.shape) for k in known[0]], [np.full(k.shape, -np.inf) for k in known[1]]]
-      for rows in cuts[0]:
-        for cols in cuts[1]:
-          offset = np.array([rows.start, cols.start], np.int32)
-          core = np.array([rows.core, cols.core], np.int32) - offset.reshape(2, 1)
-          image = _image(levels, offset, size)
-          part, shares = jax.device_get(self._part(image, frame, offset, core, known))
-          here = np.s_[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
-          prob[here] += part * rows.weight.reshape(-1, 1) * cols.weight
-          found[0] = [a + b for a, b in zip(found[0], shares[0], strict=True)]
-          found[1] = [np.maximum(a, b) for a, b in zip(found[1], shares[1], strict=True)]
-      found = [[f.astype(np.float32) for f in kind] for kind in found]
-      if all(map(_settled, sum(known, []), sum(found, []))):
-        break
-      known = found
-    return prob[: levels.shape[0], : levels.shape[1]]
-
-
-def _forwards(detector: run_lib.Detector) -> tuple[Callable, Callable]:
-  """Jitted: a whole batch → B×H×W, and a window of a frame → (h×w, shares of statistics)."""
-  prior = detector.prior
-  graphdef, state = nnx.split(detector.model)
-  vit_graphdef, vit_state = nnx.split(prior.vit) if prior else (None, None)
-
-  def forward(state, vit_state, image):
-    model = nnx.merge(graphdef, state)
-    normal = run_lib.normalise(image, detector.mean, detector.std)
-    normal = normal[..., : model.backbone.in_channels]
-    if detector.branch == "light":
-      logits = model.light(normal)
-    else:
-      logits = model.main(normal, run_lib.frozen_levels(prior, vit_state, vit_graphdef, image))
-    return jax.nn.sigmoid(logits.final[..., 0].astype(jnp.float32))
-
-  @jax.jit
-  def part(state, vit_state, image, frame, offset, core, known):
-    with _window.active(_window.Window(image.shape[1:3], frame, offset, core, known)) as window:
-      prob = forward(state, vit_state, image)[0]
-    return prob, window.found
-
-  whole = jax.jit(forward)
-  state, vit_state = jax.device_put((state, vit_state))
-  return (
-    lambda image: whole(state, vit_state, image),
-    lambda *arguments: part(state, vit_state, *arguments),
-  )
-
-
-def _colour(levels: np.ndarray) -> np.ndarray:
-  return levels if levels.ndim == 3 else levels[..., None]
-
-
-def _image(levels: np.ndarray, offset, size: tuple[int, int]) -> np.ndarray:
-  """A window of the zero-padded frame, 1×h×w×3."""
-  image = np.zeros((1, *size, 3), np.float32)
-  part = levels[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
-  image[0, : part.shape[0], : part.shape[1]] = _colour(part)
-  return image
-
-
-def _settled(old: np.ndarray, new: np.ndarray) -> bool:
-  return bool(np.abs(new - old).max() <= _SETTLED * np.abs(new).max())  # not where old is NaN
-
-
-class _Cut(NamedTuple):
-  start: int  # of the window along one axis of the frame
-  core: tuple[int, int]  # the part that is this window's alone, in the frame
-  weight: np.ndarray  # of its pixels in the blend; those of all windows add up to 1
-
-
-def _cut(length: int, window: int, halo: int) -> list[_Cut]:
-  """Windows along an axis, all of one length, overlapping by at least 2·halo."""
-  if length <= window:
-    return [_Cut(0, (0, length), np.ones(length, np.float32))]
-  starts = [*range(0, length - window, window - 2 * halo), length - window]
-  # Half-way through each overlap, on the grid of the coarsest feature.
-  seams = [(a + window + b) // 2 // PAD * PAD for a, b in zip(starts, starts[1:], strict=False)]
-  edges = [0, *seams, length]
-  place = np.arange(length) + 0.5
-  right = [np.ones(length), *(np.clip((place - s) / SEAM + 0.5, 0, 1) for s in seams)]
-  right.append(np.zeros(length))  # right[i]: the weight of window i and all after it
-  return [
-    _Cut(s, edges[i : i + 2], (right[i] - right[i + 1])[s : s + window].astype(np.float32))
-    for i, s in enumerate(starts)
-  ]
-
-
 def targets(prob: np.ndarray, threshold: float = 0.5) -> list[Target]:
   """The targets of an H×W probability map, in raster order of their first pixels."""
   from scipy import ndimage
@@ -279,7 +110,7 @@ def command(flags) -> None:
 def run(
   source: str | os.PathLike,
   out: str | os.PathLike,
-  detector: run_lib.Detector,
+  detector: Detector,
   *,
   threshold: float = 0.5,
   values: frames.Range = "auto",
@@ -349,12 +180,12 @@ def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.
   if source.resolve() == out.resolve():
     raise ValueError(f"{out} is the folder of the input, too; choose another --out.")
   paths, others = [], 0
-  for folder, names, files in os.walk(source):
+  for folder, names, inside in os.walk(source):
     folder = pathlib.Path(folder)
     names[:] = [
       n for n in names if n[0] != "." and (folder / n).resolve() != out.resolve()
     ]  # not what an earlier run has written
-    for name in files:
+    for name in inside:
       fits = name[0] != "." and pathlib.Path(name).suffix.lower() in frames.SUFFIXES
       if fits and (folder / name).is_file():
         paths.append((folder / name).relative_to(source))
@@ -497,18 +328,13 @@ def _write_targets(out: pathlib.Path, settings: dict, done: list[Frame], unreada
     ],
     "unreadable": unreadable,
   }
-  _write(out / "targets.csv", table.getvalue().encode("utf-8", "surrogateescape"))
-  _write(out / "targets.json", (json.dumps(content, indent=1) + "\n").encode())
+  _write(out / "targets.csv", table.getvalue())
+  _write(out / "targets.json", json.dumps(content, indent=1) + "\n")
 
 
-def _write(path: pathlib.Path, content: bytes) -> None:
-  """Writes the whole file or nothing."""
-  partial = path.with_name(path.name + ".partial")
+def _write(path: pathlib.Path, content: bytes | str) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    files.write(path, content)
   except OSError as error:
-    with contextlib.suppress(OSError):
-      partial.unlink(missing_ok=True)
     raise ValueError(f"{path} cannot be written ({error.strerror}).") from None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import data, evaluate, run
+from fdep_jax import data, detector, evaluate, forward
 from fdep_jax.metrics import hse
 
 
@@ -26,18 +26,14 @@ def relabel(config: ConfigDict, samples: Sequence[data.Sample], the_mesh) -> lis
     ValueError, FileNotFoundError: the teacher is no run with a main branch, or not trained yet.
   """
   try:
-    teacher = run.load_detector(config.train.teacher, branch="main")
+    teacher = detector.load(config.train.teacher, branch="main")
   except (ValueError, FileNotFoundError) as error:
     raise type(error)(f"train.teacher: {error}") from None
   _, params, stats, rng = nnx.split(teacher.model, nnx.Param, nnx.BatchStat, ...)
-  forward = evaluate.make_forward(
-    teacher.config, teacher.model, teacher.prior, teacher.mean, teacher.std
-  )
-  vit_state = run.place_prior(teacher.config, teacher.prior, the_mesh)
+  apply = forward.make_forward(teacher.config, teacher.model, teacher.mean, teacher.std)
+  prior = teacher.prior.placed(the_mesh, teacher.config.dino.shard)
   state = {"params": params, "stats": stats, "rng": rng}
-  maps = evaluate.probabilities(
-    forward, state, vit_state, samples, config.eval.batch_size, the_mesh
-  )
+  maps = evaluate.probabilities(apply, state, prior, samples, config.eval.batch_size, the_mesh)
   labelled = list(samples)
   for index, probs in maps:
     labelled[index] = samples[index]._replace(mask=probs["main"] > hse.HALF)

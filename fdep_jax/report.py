@@ -25,8 +25,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from fdep_jax import plots
 from fdep_jax.data import Sample
-from fdep_jax.metrics import bootstrap, hse
+from fdep_jax.metrics import bootstrap, columns, hse
+from fdep_jax.runtime import files
 
 # The page's thresholds are 1/STEPS, 2/STEPS … Those of HSE-T are among them, to the last bit.
 STEPS = 200
@@ -234,15 +236,14 @@ def _write(path: pathlib.Path, images: list[dict], runs: list[dict]) -> None:
     "format": _FORMAT,
     "steps": STEPS,
     "max_distance": hse.Options().max_distance,
+    "columns": [[c.key, c.heading, c.factor] for c in columns.METRICS.values()],
     "images": images,
     "runs": runs,
   }
   text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
   text = text.replace("<", "\\u003c")  # nothing in it ends the script that holds it
   page = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(_PLACE.sub(lambda m: m[1] + text + m[3], page, count=1), encoding="utf-8")
-  os.replace(partial, path)
+  files.write(path, _PLACE.sub(lambda m: m[1] + text + m[3], page, count=1))
 
 
 def _finite(value):
@@ -282,14 +283,10 @@ def examples(
     maps: for each of them {branch: H×W probabilities}.
     caption: a line below.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   names = [name for name in ("light", "main") if name in maps[0]]
   titles = ["image", "truth", *(f"{name} branch" for name in names)]
-  figure = Figure(figsize=(2.2 * len(titles), 2.2 * len(samples) + 0.4), layout="constrained")
-  FigureCanvasAgg(figure)
-  axes = figure.subplots(len(samples), len(titles), squeeze=False)
+  size = (2.2 * len(titles), 2.2 * len(samples) + 0.4)
+  figure, axes = plots.figure(len(samples), len(titles), size, squeeze=False)
   for row, sample, probs in zip(axes, samples, maps, strict=True):
     row[0].imshow(sample.image)
     row[1].imshow(sample.mask, cmap="gray", vmin=0, vmax=1)
@@ -302,6 +299,4 @@ def examples(
   for axis, title in zip(axes[0], titles, strict=True):
     axis.set_title(title, fontsize=9)
   figure.supxlabel(caption, fontsize=8)
-  partial = path.with_suffix(".partial")
-  figure.savefig(partial, dpi=110, format="png")
-  os.replace(partial, path)
+  plots.save(figure, path)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
+from fdep_jax.layers import basic, ops
 
 
 class SAMF(nnx.Module):
@@ -24,12 +24,12 @@ class SAMF(nnx.Module):
   def __init__(self, channels: int, dino_width: int, *, rngs: nnx.Rngs):
     half = channels // 2
     self.align = Alignment(channels, dino_width, rngs=rngs)
-    self.gate = _blocks.Conv(channels, half, 1, rngs=rngs)
-    self.shift = _blocks.Conv(channels, half, 1, rngs=rngs)
-    self.gated = _blocks.Conv(half, half, 1, rngs=rngs)
-    self.shifted = _blocks.Conv(half, half, 1, rngs=rngs)
-    self.refine1 = _blocks.ConvNormRelu(channels, channels, 1, bias=False, rngs=rngs)
-    self.refine2 = _blocks.ConvNormRelu(channels, channels, 3, bias=False, rngs=rngs)
+    self.gate = basic.Conv(channels, half, 1, rngs=rngs)
+    self.shift = basic.Conv(channels, half, 1, rngs=rngs)
+    self.gated = basic.Conv(half, half, 1, rngs=rngs)
+    self.shifted = basic.Conv(half, half, 1, rngs=rngs)
+    self.refine1 = basic.ConvNormRelu(channels, channels, 1, bias=False, rngs=rngs)
+    self.refine2 = basic.ConvNormRelu(channels, channels, 3, bias=False, rngs=rngs)
 
   def __call__(self, top: jax.Array, level: jax.Array) -> jax.Array:
     """B×H×W×C from `top`, B×H×W×C, and `level`, B×h×w×D."""
@@ -60,10 +60,10 @@ class Alignment(nnx.Module):
   """
 
   def __init__(self, channels: int, dino_width: int, *, rngs: nnx.Rngs):
-    self.project = _blocks.Conv(dino_width, channels, 1, rngs=rngs)
+    self.project = basic.Conv(dino_width, channels, 1, rngs=rngs)
 
   def __call__(self, level: jax.Array, top: jax.Array) -> jax.Array:
     return self.to_size(level.astype(top.dtype), top.shape[1:3])
 
   def to_size(self, level: jax.Array, size: tuple[int, int]) -> jax.Array:
-    return _ops.resize(self.project(level), size, align_corners=False)
+    return ops.resize(self.project(level), size, align_corners=False)

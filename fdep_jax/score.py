@@ -4,13 +4,14 @@ Needs the core requirements only; no JAX is started.
 """
 
 import csv
-import json
 import math
 import pathlib
 
 import numpy as np
 
-from fdep_jax.metrics import bootstrap, hse
+from fdep_jax import plots
+from fdep_jax.metrics import bootstrap, columns, hse
+from fdep_jax.runtime import files
 
 READABLE = (".png", ".bmp", ".tif", ".tiff", ".npy", ".npz")
 _NEEDS_A_CURVE = ("hse", "hse_p", "hse_t", "roc_auc", "ap")
@@ -19,15 +20,6 @@ _BINARY = (
   "only the values {}. A map that was thresholded already has one point where HSE needs a curve. "
   "Save the sigmoid's output itself (16-bit PNG, float NPY) and score that."
 )
-_COLUMNS = {  # the paper's columns: heading, factor
-  "iou": ("IoU", 100),
-  "niou": ("nIoU", 100),
-  "pd": ("Pd", 100),
-  "fa": ("Fa·1e6", 1e6),
-  "hse_p": ("HSE-P", 100),
-  "hse_t": ("HSE-T", 100),
-  "hse": ("HSE", 100),
-}
 
 
 def command(flags) -> None:
@@ -291,26 +283,26 @@ def _table(metrics, folders):
   def line(name, cells):
     return f"{name:<24}" + "".join(f"{cell:>16}" for cell in cells)
 
-  def shown(value, factor):
-    return "-" if value is None else f"{value * factor:.2f}"
-
-  lines = [line("", [heading for heading, _ in _COLUMNS.values()])]
+  lines = [line("", [c.heading for c in columns.METRICS.values()])]
   for name, folder in folders.items():
     values = metrics[name]
     lines.append(
-      line(pathlib.Path(folder).name[:23], [shown(values[k], f) for k, (_, f) in _COLUMNS.items()])
+      line(
+        pathlib.Path(folder).name[:23], [c.shown(values[c.key]) for c in columns.METRICS.values()]
+      )
     )
     spans = values.get("intervals", {})
     if spans:
       cells = []
-      for k, (_, factor) in _COLUMNS.items():
-        low, high = spans.get(k, (None, None))
-        cells.append("-" if low is None else f"{low * factor:.2f}–{high * factor:.2f}")
+      for column in columns.METRICS.values():
+        low, high = spans.get(column.key, (None, None))
+        cells.append("-" if low is None else f"{column.shown(low)}–{column.shown(high)}")
       lines.append(line("  95 %", cells))
     if "hse_refused" in values:
       lines.append(values["hse_refused"])
   if "comparison" in metrics:
-    chances = [metrics["comparison"].get(k, {}).get("a_is_better") for k in _COLUMNS]
+    compared = metrics["comparison"]
+    chances = [compared.get(c.key, {}).get("a_is_better") for c in columns.METRICS.values()]
     lines.append(
       line("first is better (prob.)", ["-" if p is None else f"{p:.3f}" for p in chances])
     )
@@ -319,32 +311,13 @@ def _table(metrics, folders):
 
 def _write(out, metrics, found):
   out.mkdir(parents=True, exist_ok=True)
-  (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+  files.write_json(out / "metrics.json", metrics)
   np.savez_compressed(out / "curves.npz", **found["score"].curves)
   with open(out / "images.csv", "w", newline="") as file:
     writer = csv.DictWriter(file, fieldnames=list(found["rows"][0]))
     writer.writeheader()
     writer.writerows(found["rows"])
   if not found["refused"]:
-    _figure(out / "pr.png", found["score"])
-
-
-def _figure(path, score):
-  """Pixel and target precision-recall curves side by side."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  curves = score.curves
-  figure = Figure(figsize=(9, 4), layout="constrained")
-  FigureCanvasAgg(figure)
-  left, right = figure.subplots(1, 2)
-  true, false = curves["pixel_true"], curves["pixel_false"]
-  recall = np.append(0, true / max(score.target_pixels, 1))
-  left.plot(recall, np.append(1, true / np.maximum(true + false, 1)))
-  left.set_title(f"pixels: HSE-P {100 * score.hse_p:.2f}")
-  right.plot(curves["target_recall"], curves["target_precision"], marker=".")
-  right.set_title(f"targets: HSE-T {100 * score.hse_t:.2f}")
-  for axis in (left, right):
-    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
-    axis.grid(alpha=0.3)
-  figure.savefig(path, dpi=120)
+    figure, axes = plots.figure(1, 2, (9, 4))
+    plots.precision_recall(axes, found["score"])
+    plots.save(figure, out / "pr.png", dpi=120)

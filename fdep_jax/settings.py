@@ -1,26 +1,21 @@
 """Configs as users meet them: typos explained, values checked, a run folder kept to one config."""
 
-import contextlib
 import difflib
 import importlib.util
 import json
-import logging
 import os
 import pathlib
 import re
-import socket
 
 from ml_collections import ConfigDict
+
+from fdep_jax.runtime import files
 
 # A run may be continued with other values of these: they do not change what a step computes.
 _FREE = re.compile(
   r"train\.(steps|epochs|nonfinite|remat)|(log|checkpoint)\..*|host_devices|distributed"
   r"|profile_steps|dino\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
 )
-
-
-class InUse(ValueError):
-  """The folder of a run in which another process trains."""
 
 
 _ADDRESS = re.compile(r"[^,\s]+:\d+,(\d+),(\d+)")  # of `distributed`
@@ -174,63 +169,6 @@ def _ablation_problems(values: dict) -> list[str]:
   return problems
 
 
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
-  """Holds the folder of a run, which is made; the system frees it however the process ends.
-
-  Args:
-    workdir: of the run.
-    name: of the lock in it.
-    wait: for whoever holds it.
-
-  Raises:
-    InUse: another process holds it.
-    ValueError: it cannot be written.
-  """
-  import fcntl
-
-  path = workdir / name
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")
-  except OSError as error:
-    raise ValueError(f"{workdir} cannot be written ({error.strerror}). Choose another.") from None
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-      file.seek(0)
-      holder = file.read().strip() or "another process"
-      raise InUse(
-        f"{workdir} is in use: {holder} trains in it. Wait for it, end it, or choose another "
-        "--workdir."
-      ) from None
-    except OSError as error:
-      logging.warning("%s cannot be locked (%s): start one training in it", path, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    yield
-
-
-def held(workdir: pathlib.Path, name: str) -> str:
-  """Who holds the lock of this name, "" for nobody."""
-  import fcntl
-
-  try:
-    file = open(workdir / name)
-  except OSError:
-    return ""
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-      return file.read().strip() or "another process"
-    except OSError:
-      return ""
-  return ""
-
-
 def results_of(config: ConfigDict) -> dict[str, object]:
   """The settings that change what a run computes."""
   values = _comparable(config)
@@ -274,9 +212,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
       )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    os.replace(partial, path)
+    files.write_json(path, config.to_dict())
   except OSError as error:
     raise ValueError(f"{workdir} cannot be written ({error.strerror}). Choose another.") from None
 

@@ -8,7 +8,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 
-from fdep_jax import backbones, experiments, sweep
+from fdep_jax import backbones
+from fdep_jax.tables import experiments, sweep
 
 # Also in the processes that train, which import this file as their main module; not in tests, which
 # have a fixture for it.

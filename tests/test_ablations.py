@@ -8,8 +8,10 @@ from flax import nnx
 from test_fdep import DINO, build, count, levels, stats
 from test_train import batch, lines, parts, toy_config
 
-from fdep_jax import ablations, backbones, checkpoint, evaluate, run, settings, train
+from fdep_jax import ablations, backbones, evaluate, forward, settings, train
+from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Logits
+from fdep_jax.runtime import checkpoint
 
 # Design: parameters before and behind the cut, counted on the published networks.
 HALVES = {
@@ -148,10 +150,10 @@ def test_an_unfrozen_prior_is_trained_saved_and_not_counted(toy, tmp_path):
   prior, _, _, state = parts(config)
   before = {k: np.asarray(v) for k, v in checkpoint.flatten(state["params"]).items()}
   vit = [name for name in before if name.startswith("vit/")]
-  assert sum(before[name].size for name in vit) == count(prior.vit)
+  assert sum(before[name].size for name in vit) == count(prior.model)
   metrics = train.train(config, tmp_path)
   assert metrics["params"] == sum(before[k].size for k in before if k not in vit)
-  detector = run.load_detector(tmp_path)
+  detector = detector_lib.load(tmp_path)
   after = checkpoint.flatten(nnx.state(detector.model, nnx.Param))
   assert all((np.asarray(after[k]) != before[k]).any() for k in before)
   assert evaluate.evaluate(tmp_path)["main"] == metrics["main"]
@@ -165,11 +167,11 @@ def test_a_frozen_and_an_unfrozen_prior_give_the_same_at_the_start(toy):
   for unfreeze in (False, True):
     config = toy_config(mode="fdep_wo_coisd", **{"dino.unfreeze": unfreeze})
     prior, model, _, state = parts(config)
-    forward = evaluate.make_forward(config, model, prior, 0.5, 0.2)
-    vit_state = run.place_prior(config, prior, train.mesh.make())
-    assert (vit_state is None) == unfreeze
-    args = (state["params"], state["stats"], state["rng"], vit_state, batch()["image"])
-    outputs.append(forward(*args)["main"])
+    apply = forward.make_forward(config, model, 0.5, 0.2)
+    prior = prior.placed(train.mesh.make())
+    assert (prior.weights is None) == unfreeze
+    args = (state["params"], state["stats"], state["rng"], prior, batch()["image"])
+    outputs.append(apply(*args)["main"])
   np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
 
 
@@ -185,7 +187,7 @@ def test_the_distillation_term_is_in_the_loss_and_the_log(toy, tmp_path):
 @pytest.mark.parametrize("share", ["encoder", "decoder"])
 def test_a_partly_shared_run_is_trained_and_its_light_branch_loaded_alone(toy, tmp_path, share):
   metrics = train.train(toy_config(**{"model.share": share, "train.steps": 2}), tmp_path)
-  light, main = (run.load_detector(tmp_path, branch=branch) for branch in ("light", "main"))
+  light, main = (detector_lib.load(tmp_path, branch=branch) for branch in ("light", "main"))
   assert metrics["params"] == count(main.model) > count(light.model)
   np.testing.assert_allclose(
     light.model.light(toy.image()).final, main.model.light(toy.image()).final, rtol=1e-5, atol=1e-6
@@ -206,12 +208,11 @@ def test_pseudo_labels_are_the_teachers_and_stand_beside_the_true_ones(toy, tmp_
   for labels in ("true", "pseudo", "both"):
     changes = {} if labels == "true" else {"train.labels": labels, "train.teacher": str(teacher)}
     train.train(toy_config(mode="original", **{"train.steps": 1}, **changes), tmp_path / labels)
-  detector = run.load_detector(teacher)
+  detector = detector_lib.load(teacher)
   for true, pseudo in zip(seen["true"], seen["pseudo"], strict=True):
     image = pseudo.image[None]
-    vit_graph, vit_state = nnx.split(detector.prior.vit)
-    fused = run.frozen_levels(detector.prior, vit_state, vit_graph, image)
-    normal = run.normalise(jnp.asarray(image), detector.mean, detector.std)
+    fused = detector.prior.levels(jnp.asarray(image))
+    normal = forward.normalise(jnp.asarray(image), detector.mean, detector.std)
     prob = jax.nn.sigmoid(detector.model.main(normal, fused).final[0, ..., 0])
     assert ((np.asarray(prob) > 0.5) != pseudo.mask).mean() < 1e-3  # rounding at the threshold
     np.testing.assert_array_equal(true.image, pseudo.image)

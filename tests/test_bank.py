@@ -1,5 +1,6 @@
 """The prior bank: the levels of its crops, what it is made of, and training from it."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -7,10 +8,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from test_train import lines, parameters, toy_config
 
-from fdep_jax import bank, data, mesh, run, train
+from fdep_jax import bank, build, data, train
+from fdep_jax.runtime import mesh
 
 
 def make_crops(count=3, **changes):
@@ -20,7 +21,7 @@ def make_crops(count=3, **changes):
 
 @pytest.fixture(scope="module")
 def prior():
-  return run.load_prior(toy_config())
+  return build.load_prior(toy_config())
 
 
 def prepared(folder, crops, prior, devices=2, step=0):
@@ -33,10 +34,9 @@ def test_levels_are_those_computed_on_the_fly_rounded_to_bfloat16(tmp_path, prio
   crops = make_crops()
   made = prepared(tmp_path, crops, prior)
   image = np.stack([crops.crop(number)[0] for number in (5, 0, 3)])
-  graphdef, state = nnx.split(prior.vit)
-  compute = jax.jit(lambda state, image: run.frozen_levels(prior, state, graphdef, image))
-  for ours, theirs in zip(made.levels([5, 0, 3]), compute(state, image), strict=True):
-    assert ours.shape == (3, 2, 2, prior.vit.width) and ours.dtype == "bfloat16"
+  compute = jax.jit(lambda prior, image: prior.levels(image))
+  for ours, theirs in zip(made.levels([5, 0, 3]), compute(prior, image), strict=True):
+    assert ours.shape == (3, 2, 2, prior.width) and ours.dtype == "bfloat16"
     # Half a unit in the last of 8 bits, and the rounding of another batch size.
     np.testing.assert_allclose(ours.astype(np.float32), theirs, rtol=2**-8, atol=1e-5)
 
@@ -93,11 +93,11 @@ def test_an_interrupted_bank_is_continued_not_begun_again(tmp_path, prior, monke
   def failing(*arguments):
     compute = levels_of(*arguments)
 
-    def counted(vit_state, image):
+    def counted(prior, image):
       seen.append(len(image))
       if len(seen) == 3:
         raise KeyboardInterrupt
-      return compute(vit_state, image)
+      return compute(prior, image)
 
     return counted
 
@@ -123,16 +123,16 @@ def test_a_bank_of_other_crops_is_refused(tmp_path, prior, change):
 
 def test_a_bank_of_other_weights_or_levels_is_refused(tmp_path, prior):
   prepared(tmp_path, make_crops(), prior)
-  for other in (prior._replace(sha256="0" * 64), prior._replace(levels=(0, 3))):
+  for other in ({"sha256": "0" * 64}, {"blocks": (0, 3)}):
     with pytest.raises(ValueError, match="dino_sha256: random|levels: "):
-      bank.Bank(tmp_path, make_crops(), other)
+      bank.Bank(tmp_path, make_crops(), dataclasses.replace(prior, **other))
 
 
 def test_a_bank_that_the_disk_cannot_hold_is_refused_before_anything_is_written(
   tmp_path, prior, monkeypatch
 ):
   crops = make_crops(per_image=5)
-  one = 4 * 2 * 2 * prior.vit.width * 2  # levels, tokens, width, bytes
+  one = 4 * 2 * 2 * prior.width * 2  # levels, tokens, width, bytes
   usage = shutil.disk_usage(tmp_path)._replace(free=3 * 3 * one + 1)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
   with pytest.raises(ValueError, match=r"dino\.bank=5 needs 0\.0 GB .*dino\.bank=3 fits"):

@@ -339,8 +339,8 @@ def test_a_network_costs_what_the_published_one_does(name):
 TOY = '''
 """A network of three layers."""
 
-from fdep_jax.backbones import _blocks
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.layers import basic
+from fdep_jax.backbones import Backbone, Logits
 
 
 class Toy(Backbone):
@@ -350,9 +350,9 @@ class Toy(Backbone):
   paper_name = "Toy"
 
   def __init__(self, *, rngs):
-    self.skip = _blocks.Conv(3, 1, rngs=rngs)
-    self.down = _blocks.ConvNormRelu(3, 8, stride=2, rngs=rngs)
-    self.up = _blocks.ConvTranspose(8, 1, rngs=rngs)
+    self.skip = basic.Conv(3, 1, rngs=rngs)
+    self.down = basic.ConvNormRelu(3, 8, stride=2, rngs=rngs)
+    self.up = basic.ConvTranspose(8, 1, rngs=rngs)
 
   def encode(self, image):
     self.check_image(image)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import converters
 from converters import dinov2 as convert_dinov2
-from fdep_jax import dinov2
+from fdep_jax.priors import dinov2
 
 
 def make(**sizes):

@@ -16,8 +16,10 @@ import pytest
 from flax import nnx
 from test_train import lines, parameters, toy_config
 
-from fdep_jax import checkpoint, mesh, run, settings, train
-from fdep_jax.backbones._blocks import BatchNorm
+from fdep_jax import build, settings, train
+from fdep_jax import step as step_lib
+from fdep_jax.layers.basic import BatchNorm
+from fdep_jax.runtime import checkpoint, mesh
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _BEGIN = f"""
@@ -25,7 +27,8 @@ import json, pathlib, sys
 sys.path[:0] = [{str(_ROOT)!r}, {str(_ROOT / "tests")!r}]
 import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
-from fdep_jax import backbones, mesh, train
+from fdep_jax import backbones, train
+from fdep_jax.runtime import mesh
 backbones.__path__.append({str(_ROOT / "tests" / "toy_backbones")!r})
 from test_train import toy_config
 config = toy_config(**json.loads(sys.argv[1]))
@@ -152,13 +155,13 @@ def take_steps(backbone, devices):
   """
   config = toy_config(**{"model.backbone": backbone, "train.batch_size": 8})
   config.train.dtype = config.dino.dtype = "float64"
-  prior = run.load_prior(config)
-  model = run.create_model(config, prior)
+  prior = build.load_prior(config)
+  model = build.create_model(config, prior)
   optimizer = optax.sgd(1e-2)
   the_mesh = mesh.make(devices, 8)
-  step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
-  state = mesh.put_replicated(train.init_state(model, optimizer), the_mesh)
-  vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh)
+  step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
+  state = mesh.put_replicated(step_lib.init_state(model, optimizer), the_mesh)
+  placed = mesh.put_replicated(prior, the_mesh)
   random = np.random.default_rng(0)
   losses = []
   mine = slice(*(8 * (jax.process_index() + i) // jax.process_count() for i in (0, 1)))
@@ -166,7 +169,7 @@ def take_steps(backbone, devices):
     mask = np.zeros((8, 32, 32), bool)
     mask[0] = random.random((32, 32)) < 0.3
     batch = {"image": random.integers(0, 256, (8, 32, 32, 3), np.uint8)[mine], "mask": mask[mine]}
-    state, metrics = step(state, vit_state, mesh.put_batch(batch, the_mesh))
+    state, metrics = step(state, placed, mesh.put_batch(batch, the_mesh))
     losses.append(float(metrics["loss"]))
   found = {k: np.asarray(v) for k, v in checkpoint.flatten(state["params"]).items()}
   return {"losses": np.array(losses), **found}
@@ -188,14 +191,14 @@ def test_a_batch_norm_meets_the_other_devices_once_in_each_direction():
 def test_the_compiled_step_moves_gradients_and_statistics_not_pixels(toy):
   """No all-gather, and nothing that devices exchange is as large as a map of the logits."""
   config = toy_config(**{"train.batch_size": 8, "data.crop": 64})
-  prior = run.load_prior(config)
-  model = run.create_model(config, prior)
+  prior = build.load_prior(config)
+  model = build.create_model(config, prior)
   the_mesh = mesh.make(8, 8)
-  step = train.make_step(config, model, prior, optax.sgd(0.1), 0.5, 0.2)
-  state = mesh.put_replicated(train.init_state(model, optax.sgd(0.1)), the_mesh)
-  vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh)
+  step = step_lib.make_step(config, model, optax.sgd(0.1), 0.5, 0.2)
+  state = mesh.put_replicated(step_lib.init_state(model, optax.sgd(0.1)), the_mesh)
+  placed = mesh.put_replicated(prior, the_mesh)
   batch = {"image": np.zeros((8, 64, 64, 3), np.uint8), "mask": np.zeros((8, 64, 64), bool)}
-  text = step.lower(state, vit_state, mesh.put_batch(batch, the_mesh)).compile().as_text()
+  text = step.lower(state, placed, mesh.put_batch(batch, the_mesh)).compile().as_text()
   assert not re.findall(r"= \S+ (all-gather|all-to-all|collective-permute)", text)
   reduced = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
   assert reduced

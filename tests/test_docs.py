@@ -4,9 +4,8 @@ import collections
 import pathlib
 import re
 
-import main
 from configs import base
-from fdep_jax import settings
+from fdep_jax import cli, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "results/README.md"]
@@ -37,14 +36,14 @@ def test_links_lead_to_files():
 
 def test_modes_flags_and_settings_exist():
   known = set(settings.flat(base.get_config()))
-  assert set(re.findall(r"--mode (\w+)", TEXT)) - {"else"} <= set(main.NEEDS)
+  assert set(re.findall(r"--mode (\w+)", TEXT)) - {"else"} <= set(cli.NEEDS)
   assert set(re.findall(r"--config\.([\w.]+)", TEXT)) <= known
   sections = {name.split(".")[0] for name in known if "." in name}
   named = re.findall(rf"`((?:{'|'.join(sections)})\.\w+)(?:=[^`]*)?`", TEXT)
   assert named and {n for n in named if not n.endswith((".py", ".html"))} <= known
   commands = re.findall(r"python main\.py ([^\n]*)", TEXT)
   flags = {f for c in commands for f in re.findall(r"--(\w+)", c)} - {"config"}
-  assert commands and flags <= set(main.FLAGS)
+  assert commands and flags <= set(cli.FLAGS)
 
 
 def test_results_are_those_of_the_configs_headers():

@@ -7,11 +7,15 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from test_train import batch
 
 from configs import base, tables
-from fdep_jax import dinov2, evaluate, experiments, run, settings, train
+from fdep_jax import build, forward, settings
+from fdep_jax import step as step_lib
+from fdep_jax.metrics import columns
+from fdep_jax.priors import dinov2
+from fdep_jax.runtime import mesh
+from fdep_jax.tables import experiments
 
 FOLDER = pathlib.Path(tables.__file__).parent
 PAPERS = [p.stem for p in sorted(FOLDER.glob("*.py")) if p.stem.startswith(("table", "appendix"))]
@@ -72,7 +76,7 @@ def test_every_printed_number_is_in_a_row(name):
   ours = [row.paper for row in table.rows]
   for numbers in printed:
     assert numbers in ours
-  shown = {*table.columns, *experiments.COSTS}
+  shown = {*table.columns, *columns.COSTS}
   assert all(set(row.paper) <= shown for row in table.rows)
 
 
@@ -83,7 +87,7 @@ def test_every_row_resolves_to_a_config_that_is_checked(name):
     for seed in (0, 3):
       config = experiments.resolve(start, row, seed, "runs")
       settings.check(config)
-      run.check_crop(config)
+      build.check_crop(config)
       texts = [value for value in settings.flat(config).values() if isinstance(value, str)]
       assert config.seed == seed and not any("{" in text for text in texts)
     assert len(row.label) == len(table.head)
@@ -121,7 +125,7 @@ COUNTED = {row.name: row for name in ("table3", "table1") for row in load(name).
 def test_parameters_equal_the_papers_to_two_decimals(name):  # Tables 1 and 3
   row = COUNTED[name]
   config = experiments.resolve(base.get_config(), row, 0, "runs")
-  assert f"{experiments.parameters(config) / 1e6:.2f}" == f"{row.paper['params_m']:.2f}"
+  assert f"{build.parameters(config) / 1e6:.2f}" == f"{row.paper['params_m']:.2f}"
 
 
 # Two training steps and an evaluation of every distinct program
@@ -141,7 +145,7 @@ FAST = ("acm-original", "acm-fdep_wo_coisd", "acm-fdep", "dino-plain", "dino-pla
 def miniature(row: experiments.Row, monkeypatch, backbone: str | None = None):
   config = experiments.resolve(base.get_config(), row, 0, "runs")
   size = next((s for s in TINY if f"vit{s[0].lower()}14" in config.dino.checkpoint), "L/14")
-  monkeypatch.setattr(run, "RANDOM_PRIOR", TINY[size])
+  monkeypatch.setattr(build, "RANDOM_PRIOR", TINY[size])
   config.dino.checkpoint, config.data.root = "random", "synthetic"
   config.data.crop, config.train.batch_size = 32, 2
   if backbone:
@@ -150,20 +154,20 @@ def miniature(row: experiments.Row, monkeypatch, backbone: str | None = None):
 
 
 def two_steps_and_an_evaluation(config) -> None:
-  prior = run.load_prior(config)
-  model = run.create_model(config, prior)
-  optimizer = train.make_optimizer(config, 2)
-  state = train.init_state(model, optimizer)
+  prior = build.load_prior(config)
+  model = build.create_model(config, prior)
+  optimizer = step_lib.make_optimizer(config, 2)
+  state = step_lib.init_state(model, optimizer)
   before = jax.tree.map(np.asarray, state["params"])
-  step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
-  vit_state = nnx.split(prior.vit)[1] if prior and prior.vit.frozen else None
+  step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
+  placed = prior.placed(mesh.make()) if prior else None
   for _ in range(2):
-    state, metrics = step(state, vit_state, batch(2))
+    state, metrics = step(state, placed, batch(2))
     assert np.isfinite(float(metrics["loss"])) and int(state["skipped"]["count"]) == 0
   moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state["params"], before)
   assert all(jax.tree.leaves(moved))
-  forward = evaluate.make_forward(config, model, prior, 0.5, 0.2)
-  probs = forward(state["params"], state["stats"], state["rng"], vit_state, batch(2)["image"])
+  apply = forward.make_forward(config, model, 0.5, 0.2)
+  probs = apply(state["params"], state["stats"], state["rng"], placed, batch(2)["image"])
   branches = {"original": {"light"}, "fdep_wo_coisd": {"main"}, "fdep": {"light", "main"}}
   assert set(probs) == branches[config.mode]
   for prob in probs.values():

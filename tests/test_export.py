@@ -18,8 +18,10 @@ from flax import nnx
 
 import converters
 from configs import base
-from fdep_jax import backbones, checkpoint, export, run
+from fdep_jax import backbones, export
+from fdep_jax import detector as detector_lib
 from fdep_jax.fdep import FDEP
+from fdep_jax.runtime import checkpoint
 
 SIZES = ((2, 3), (3, 2), (4, 6))  # in strides
 BATCHES = (1, 3)
@@ -88,12 +90,12 @@ def make_run(folder, name: str) -> FDEP:
   return model
 
 
-def detector_of(net: backbones.Backbone) -> run.Detector:
+def detector_of(net: backbones.Backbone) -> detector_lib.Detector:
   """As if loaded from a run."""
   name = type(net).__module__.rsplit(".", 1)[-1]
   model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
   model.eval()
-  return run.Detector(
+  return detector_lib.Detector(
     model, "light", make_config(name), MEAN, STD, None, "memory", pathlib.Path(), STEP
   )
 
@@ -164,7 +166,7 @@ def test_the_manifest_tells_what_each_file_is(exported):
 
 def test_the_small_checkpoint_is_the_light_branch_of_the_run(exported):
   model, _, out, _ = exported
-  light = run.load_light(out / "light.safetensors")
+  light = detector_lib.load_light(out / "light.safetensors")
   assert (light.branch, light.mean, light.std, light.step) == ("light", MEAN, STD, STEP)
   assert light.config.model.backbone == "toy" and light.config.mode == "fdep"
   expected = checkpoint.flatten(nnx.state(model.backbone, WEIGHTS))
@@ -276,7 +278,7 @@ def test_a_file_that_is_no_light_checkpoint_is_refused(exported, tmp_path, conte
     arrays["head/kernel"] = arrays["head/kernel"][..., :0]
     save_file(arrays, bad, {"fdep_jax": json.dumps(about)})
   with pytest.raises(ValueError) as info:
-    run.load_light(bad)
+    detector_lib.load_light(bad)
   assert str(bad) in str(info.value)
   assert {"config": "mode is 'else'", "shape": "head/kernel"}.get(content, "") in str(info.value)
 

@@ -19,7 +19,9 @@ import optax
 import pytest
 from test_train import batch, lines, parameters, parts, toy_config
 
-from fdep_jax import checkpoint, evaluate, losses, mesh, settings, train
+from fdep_jax import evaluate, losses, settings, train
+from fdep_jax import step as step_lib
+from fdep_jax.runtime import checkpoint, files, log, mesh, signals
 
 # Processes are forked from one that has imported everything but has not started jax.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -80,23 +82,23 @@ def life(config, workdir, compiled, messages, tell_at, stop_at, pace):
   backbones.__path__.append(str(pathlib.Path(__file__).parent / "toy_backbones"))
   jax.config.update("jax_compilation_cache_dir", compiled)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  make_step = train.make_step
+  make_step = step_lib.make_step
 
   def counting_make_step(*arguments):
     compiled_step = make_step(*arguments)
 
-    def counted(state, vit_state, batch):
+    def counted(state, placed, batch):
       step = int(state["step"]) + 1
       if step == tell_at:
         messages.send(step)
       if step > stop_at:
         time.sleep(600)  # is killed here at the latest
       time.sleep(pace)
-      return compiled_step(state, vit_state, batch)
+      return compiled_step(state, placed, batch)
 
     return counted
 
-  train.make_step = counting_make_step
+  step_lib.make_step = counting_make_step
   train.train(config, workdir)
   messages.send("done")
 
@@ -209,7 +211,7 @@ def test_a_second_process_on_a_folder_is_refused_and_evaluation_of_it_works(toy,
   assert process.is_alive()
   process.kill()
   process.join()
-  with settings.locked(run.workdir):  # the lock died with its holder
+  with files.locked(run.workdir):  # the lock died with its holder
     pass
 
 
@@ -416,7 +418,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_it_is_repeated(
   handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
   with monkeypatch.context() as patch:
     patch.setattr(evaluate, "probabilities", interrupted)
-    with pytest.raises(train.Preempted, match=f"by {sent.name} at step 4 of 6"):
+    with pytest.raises(signals.Preempted, match=f"by {sent.name} at step 4 of 6"):
       train.train(config, tmp_path / "run")
   assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
   assert checkpoint.Checkpoints(tmp_path / "run").steps() == [3, 4]
@@ -427,7 +429,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_it_is_repeated(
 
 
 def deaf(messages):
-  with train.Signals() as signals, signals.waiting():
+  with signals.Signals() as ending, ending.waiting():
     messages.send("listening")
     while True:
       time.sleep(0.01)
@@ -447,8 +449,8 @@ def test_a_second_signal_ends_a_process_that_waits():
 
 
 def test_a_signal_outside_the_loop_ends_at_once():
-  with pytest.raises(train.Preempted, match="SIGINT outside the training loop"):
-    with train.Signals():
+  with pytest.raises(signals.Preempted, match="SIGINT outside the training loop"):
+    with signals.Signals():
       os.kill(os.getpid(), signal.SIGINT)
       time.sleep(10)
 
@@ -494,7 +496,7 @@ def poison(monkeypatch):
 def test_a_step_that_is_not_finite_is_left_out(toy, poison):
   config = small()
   prior, model, optimizer, state = parts(config)
-  step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
+  step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
   good = batch()
   bad = {**good, "mask": np.ones_like(good["mask"])}
   states = []
@@ -518,7 +520,7 @@ def test_statistics_that_are_not_finite_count_though_the_loss_is(toy):
   state["params"]["backbone"]["stem"]["conv"]["kernel"].set_value(
     state["params"]["backbone"]["stem"]["conv"]["kernel"][...] * 3e18
   )
-  step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
+  step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
   state, metrics = step(state, None, batch())
   assert math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["stats"]))
@@ -564,7 +566,7 @@ def test_a_run_goes_on_with_another_number_of_devices(
   toy, tmp_path, no_final_evaluation, monkeypatch
 ):
   # Plain gradient descent: Adam turns the rounding in gradients that are zero into whole steps.
-  monkeypatch.setattr(train, "make_optimizer", lambda config, steps: optax.sgd(0.1))
+  monkeypatch.setattr(step_lib, "make_optimizer", lambda config, steps: optax.sgd(0.1))
   score_by_step(monkeypatch, {step: 0.5 for step in range(9)})
   train.train(small(**{"train.steps": 6}), tmp_path / "one")
   for devices, steps in ((2, 2), (1, 4), (4, 6)):
@@ -585,13 +587,13 @@ def grow(config, workdir, messages):
   from fdep_jax import backbones
 
   backbones.__path__.append(str(pathlib.Path(__file__).parent / "toy_backbones"))
-  sizes, write = {}, train.Log.write
+  sizes, write = {}, log.Log.write
 
   def measure(log, step, values):
     write(log, step, values)
     sizes[step] = resident()
 
-  train.Log.write = measure
+  log.Log.write = measure
   train.train(config, workdir)
   messages.send(sizes)
 

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import base, msda
-from fdep_jax import run, settings, train
+from fdep_jax import build, settings, train
+from fdep_jax import detector as detector_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -85,7 +86,7 @@ def test_missing_data_and_weights_are_named_together():
   config = msda.get_config()
   config.data.root, config.dino.checkpoint = "nowhere/SIRST3", "nowhere/dinov2.pth"
   with pytest.raises(FileNotFoundError) as info:
-    run.check_inputs(config)
+    build.check_inputs(config)
   message = str(info.value)
   assert "nowhere/SIRST3" in message and "nowhere/dinov2.pth" in message
   assert "python -m converters.dinov2 IN OUT" in message and "--config.data.root" in message
@@ -118,7 +119,7 @@ def test_the_settings_that_an_older_run_lacks_are_named(tmp_path):
   del values["dino"]["bank"], values["train"]["remat"]
   (tmp_path / "config.json").write_text(json.dumps(values))
   message = r"config.json lacks 2 settings.*\n.*dino.bank \(.*: 0\)\n.*train.remat \(.*\"none\"\)"
-  for read in (settings.load, run.load_detector):
+  for read in (settings.load, detector_lib.load):
     with pytest.raises(ValueError, match=message):
       read(tmp_path)
   with pytest.raises(ValueError, match="the config lacks 2 settings"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
+from fdep_jax.layers import basic, ops
 
 
 def normal(*shape) -> np.ndarray:
@@ -47,7 +47,7 @@ def assert_same(ours, plain, *arguments):
 )
 def test_a_window_is_what_indexing_gives(rows, columns):
   assert_same(
-    lambda x: _ops.window(x, rows, columns), lambda x: x[:, rows, columns], normal(2, 6, 7, 3)
+    lambda x: ops.window(x, rows, columns), lambda x: x[:, rows, columns], normal(2, 6, 7, 3)
   )
 
 
@@ -76,12 +76,12 @@ def test_max_pool2_is_the_window_maximum_also_of_odd_sizes(height, width):
   # Distinct values: where a window holds its maximum twice, the two forms split the gradient
   # differently.
   padding = [(0, height % 2), (0, width % 2)]
-  assert_same(_ops.max_pool2, lambda x: max_window(x, 2, 2, padding), normal(2, height, width, 3))
+  assert_same(ops.max_pool2, lambda x: max_window(x, 2, 2, padding), normal(2, height, width, 3))
 
 
 def test_max_pool3_stride2_is_the_window_maximum():
   padding = [(1, 1), (1, 1)]
-  assert_same(_ops.max_pool3_stride2, lambda x: max_window(x, 3, 2, padding), normal(2, 6, 8, 3))
+  assert_same(ops.max_pool3_stride2, lambda x: max_window(x, 3, 2, padding), normal(2, 6, 8, 3))
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
@@ -100,7 +100,7 @@ def test_max_pool3_stride2_is_the_window_maximum():
 )
 def test_resize_is_linear_interpolation(size, new_size, align_corners):
   assert_same(
-    lambda x: _ops.resize(x, new_size, align_corners=align_corners),
+    lambda x: ops.resize(x, new_size, align_corners=align_corners),
     lambda x: interpolate(x, new_size, align_corners),
     normal(2, *size, 3),
   )
@@ -109,7 +109,7 @@ def test_resize_is_linear_interpolation(size, new_size, align_corners):
 @pytest.mark.parametrize("size, new_size", [((5, 6), (10, 12)), ((3, 7), (12, 9))])
 def test_resize_without_aligned_corners_enlarges_like_jax_image(size, new_size):
   assert_same(
-    lambda x: _ops.resize(x, new_size, align_corners=False),
+    lambda x: ops.resize(x, new_size, align_corners=False),
     lambda x: jax.image.resize(x, (2, *new_size, 3), "bilinear"),
     normal(2, *size, 3),
   )
@@ -118,7 +118,7 @@ def test_resize_without_aligned_corners_enlarges_like_jax_image(size, new_size):
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_upsample2_doubles_both_axes(align_corners):
   assert_same(
-    lambda x: _ops.upsample2(x, align_corners=align_corners),
+    lambda x: ops.upsample2(x, align_corners=align_corners),
     lambda x: interpolate(x, (6, 10), align_corners),
     normal(2, 3, 5, 4),
   )
@@ -129,7 +129,7 @@ def test_a_program_of_any_size_resizes_as_those_of_known_sizes(align_corners):
   def resized(x):  # doubled, halved, and by two small matrices
     height, width = x.shape[1:3]
     sizes = [(2 * height, 2 * width), (height // 2, width // 2), (4 * height, width // 4)]
-    return [_ops.resize(x, size, align_corners=align_corners) for size in sizes]
+    return [ops.resize(x, size, align_corners=align_corners) for size in sizes]
 
   shape = (*jax.export.symbolic_shape("b, 8*h, 8*w"), 3)
   program = jax.export.export(jax.jit(resized))(jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -144,7 +144,7 @@ def test_a_program_of_any_size_resizes_as_those_of_known_sizes(align_corners):
 def test_rows_of_a_resize_matrix_are_weights_of_at_most_two_neighbours(
   size, new_size, align_corners
 ):
-  matrix = _ops.resize_matrix(size, new_size, align_corners)
+  matrix = ops.resize_matrix(size, new_size, align_corners)
   assert matrix.shape == (new_size, size)
   np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-12)
   assert (matrix >= 0).all() and ((matrix > 0).sum(1) <= 2).all()
@@ -170,17 +170,17 @@ def test_a_haar_band_is_a_depthwise_convolution(band, kernel, stride):
       feature_group_count=channels,
     )
 
-  assert tuple(_ops.haar(jnp.zeros((1, 2, 2, 1)), stride=stride)) == _ops.WAVELETS
-  assert_same(lambda x: _ops.haar(x, stride=stride)[band], plain, normal(2, 6, 8, channels))
+  assert tuple(ops.haar(jnp.zeros((1, 2, 2, 1)), stride=stride)) == ops.WAVELETS
+  assert_same(lambda x: ops.haar(x, stride=stride)[band], plain, normal(2, 6, 8, channels))
 
 
 @pytest.mark.parametrize(
   "ours, plain",
   [
-    (lambda x: _ops.max_and_mean(x), lambda x: jnp.stack([x.max(3), x.sum(3) / 5], 3)),
-    (lambda x: _ops.mean_and_max(x), lambda x: jnp.stack([x.sum(3) / 5, x.max(3)], 3)),
-    (lambda x: _ops.spatial_mean(x), lambda x: x.sum((1, 2))[:, None, None] / 12),
-    (lambda x: _ops.spatial_max(x), lambda x: x.reshape(2, 12, 5).max(1)[:, None, None]),
+    (lambda x: ops.max_and_mean(x), lambda x: jnp.stack([x.max(3), x.sum(3) / 5], 3)),
+    (lambda x: ops.mean_and_max(x), lambda x: jnp.stack([x.sum(3) / 5, x.max(3)], 3)),
+    (lambda x: ops.spatial_mean(x), lambda x: x.sum((1, 2))[:, None, None] / 12),
+    (lambda x: ops.spatial_max(x), lambda x: x.reshape(2, 12, 5).max(1)[:, None, None]),
   ],
   ids=["max_and_mean", "mean_and_max", "spatial_mean", "spatial_max"],
 )
@@ -191,20 +191,20 @@ def test_a_pooled_value_is_what_its_name_says(ours, plain):
 @pytest.mark.parametrize("axes", [(-1,), (1, 2)])
 def test_the_largest_has_jaxs_gradient_and_divides_by_no_zero(axes):
   x = jnp.round(normal(2, 3, 4, 5))  # with ties
-  assert_same(lambda x: _ops.largest(x, axes), lambda x: x.max(axes, keepdims=True), x)
+  assert_same(lambda x: ops.largest(x, axes), lambda x: x.max(axes, keepdims=True), x)
   # As where it was computed with other rounding, nothing equals the maximum.
-  gradient = jax.grad(lambda x: _ops.largest(x, axes).sum())(x.at[0].set(jnp.nan))
+  gradient = jax.grad(lambda x: ops.largest(x, axes).sum())(x.at[0].set(jnp.nan))
   assert (gradient[0] == 0).all() and jnp.isfinite(gradient).all()
 
 
 def test_every_operation_is_checked_here():
   public = [
     name
-    for name, value in vars(_ops).items()
-    if inspect.isfunction(value) and value.__module__ == _ops.__name__ and name[0] != "_"
+    for name, value in vars(ops).items()
+    if inspect.isfunction(value) and value.__module__ == ops.__name__ and name[0] != "_"
   ]
   source = pathlib.Path(__file__).read_text()
-  assert [name for name in public if f"_ops.{name}" not in source] == []
+  assert [name for name in public if f"ops.{name}" not in source] == []
 
 
 def layer_with(make, x, kernel, bias):
@@ -224,14 +224,14 @@ def test_the_transposed_convolution_adds_every_input_pixel_times_the_kernel():
     rows, columns = reaches(x.shape[1]), reaches(x.shape[2])
     return jnp.einsum("yik,xjl,bijc,klcd->byxd", rows, columns, x, kernel)
 
-  assert_same(_ops.conv_transpose, plain, normal(2, 3, 4, 3), normal(4, 4, 3, 2))
+  assert_same(ops.conv_transpose, plain, normal(2, 3, 4, 3), normal(4, 4, 3, 2))
 
 
 @pytest.mark.parametrize("size, stride, dilation", [(1, 1, 1), (1, 2, 1), (3, 2, 1), (5, 1, 3)])
 def test_a_convolution_is_the_plain_one_padded_by_half_its_reach(size, stride, dilation):
   def ours(*arguments):
     options = {"stride": stride, "dilation": dilation}
-    return layer_with(lambda rngs: _blocks.Conv(3, 2, size, **options, rngs=rngs), *arguments)
+    return layer_with(lambda rngs: basic.Conv(3, 2, size, **options, rngs=rngs), *arguments)
 
   def plain(x, kernel, bias):
     pad = dilation * (size // 2)
@@ -257,7 +257,7 @@ def test_batch_norm_is_its_formula(near):
     return (x - mean) * factor + bias.reshape(1, 1, 1, -1)
 
   def ours(x, scale, bias):
-    return _blocks.batch_norm(x, scale, bias, jnp.full(3, near, x.dtype), 1e-5)[0]
+    return basic.batch_norm(x, scale, bias, jnp.full(3, near, x.dtype), 1e-5)[0]
 
   assert_same(ours, plain, normal(4, 5, 6, 3) + 0.3, normal(3), normal(3))
 
@@ -265,7 +265,7 @@ def test_batch_norm_is_its_formula(near):
 def test_batch_norm_keeps_its_digits_far_from_zero():
   x = (1000 + np.random.default_rng(0).standard_normal((4, 32, 32, 2))).astype(np.float32)
   near = x.mean((0, 1, 2)) + 0.1
-  _, mean, var = _blocks.batch_norm(jnp.asarray(x), jnp.ones(2), jnp.zeros(2), near, 1e-5)
+  _, mean, var = basic.batch_norm(jnp.asarray(x), jnp.ones(2), jnp.zeros(2), near, 1e-5)
   wide = x.astype(np.float64)
   np.testing.assert_allclose(mean, wide.mean((0, 1, 2)), rtol=1e-6)
   np.testing.assert_allclose(var, wide.var((0, 1, 2)), rtol=1e-5)

@@ -14,7 +14,9 @@ import pytest
 from flax import nnx
 
 from configs import base
-from fdep_jax import backbones, hlo, losses, mesh, plan, run, topology, train
+from fdep_jax import backbones, build, losses, plan
+from fdep_jax import step as step_lib
+from fdep_jax.runtime import hlo, mesh, topology
 
 
 def toy_config(**changes):
@@ -156,16 +158,16 @@ def test_saving_memory_does_not_change_the_step(toy, change):
   results, sizes = [], []
   for changes in ({}, change):
     config = toy_config(**changes)
-    prior = run.load_prior(config)
-    model = run.create_model(config, prior)
+    prior = build.load_prior(config)
+    model = build.create_model(config, prior)
     optimizer = optax.sgd(0.1)
     the_mesh = mesh.make(8)
-    vit_state = run.place_prior(config, prior, the_mesh)
-    sizes.append(sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(vit_state)))
-    step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
-    state = mesh.put_replicated(train.init_state(model, optimizer), the_mesh)
+    placed = prior.placed(the_mesh, config.dino.shard)
+    sizes.append(sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(placed)))
+    step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
+    state = mesh.put_replicated(step_lib.init_state(model, optimizer), the_mesh)
     for _ in range(2):
-      state, metrics = step(state, vit_state, mesh.put_batch(batch, the_mesh))
+      state, metrics = step(state, placed, mesh.put_batch(batch, the_mesh))
     results.append((jax.device_get(state), float(metrics["loss"])))
   (plain, loss), (other, other_loss) = results
   assert other_loss == pytest.approx(loss, rel=1e-5)
@@ -182,9 +184,9 @@ def test_sharing_out_gathers_one_block_at_a_time(toy):
   parts = plan.abstract(config)
   collectives = plan.compile_train(config, parts, mesh.make(4)).collectives
   gathered = [c for c in collectives if c["op"] == "all-gather"]
-  whole = max(leaf.size for leaf in jax.tree.leaves(nnx.split(parts.prior.vit)[1]))
+  whole = max(leaf.size for leaf in jax.tree.leaves(parts.prior))
   assert gathered
-  assert max(c["bytes"] for c in gathered) <= 4 * whole / parts.prior.vit.depth
+  assert max(c["bytes"] for c in gathered) <= 4 * whole / parts.prior.depth
 
 
 def test_rematerialisation_computes_no_convolution_again(toy):
@@ -199,7 +201,7 @@ def forward_backward(config, two_passes=False) -> dict[str, float]:
   """FLOPs of loss and gradients as written, before any compiler, and the least that DESIGN has."""
   parts = plan.abstract(config)
   model, prior = parts.model, parts.prior
-  loss = train.make_loss(config, model)
+  loss = step_lib.make_loss(config, model)
   graphdef, _ = nnx.split(model)
 
   def passes(params, stats, rng, image, levels, mask):
@@ -210,13 +212,13 @@ def forward_backward(config, two_passes=False) -> dict[str, float]:
       total += losses.eedm(logits.heads, mask)
     return total, ()
 
-  side = config.data.crop // prior.vit.patch
-  level = jax.ShapeDtypeStruct((1, side, side, prior.vit.width), jnp.float32)
+  side = config.data.crop // prior.patch
+  level = jax.ShapeDtypeStruct((1, side, side, prior.width), jnp.float32)
   image = jax.ShapeDtypeStruct((1, config.data.crop, config.data.crop, 3), jnp.float32)
   mask = jax.ShapeDtypeStruct(image.shape[:3], jnp.bool_)
   state = [parts.state[name] for name in ("params", "stats", "rng")]
   gradients = jax.jit(jax.value_and_grad(passes if two_passes else loss, has_aux=True))
-  lowered = gradients.lower(*state, image, [level] * len(prior.levels), mask)
+  lowered = gradients.lower(*state, image, [level] * len(prior.blocks), mask)
   return hlo.flops(lowered.as_text("hlo"), "none")["outside"]
 
 
@@ -245,11 +247,11 @@ def test_a_step_is_at_most_six_tenths_of_two_passes(name):
 
 
 def test_the_vits_size_is_read_from_the_name_of_a_file_that_need_not_exist():
-  assert plan.vit_arguments("nowhere/dinov2_vitl14_pretrain.pth")["depth"] == 24
-  assert plan.vit_arguments("dinov2_vits14_reg4_pretrain.pth")["registers"] == 4
-  assert plan.vit_arguments("dinov2_vitg14_pretrain.pth")["swiglu"]
+  assert build.vit_arguments("nowhere/dinov2_vitl14_pretrain.pth")["depth"] == 24
+  assert build.vit_arguments("dinov2_vits14_reg4_pretrain.pth")["registers"] == 4
+  assert build.vit_arguments("dinov2_vitg14_pretrain.pth")["swiglu"]
   with pytest.raises(ValueError, match="does not tell the ViT's size.*dinov2_vitl14_pretrain.pth"):
-    plan.vit_arguments("weights/prior.pth")
+    build.vit_arguments("weights/prior.pth")
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:4x4x4", "v4:2x2", "h100:8", "cpu:0", "cpu:2x2", ""])

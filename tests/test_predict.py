@@ -15,10 +15,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from fdep_jax import backbones, predict, run, train
-from fdep_jax.backbones import Backbone, Logits, _blocks, _ops, _window
+from fdep_jax import backbones, build, predict, tiling, train
+from fdep_jax import detector as detector_lib
+from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.data import frames
 from fdep_jax.fdep import FDEP
+from fdep_jax.layers import basic, blocks, ops, windows
 
 
 class Bright(Backbone):
@@ -43,31 +45,31 @@ class Everything(Backbone):
   paper_name = "Everything"
 
   def __init__(self, *, rngs: nnx.Rngs):
-    self.stem = _blocks.Conv(3, 8, rngs=rngs)
-    self.gate = _blocks.ChannelAttention(8, 2, rngs=rngs)
-    self.norm = _blocks.GroupNorm(8)
-    self.squeeze = _blocks.SqueezeExcitation(8, rngs=rngs)
-    self.head = _blocks.Conv(8, 1, rngs=rngs)
+    self.stem = basic.Conv(3, 8, rngs=rngs)
+    self.gate = blocks.ChannelAttention(8, 2, rngs=rngs)
+    self.norm = basic.GroupNorm(8)
+    self.squeeze = blocks.SqueezeExcitation(8, rngs=rngs)
+    self.head = basic.Conv(8, 1, rngs=rngs)
 
   def encode(self, image):
     x = nnx.relu(self.stem(image))
     x = x * self.gate(x)
-    halved = _ops.resize(x, (x.shape[1] // 2, x.shape[2] // 2), align_corners=True)
-    return (x, halved), _ops.max_pool2(_ops.max_pool2(halved))
+    halved = ops.resize(x, (x.shape[1] // 2, x.shape[2] // 2), align_corners=True)
+    return (x, halved), ops.max_pool2(ops.max_pool2(halved))
 
   def decode(self, skips, top):
     x, halved = skips
     size = x.shape[1:3]
-    y = _ops.upsample2(self.norm(halved), align_corners=True)
-    y = y + _ops.resize(self.squeeze(top), size, align_corners=True)  # by 8
-    y = self.norm(y) + _ops.resize(top, size, align_corners=False)
+    y = ops.upsample2(self.norm(halved), align_corners=True)
+    y = y + ops.resize(self.squeeze(top), size, align_corners=True)  # by 8
+    y = self.norm(y) + ops.resize(top, size, align_corners=False)
     return Logits(self.head(x + y))
 
 
-def detector(net: Backbone, mean=0.0, std=1.0) -> run.Detector:
+def detector(net: Backbone, mean=0.0, std=1.0) -> detector_lib.Detector:
   model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
   model.eval()
-  return run.Detector(model, "light", None, mean, std, None, "a test", None, 0)
+  return detector_lib.Detector(model, "light", None, mean, std, None, "a test", None, 0)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def scene(height=40, width=48, dtype=np.uint8, spots=((10, 20),)) -> np.ndarray:
 
 @pytest.mark.parametrize("length", [32, 96, 128, 160, 192, 992, 4096])
 def test_windows_cover_an_axis_once_and_overlap_by_twice_the_halo(length):
-  cuts = predict._cut(length, 96, 32)
+  cuts = tiling._cut(length, 96, 32)
   assert cuts[0].start == 0 and cuts[-1].start + min(96, length) == length
   cores = [edge for cut in cuts for edge in cut.core]
   assert cores[0] == 0 and cores[-1] == length and cores[1:-1:2] == cores[2:-1:2]
@@ -108,10 +110,10 @@ def test_a_window_of_a_resized_axis_is_the_resized_window(before, after):
   frame, size, offset = 320, 96, 128
   scale = 96 // before
   x = jax.random.normal(jax.random.key(0), (1, frame // scale, 1, 2))
-  whole = _ops.resize(x, (frame * after // 96, 1), align_corners=True)
+  whole = ops.resize(x, (frame * after // 96, 1), align_corners=True)
   places = jnp.array([frame, 1]), jnp.array([offset, 0]), jnp.zeros((2, 2), jnp.int32)
-  with _window.active(_window.Window((size, 1), *places)):
-    part = _ops.resize(x[:, offset // scale :][:, :before], (after, 1), align_corners=True)
+  with windows.active(windows.Window((size, 1), *places)):
+    part = ops.resize(x[:, offset // scale :][:, :before], (after, 1), align_corners=True)
   expected = whole[:, offset * after // 96 :][:, :after]
   inner = slice(after // before + 1, -after // before - 1)  # beyond these lie other windows' rows
   np.testing.assert_allclose(part[:, inner], expected[:, inner], atol=2e-6)
@@ -133,7 +135,7 @@ def test_a_tiled_frame_equals_the_untiled_one_everywhere(shape):
 
 
 def test_a_target_on_a_seam_is_found_once(bright):
-  seams = [cut.core[1] for cut in predict._cut(1600, predict.WINDOW, predict.HALO)[:-1]]
+  seams = [cut.core[1] for cut in tiling._cut(1600, tiling.WINDOW, tiling.HALO)[:-1]]
   spots = [(seams[0] - 1, seams[1] - 2), (seams[1] - 2, 300), (777, seams[0] - 1)]
   found = predict.targets(bright(scene(1600, 1600, spots=spots)))
   assert sorted((t.row - 1, t.col - 1) for t in found) == sorted(spots)
@@ -391,7 +393,7 @@ def trained(tmp_path_factory):
     config = toy_config("synthetic", **settings)
     train.train(config, folder / "run")
     (folder / "frames").mkdir()
-    for sample in run.load_images(config).test:
+    for sample in build.load_images(config).test:
       Image.fromarray(sample.image).save(folder / "frames" / f"{sample.name}.png")
     yield folder
   sys.modules.pop("fdep_jax.backbones.toy", None)
@@ -400,12 +402,12 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("branch", ["light", "main"])
 def test_the_command_line_gives_the_maps_of_the_evaluation(trained, tmp_path, branch, capsys):
-  import main
+  from fdep_jax import cli
 
   flags = {"mode": "predict", "workdir": trained / "run", "input": trained / "frames"}
   flags |= {"out": tmp_path / "out", "branch": branch}
-  main.parse(["main.py", *(f"--{name}={value}" for name, value in flags.items())])
-  main.main([])
+  cli.parse(["main.py", *(f"--{name}={value}" for name, value in flags.items())])
+  cli.main([])
   assert "in 5 frames" in capsys.readouterr().out
   expected = sorted((trained / "run" / "probs" / branch).iterdir())
   assert len(expected) == 5

@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 
 import converters
-from fdep_jax.backbones import _blocks
+from fdep_jax.layers import basic
 from fdep_jax.metrics import hse
 
 MEAN, STD = 95.010, 41.511  # grey levels; LESPS `get_img_norm_cfg`, SIRST3
@@ -70,7 +70,7 @@ def score(folder: pathlib.Path, probability, batch_size: int = 4) -> hse.Score:
 
 def test_the_variant_is_read_off_the_checkpoint(net):
   assert net.in_channels == 1
-  assert not any(isinstance(node, _blocks.GroupNorm) for _, node in nnx.iter_graph(net))
+  assert not any(isinstance(node, basic.GroupNorm) for _, node in nnx.iter_graph(net))
   assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(net, nnx.Param))) == 397_823
 
 

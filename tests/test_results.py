@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from fdep_jax import experiments, table
+from fdep_jax.tables import experiments, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = [path.parent.name for path in sorted(ROOT.glob("results/*/table.json"))]

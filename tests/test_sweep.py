@@ -18,8 +18,10 @@ import sweeping
 import test_report
 from ml_collections import ConfigDict
 
-from fdep_jax import evaluate, experiments, figures, settings, sweep, table
-from fdep_jax.experiments import Row, Table
+from fdep_jax import forward, settings
+from fdep_jax.runtime import files
+from fdep_jax.tables import experiments, figures, sweep, table
+from fdep_jax.tables.experiments import Row, Table
 
 SCRIPT = pathlib.Path(sweeping.__file__)
 
@@ -38,7 +40,7 @@ def children(workdir) -> list[int]:
   """Processes that hold a run's lock."""
   found = []
   for path in pathlib.Path(workdir).glob("*/sweep.lock"):
-    holder = settings.held(path.parent, path.name)
+    holder = files.holder(path.parent, path.name)
     found += [int(n) for n in re.findall(r"process (\d+)", holder)]
   return found
 
@@ -103,11 +105,11 @@ def fake(run: sweep.Run, hse: float, step: int = 12) -> None:
   """The files of a finished run."""
   run.folder.mkdir(parents=True, exist_ok=True)
   settings.claim_workdir(run.folder, run.config)
-  branch = evaluate.deployed_branch(run.config.mode)
+  branch = forward.deployed_branch(run.config.mode)
   numbers = {"iou": hse / 2, "niou": hse, "pd": 0.9, "fa": 1e-5, "hse_p": 0.9, "hse_t": 0.8}
   metrics = {branch: numbers | {"hse": hse}, "deployed": branch, "params": 12_345}
   metrics |= {"flops": 2e9, "seconds_per_image": 0.25, "last": {"checkpoint": step}}
-  evaluate.write_json(run.folder / "metrics.json", metrics)
+  files.write_json(run.folder / "metrics.json", metrics)
 
 
 def six(tmp_path, toy) -> list[sweep.Run]:
@@ -133,7 +135,7 @@ def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_pa
   assert str(sweep.state(run)) == "begun step 4 of 12"
   assert not sweep._complete(run.folder)
   (run.folder / "metrics.json").unlink()
-  with settings.locked(run.folder, "sweep.lock"):
+  with files.locked(run.folder, "sweep.lock"):
     assert "running step 4 of 12 (process" in str(sweep.state(run))
 
 
@@ -145,9 +147,9 @@ def test_the_end_of_a_run_by_epochs_is_what_its_evaluation_says(toy, tmp_path):
   path = run.folder / "metrics.json"
   metrics = json.loads(path.read_text())
   for steps, word in ((40, "finished"), (41, "begun"), (None, "begun")):
-    evaluate.write_json(path, metrics | {"steps": steps})
+    files.write_json(path, metrics | {"steps": steps})
     assert sweep.state(run).word == word
-  evaluate.write_json(path, metrics)  # of an older version
+  files.write_json(path, metrics)  # of an older version
   assert sweep.state(run).word == "begun"
 
 
@@ -333,7 +335,7 @@ def with_maps(tmp_path, toy):
   """Two rows whose maps are known: the first finds nothing, the second everything, and one more."""
   for run in six(tmp_path, toy):
     fake(run, 0.5)
-    branch = evaluate.deployed_branch(run.config.mode)
+    branch = forward.deployed_branch(run.config.mode)
     (run.folder / "probs" / branch).mkdir(parents=True)
     for sample in figures._test_images("synthetic", figures._synthetic(run)):
       prob = np.full(sample.mask.shape, 0.1, np.float32)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from configs import base
-from fdep_jax import checkpoint, evaluate, mesh, report, run, settings, train
+from fdep_jax import build, evaluate, report, settings, train
+from fdep_jax import step as step_lib
+from fdep_jax.runtime import checkpoint, mesh
 
 
 def toy_config(**changes):
@@ -40,11 +41,11 @@ def toy_config(**changes):
 
 
 def parameters(workdir, config) -> dict[str, np.ndarray]:
-  prior = run.load_prior(config)
-  model = run.create_model(config, prior)
-  optimizer = train.make_optimizer(config, 1)
+  prior = build.load_prior(config)
+  model = build.create_model(config, prior)
+  optimizer = step_lib.make_optimizer(config, 1)
   checkpoints = checkpoint.Checkpoints(workdir)
-  state, _ = checkpoints.restore(train.init_state(model, optimizer))
+  state, _ = checkpoints.restore(step_lib.init_state(model, optimizer))
   checkpoints.close()
   return {k: np.asarray(v) for k, v in checkpoint.flatten(state).items()}
 
@@ -104,22 +105,22 @@ def test_every_mode_trains_and_reports_its_branches(toy, tmp_path, mode):
 
 def test_the_flops_of_a_deployed_main_branch_hold_every_block_of_the_prior(toy, monkeypatch):
   config = toy_config(mode="fdep_wo_coisd")
-  width, flops = run.RANDOM_PRIOR["width"], []
+  width, flops = build.RANDOM_PRIOR["width"], []
   for depth in (4, 8):
-    monkeypatch.setitem(run.RANDOM_PRIOR, "depth", depth)
-    prior = run.load_prior(config)
-    model = run.create_model(config, prior)
+    monkeypatch.setitem(build.RANDOM_PRIOR, "depth", depth)
+    prior = build.load_prior(config)
+    model = build.create_model(config, prior)
     flops.append(evaluate.cost(config, model, prior, repeats=1)["flops"])
-  tokens = 1 + math.ceil(config.data.crop / prior.vit.patch) ** 2
+  tokens = 1 + math.ceil(config.data.crop / prior.patch) ** 2
   block = 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
   assert flops[1] - flops[0] == 4 * block
 
 
 def parts(config):
-  prior = run.load_prior(config)
-  model = run.create_model(config, prior)
-  optimizer = train.make_optimizer(config, 1)
-  return prior, model, optimizer, train.init_state(model, optimizer)
+  prior = build.load_prior(config)
+  model = build.create_model(config, prior)
+  optimizer = step_lib.make_optimizer(config, 1)
+  return prior, model, optimizer, step_lib.init_state(model, optimizer)
 
 
 def batch(size: int = 4, crop: int = 32):
@@ -132,14 +133,14 @@ def test_the_prior_is_neither_trained_nor_saved_nor_differentiated(toy):
   config = toy_config()
   prior, model, optimizer, state = parts(config)
   names = list(checkpoint.flatten(state))
-  shapes = {leaf.shape for leaf in jax.tree.leaves(nnx.split(prior.vit)[1])}
-  matrices = {shape for shape in shapes if len(shape) == 3 and shape[0] == prior.vit.depth}
+  shapes = {leaf.shape for leaf in jax.tree.leaves(prior)}
+  matrices = {shape for shape in shapes if len(shape) == 3 and shape[0] == prior.depth}
   assert matrices and not any("vit" in name or "dino" in name for name in names)
   assert not matrices & {leaf.shape for leaf in jax.tree.leaves(state)}
-  step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
-  jaxpr = jax.make_jaxpr(step)(state, nnx.split(prior.vit)[1], batch())
+  step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
+  jaxpr = jax.make_jaxpr(step)(state, prior, batch())
   scans = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "scan"]
-  over_blocks = [eqn for eqn in scans if eqn.params["length"] == prior.vit.depth]
+  over_blocks = [eqn for eqn in scans if eqn.params["length"] == prior.depth]
   assert len(over_blocks) == 1 and not over_blocks[0].params["reverse"]  # forward, once
 
 
@@ -167,15 +168,15 @@ def test_eight_devices_take_the_step_of_one(toy):
   config = toy_config(**{"train.batch_size": 8})
   prior, model, _, _ = parts(config)
   optimizer = optax.sgd(0.1)
-  state = train.init_state(model, optimizer)
+  state = step_lib.init_state(model, optimizer)
   results = []
   for devices in (1, 8):
     the_mesh = mesh.make(devices, 8)
-    step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
-    vit_state = mesh.put_replicated(nnx.split(prior.vit)[1], the_mesh)
+    step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
+    placed = mesh.put_replicated(prior, the_mesh)
     current = mesh.put_replicated(state, the_mesh)
     for _ in range(2):
-      current, metrics = step(current, vit_state, mesh.put_batch(batch(8), the_mesh))
+      current, metrics = step(current, placed, mesh.put_batch(batch(8), the_mesh))
     results.append((jax.device_get(current["params"]), float(metrics["loss"])))
   assert the_mesh.devices.size == 8
   np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
@@ -188,8 +189,8 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(toy):
   for dtype in ("float32", "bfloat16"):
     config = toy_config(**{"train.dtype": dtype})
     prior, model, optimizer, state = parts(config)
-    step = train.make_step(config, model, prior, optimizer, 0.5, 0.2)
-    state, metrics = step(state, nnx.split(prior.vit)[1], batch())
+    step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
+    state, metrics = step(state, prior, batch())
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state["params"], state["stats"])))
     values.append(float(metrics["loss"]))
   assert values[0] == pytest.approx(values[1], rel=0.03) and values[0] != values[1]
@@ -198,15 +199,15 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(toy):
 def test_any_optax_schedule_is_named_by_the_config():
   config = toy_config(**{"train.schedule": "cosine_decay_schedule"})
   config.train.schedule_args = {"init_value": "learning_rate", "decay_steps": "steps"}
-  ours, theirs = train.make_schedule(config, 50), optax.schedules.cosine_decay_schedule(1e-3, 50)
+  ours, theirs = step_lib.make_schedule(config, 50), optax.schedules.cosine_decay_schedule(1e-3, 50)
   for step in (0, 10, 50):
     assert ours(step) == theirs(step)
   config.train.schedule = "cosine"
   with pytest.raises(ValueError, match="optax has .*cosine_decay_schedule"):
-    train.make_schedule(config, 50)
+    step_lib.make_schedule(config, 50)
   config.train.schedule = "constant_schedule"
   with pytest.raises(ValueError, match="do not fit constant_schedule"):
-    train.make_schedule(config, 50)
+    step_lib.make_schedule(config, 50)
 
 
 def test_a_trace_of_some_steps_is_written(toy, tmp_path):
@@ -221,8 +222,8 @@ def test_a_trace_of_some_steps_is_written(toy, tmp_path):
 
 def test_epochs_count_every_image_once():
   config = toy_config(**{"train.steps": 0, "train.epochs": 3, "train.batch_size": 16})
-  assert train.total_steps(config, 100) == 19  # 300 images / 16
-  assert train.total_steps(base.get_config(), 1676) == 41_900  # the paper's run
+  assert step_lib.total_steps(config, 100) == 19  # 300 images / 16
+  assert step_lib.total_steps(base.get_config(), 1676) == 41_900  # the paper's run
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(toy, tmp_path):

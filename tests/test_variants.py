@@ -8,7 +8,7 @@ from flax import nnx
 
 import converters
 from fdep_jax import backbones
-from fdep_jax.backbones import _blocks
+from fdep_jax.layers import blocks
 
 # Parameters: XinyiYing/BasicIRSTD's ACM and the executed ones of its ALCNet; YuChuang1205/PAL's
 # small MLCL-Net.
@@ -63,7 +63,7 @@ def test_a_one_channel_network_refuses_a_three_channel_image(name):
 
 
 def test_the_head_drops_a_tenth_in_training_and_nothing_in_evaluation():
-  head = _blocks.DropoutHead(16, rngs=nnx.Rngs(0))
+  head = blocks.DropoutHead(16, rngs=nnx.Rngs(0))
   ones = jnp.ones((1, 100, 100, 4))
   dropped = np.asarray(head.dropout(ones))
   assert 0.08 < (dropped == 0).mean() < 0.12

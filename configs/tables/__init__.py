@@ -6,7 +6,8 @@ import pathlib
 
 from configs import base
 from fdep_jax import backbones, settings
-from fdep_jax.experiments import COSTS, METRICS, Row
+from fdep_jax.metrics.columns import COSTS, METRICS
+from fdep_jax.tables.experiments import Row
 
 NETWORKS = {  # paper's name: ours, in the tables' order
   backbones.network_class(name).paper_name: name

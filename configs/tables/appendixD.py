@@ -9,7 +9,7 @@ pseudo-labels, and on these and the true ones in as many steps.
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Row, Table
+from fdep_jax.tables.experiments import Row, Table
 
 get_config = base.get_config
 COLLAPSES = "the paper prints no numbers: the network collapses early in training"

@@ -11,7 +11,7 @@ was tried, and the results: results/README.md. Run the first command twice at on
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Table
+from fdep_jax.tables.experiments import Table
 
 NETWORKS = ("ACM",)  # of the paper's tables; ALCNet costs as little
 SEEDS = (0, 1, 2)

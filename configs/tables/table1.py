@@ -8,7 +8,7 @@ weights/dinov2_vitl14_pretrain.pth.
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Table
+from fdep_jax.tables.experiments import Table
 
 get_config = base.get_config
 

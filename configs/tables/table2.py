@@ -7,7 +7,7 @@
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Table
+from fdep_jax.tables.experiments import Table
 
 get_config = base.get_config
 

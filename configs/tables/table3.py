@@ -7,7 +7,7 @@ Five runs, of which three are Table 1's.
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Table
+from fdep_jax.tables.experiments import Table
 
 get_config = base.get_config
 

@@ -8,7 +8,7 @@ divergence of the outputs (`fdep_jax/ablations.py`) with weight 1.
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Row, Table
+from fdep_jax.tables.experiments import Row, Table
 
 get_config = base.get_config
 SHARES = {"E": "encoder", "D": "decoder", "E+D": "both"}

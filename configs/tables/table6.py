@@ -8,7 +8,7 @@ Five runs, the last one Table 1's. The paper only names these decoders; ours are
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Row, Table
+from fdep_jax.tables.experiments import Row, Table
 
 get_config = base.get_config
 DECODERS = {"DINO + D": "plain", "DINO + MSDA(D)": "msda", "FDEP w/o CO-ISD": "no"}

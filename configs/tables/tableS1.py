@@ -8,7 +8,7 @@ Eight runs, of which 6/12/18/24, ViT-L's default, is Table 1's.
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Row, Table
+from fdep_jax.tables.experiments import Row, Table
 
 get_config = base.get_config
 DEFAULT = "6/12/18/24"

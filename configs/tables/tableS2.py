@@ -8,7 +8,7 @@ Six runs; needs weights/dinov2_vit{s,b,l}14_pretrain.pth.
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Table
+from fdep_jax.tables.experiments import Table
 
 get_config = base.get_config
 

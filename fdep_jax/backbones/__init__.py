@@ -1,13 +1,81 @@
-"""The eight detectors, found by file name: `create("msda", rngs=nnx.Rngs(0))`."""
+"""Detectors, found by file name: `create("msda", rngs=nnx.Rngs(0))`.
+
+Each is an encoder-decoder: `encode` gives the skips and the top feature, `decode` the logits.
+"""
 
 import importlib
 import pkgutil
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 from flax import nnx
 
-from fdep_jax.backbones._base import Backbone, Logits
 
-__all__ = ["Backbone", "Logits", "create", "names", "network_class"]
+class Logits(NamedTuple):
+  """Raw scores before the sigmoid, all at the image's size.
+
+  `final` is the prediction, B×H×W×1; `side` holds the further supervised heads, B×H×W×1 each, in
+  the published code's order.
+  """
+
+  final: jax.Array
+  side: tuple[jax.Array, ...] = ()
+
+  @property
+  def heads(self) -> tuple[jax.Array, ...]:
+    """Every head that the loss is summed over."""
+    return (*self.side, self.final)
+
+
+class Backbone(nnx.Module):
+  """An encoder-decoder detector. A new one is one file in this folder with one subclass.
+
+  FDEP changes only `top`, and decodes twice a step. So `encode` computes everything that does not
+  depend on `top`, decoder blocks on the skips included, and hands it over in `skips` (any pytree).
+  """
+
+  stride: ClassVar[int]  # H and W of an image must be multiples of it
+  top_channels: ClassVar[int]  # C of `top`
+  top_stride: ClassVar[int]  # H and W of `top` are the image's divided by it
+  paper_name: ClassVar[str]  # the name in the paper's tables
+  in_channels: int = 3
+
+  def encode(self, image: jax.Array) -> tuple[Any, jax.Array]:
+    """Skips and top feature.
+
+    Args:
+      image: B×H×W×in_channels, normalised; H and W multiples of `stride`.
+
+    Returns:
+      `skips`, whatever `decode` needs, and `top`, B×H/top_stride×W/top_stride×top_channels.
+
+    Raises:
+      ValueError: the image's size or channels do not fit.
+    """
+    raise NotImplementedError
+
+  def decode(self, skips: Any, top: jax.Array) -> Logits:
+    """Logits from the skips and a top feature, fused with a prior or not."""
+    raise NotImplementedError
+
+  def __call__(self, image: jax.Array) -> Logits:
+    return self.decode(*self.encode(image))
+
+  def check_image(self, image: jax.Array) -> None:
+    """Refuses an image that the network cannot take, with the way out in the message."""
+    name = type(self).__module__
+    if image.ndim != 4 or image.shape[-1] != self.in_channels:
+      raise ValueError(
+        f"Image has shape {'×'.join(map(str, image.shape))}; {name} needs B×H×W×{self.in_channels} "
+        "(channels last). Transpose it or repeat its grey channel."
+      )
+    height, width = image.shape[1:3]
+    if height % self.stride or width % self.stride or not height * width:
+      raise ValueError(
+        f"Image is {height}×{width}; {name} needs multiples of {self.stride}. Pad it with zeros to "
+        f"{-(-height // self.stride) * self.stride}×{-(-width // self.stride) * self.stride} and "
+        "crop the logits, or choose data.crop accordingly."
+      )
 
 
 def names() -> list[str]:

@@ -7,8 +7,8 @@ the ACM of XinyiYing/BasicIRSTD and LESPS.
 import jax
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.layers import basic, blocks, ops
 
 
 class ACM(Backbone):
@@ -28,18 +28,18 @@ class ACM(Backbone):
     self,
     *,
     in_channels: int = 3,
-    fusion_norm: _blocks.FusionNorm = "group",
+    fusion_norm: blocks.FusionNorm = "group",
     rngs: nnx.Rngs,
   ):
     self.in_channels = in_channels
-    self.encoder = _blocks.ResNetEncoder(in_channels, blocks=3, rngs=rngs)
+    self.encoder = blocks.ResNetEncoder(in_channels, blocks=3, rngs=rngs)
     channels = (16, 32)  # of the skips, at 1/4 and 1/8
-    self.up = nnx.List([_blocks.ConvTranspose(2 * c, c, rngs=rngs) for c in channels])
-    self.fuse = nnx.List([_blocks.AsymmetricFusion(c, fusion_norm, rngs=rngs) for c in channels])
+    self.up = nnx.List([basic.ConvTranspose(2 * c, c, rngs=rngs) for c in channels])
+    self.fuse = nnx.List([blocks.AsymmetricFusion(c, fusion_norm, rngs=rngs) for c in channels])
     self.refine = nnx.List(
-      [nnx.List([_blocks.BasicBlock(c, c, rngs=rngs) for _ in range(3)]) for c in channels]
+      [nnx.List([blocks.BasicBlock(c, c, rngs=rngs) for _ in range(3)]) for c in channels]
     )
-    self.head = _blocks.DropoutHead(16, rngs=rngs)
+    self.head = blocks.DropoutHead(16, rngs=rngs)
 
   def encode(self, image: jax.Array) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array]:
     self.check_image(image)
@@ -54,4 +54,4 @@ class ACM(Backbone):
       for block in self.refine[i]:
         x = block(x)
     x = self.head(x)  # B×H/4×W/4×1
-    return Logits(_ops.resize(x, (4 * x.shape[1], 4 * x.shape[2]), align_corners=False))
+    return Logits(ops.resize(x, (4 * x.shape[1], 4 * x.shape[2]), align_corners=False))

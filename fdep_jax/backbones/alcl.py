@@ -6,8 +6,8 @@ Source: YuChuang1205/PAL model/ALCL.
 import jax
 from flax import nnx
 
-from fdep_jax.backbones import _blocks
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.layers import basic, blocks
 
 _CHANNELS = (16, 32, 64, 128, 256)  # levels 1 to 5
 _BLOCKS = 3  # residual blocks a level
@@ -23,20 +23,20 @@ class ALCLNet(Backbone):
 
   def __init__(self, *, rngs: nnx.Rngs):
     kaiming = {"init": "kaiming", "rngs": rngs}
-    self.stem = _blocks.Stem(3, 16, **kaiming)
+    self.stem = blocks.Stem(3, 16, **kaiming)
     self.levels = nnx.List([_level(i, rngs) for i in range(5)])
-    self.contrast = nnx.List([_blocks.LocalContrast(c, rngs=rngs) for c in _CHANNELS])
-    self.gate = nnx.List([_blocks.ConvNorm(c, c, 1, **kaiming) for c in _CHANNELS[:4]])
-    self.up = nnx.List([_blocks.UpConvNormRelu(2 * c, c, rngs=rngs) for c in _CHANNELS[:4]])
-    self.head = _blocks.Head(16, **kaiming)
+    self.contrast = nnx.List([blocks.LocalContrast(c, rngs=rngs) for c in _CHANNELS])
+    self.gate = nnx.List([basic.ConvNorm(c, c, 1, **kaiming) for c in _CHANNELS[:4]])
+    self.up = nnx.List([blocks.UpConvNormRelu(2 * c, c, rngs=rngs) for c in _CHANNELS[:4]])
+    self.head = blocks.Head(16, **kaiming)
 
   def encode(self, image: jax.Array) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array]:
     """Skips: for levels 1 to 4 the local contrast and its gate, both B×H×W×C of the level."""
     self.check_image(image)
     x = self.stem(image)
     skips = []
-    for i, blocks in enumerate(self.levels):
-      for block in blocks:
+    for i, level in enumerate(self.levels):
+      for block in level:
         x = block(x)
       if i < 4:
         low = self.contrast[i](x)
@@ -54,10 +54,8 @@ class ALCLNet(Backbone):
 def _level(i: int, rngs: nnx.Rngs) -> nnx.List:
   channels = _CHANNELS[i]
   first = (
-    _blocks.DownBlock(_CHANNELS[i - 1], channels, rngs=rngs)
+    blocks.DownBlock(_CHANNELS[i - 1], channels, rngs=rngs)
     if i
-    else _blocks.ResidualBlock(channels, rngs=rngs)
+    else blocks.ResidualBlock(channels, rngs=rngs)
   )
-  return nnx.List(
-    [first, *(_blocks.ResidualBlock(channels, rngs=rngs) for _ in range(_BLOCKS - 1))]
-  )
+  return nnx.List([first, *(blocks.ResidualBlock(channels, rngs=rngs) for _ in range(_BLOCKS - 1))])

@@ -8,8 +8,8 @@ fusion blocks it is the ALCNet of XinyiYing/BasicIRSTD and LESPS.
 import jax
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.layers import basic, blocks, ops
 
 
 class ALCNet(Backbone):
@@ -29,16 +29,16 @@ class ALCNet(Backbone):
     self,
     *,
     in_channels: int = 3,
-    fusion_norm: _blocks.FusionNorm = "group",
+    fusion_norm: blocks.FusionNorm = "group",
     rngs: nnx.Rngs,
   ):
     self.in_channels = in_channels
-    self.encoder = _blocks.ResNetEncoder(in_channels, blocks=4, rngs=rngs)
-    self.up = nnx.List([_blocks.ConvTranspose(2 * c, c, rngs=rngs) for c in (8, 16, 32)])
+    self.encoder = blocks.ResNetEncoder(in_channels, blocks=4, rngs=rngs)
+    self.up = nnx.List([basic.ConvTranspose(2 * c, c, rngs=rngs) for c in (8, 16, 32)])
     self.fuse = nnx.List(
-      [_blocks.AsymmetricFusion(c, fusion_norm, rngs=rngs) for c in (16, 32)]  # at 1/4 and 1/8
+      [blocks.AsymmetricFusion(c, fusion_norm, rngs=rngs) for c in (16, 32)]  # at 1/4 and 1/8
     )
-    self.head = _blocks.DropoutHead(8, rngs=rngs)
+    self.head = blocks.DropoutHead(8, rngs=rngs)
 
   def encode(self, image: jax.Array) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array]:
     self.check_image(image)
@@ -51,4 +51,4 @@ class ALCNet(Backbone):
     for i in (1, 0):
       x = self.fuse[i](self.up[i + 1](x), *skips[i])
     x = self.head(self.up[0](x))  # B×H/2×W/2×1
-    return Logits(_ops.upsample2(x, align_corners=False))
+    return Logits(ops.upsample2(x, align_corners=False))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.layers import basic, blocks, ops
 
 _CHANNELS = (16, 32, 64, 128, 256)  # of row i, at 1/2^i of the image
 _DEEPEST = 4
@@ -31,9 +31,9 @@ class DNANet(Backbone):
       [nnx.List([_node(i, j, rngs) for j in range(_DEEPEST + 1 - i)]) for i in range(_DEEPEST + 1)]
     )
     # What rows 4 to 1 give to the last node; `squeeze[i]` belongs to row i + 1.
-    self.squeeze = nnx.List([_blocks.Conv(c, 16, 1, rngs=rngs) for c in _CHANNELS[1:]])
+    self.squeeze = nnx.List([basic.Conv(c, 16, 1, rngs=rngs) for c in _CHANNELS[1:]])
     self.merge = AttentionBlock(16 * 5, 16, rngs=rngs)
-    self.heads = nnx.List([_blocks.Conv(16, 1, 1, rngs=rngs) for _ in range(4)])
+    self.heads = nnx.List([basic.Conv(16, 1, 1, rngs=rngs) for _ in range(4)])
 
   def encode(self, image: jax.Array) -> tuple[tuple, jax.Array]:
     self.check_image(image)
@@ -42,7 +42,7 @@ class DNANet(Backbone):
     for diagonal in range(_DEEPEST):
       rows = self._add_diagonal(rows, halved, x)
       halved = tuple(_halve(row[-1]) for row in rows[:-1])
-      x = self._run(diagonal + 1, 0, _ops.max_pool2(x))
+      x = self._run(diagonal + 1, 0, ops.max_pool2(x))
     side = tuple(head(x) for head, x in zip(self.heads, rows[0][1:], strict=False))
     return (rows, halved, side), x
 
@@ -51,7 +51,7 @@ class DNANet(Backbone):
     rows = self._add_diagonal(rows, halved, top)
     height, width = rows[0][-1].shape[1:3]
     gathered = [
-      _ops.resize(self.squeeze[i - 1](rows[i][-1]), (height, width), align_corners=True)
+      ops.resize(self.squeeze[i - 1](rows[i][-1]), (height, width), align_corners=True)
       for i in range(_DEEPEST, 0, -1)
     ]
     x = self.merge(jnp.concatenate([*gathered, rows[0][-1]], -1))
@@ -64,7 +64,7 @@ class DNANet(Backbone):
     """
     rows = [*rows, (deepest,)]
     for i in reversed(range(len(rows) - 1)):
-      inputs = [*rows[i], _ops.upsample2(rows[i + 1][-1], align_corners=True)]
+      inputs = [*rows[i], ops.upsample2(rows[i + 1][-1], align_corners=True)]
       if i > 0:
         inputs.append(halved[i - 1])
       rows[i] = (*rows[i], self._run(i, len(rows[i]), jnp.concatenate(inputs, -1)))
@@ -80,23 +80,23 @@ class AttentionBlock(nnx.Module):
   """Residual block with a channel gate, then a spatial gate, before the sum (Res-CBAM)."""
 
   def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
-    self.conv1 = _blocks.ConvNormRelu(in_channels, out_channels, rngs=rngs)
-    self.conv2 = _blocks.ConvNorm(out_channels, out_channels, rngs=rngs)
-    self.channel = _blocks.ChannelAttention(out_channels, 16, rngs=rngs)
-    self.spatial = _blocks.Conv(2, 1, 7, bias=False, rngs=rngs)
+    self.conv1 = basic.ConvNormRelu(in_channels, out_channels, rngs=rngs)
+    self.conv2 = basic.ConvNorm(out_channels, out_channels, rngs=rngs)
+    self.channel = blocks.ChannelAttention(out_channels, 16, rngs=rngs)
+    self.spatial = basic.Conv(2, 1, 7, bias=False, rngs=rngs)
     self.shortcut = nnx.data(None)
     if in_channels != out_channels:
-      self.shortcut = _blocks.ConvNorm(in_channels, out_channels, 1, rngs=rngs)
+      self.shortcut = basic.ConvNorm(in_channels, out_channels, 1, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = self.conv2(self.conv1(x))
     y = y * self.channel(y)
-    y = y * nnx.sigmoid(self.spatial(_ops.mean_and_max(y)))
+    y = y * nnx.sigmoid(self.spatial(ops.mean_and_max(y)))
     return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 def _halve(x: jax.Array) -> jax.Array:
-  return _ops.resize(x, (x.shape[1] // 2, x.shape[2] // 2), align_corners=True)
+  return ops.resize(x, (x.shape[1] // 2, x.shape[2] // 2), align_corners=True)
 
 
 def _node(i: int, j: int, rngs: nnx.Rngs) -> nnx.List:

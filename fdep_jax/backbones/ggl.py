@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.layers import basic, blocks, ops
 
 _CHANNELS = (16, 32, 64, 128, 256)  # levels 1 to 5
 
@@ -22,23 +22,23 @@ class GGLNet(Backbone):
   paper_name = "GGL-Net"
 
   def __init__(self, *, rngs: nnx.Rngs):
-    self.stem = _blocks.Stem(3, 16, init="kaiming", rngs=rngs)
+    self.stem = blocks.Stem(3, 16, init="kaiming", rngs=rngs)
     self.enter = nnx.List(
       [
-        _blocks.ResidualBlock(16, rngs=rngs),
-        *(_blocks.DownBlock(c // 2, c, rngs=rngs) for c in _CHANNELS[1:]),
+        blocks.ResidualBlock(16, rngs=rngs),
+        *(blocks.DownBlock(c // 2, c, rngs=rngs) for c in _CHANNELS[1:]),
       ]
     )
     self.gated = nnx.List(
       [nnx.List([GatedBlock(c, rngs=rngs) for _ in range(2)]) for c in _CHANNELS]
     )
     self.inject = nnx.List([GradientBlock(3, c, rngs=rngs) for c in _CHANNELS])
-    self.contrast = nnx.List([_blocks.LocalContrast(c, rngs=rngs) for c in _CHANNELS])
+    self.contrast = nnx.List([blocks.LocalContrast(c, rngs=rngs) for c in _CHANNELS])
     # PyTorch's default initialisation: the published code never calls the gates' own.
-    self.position = nnx.List([_blocks.Conv(2, 1, 7, rngs=rngs) for _ in _CHANNELS[:4]])
-    self.channel = nnx.List([_blocks.ChannelAttention(c, 8, rngs=rngs) for c in _CHANNELS[:4]])
-    self.up = nnx.List([_blocks.UpConvNormRelu(2 * c, c, rngs=rngs) for c in _CHANNELS[:4]])
-    self.head = _blocks.Head(16, init="kaiming", rngs=rngs)
+    self.position = nnx.List([basic.Conv(2, 1, 7, rngs=rngs) for _ in _CHANNELS[:4]])
+    self.channel = nnx.List([blocks.ChannelAttention(c, 8, rngs=rngs) for c in _CHANNELS[:4]])
+    self.up = nnx.List([blocks.UpConvNormRelu(2 * c, c, rngs=rngs) for c in _CHANNELS[:4]])
+    self.head = blocks.Head(16, init="kaiming", rngs=rngs)
 
   def encode(self, image: jax.Array) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array]:
     """Skips: for levels 1 to 4 the local contrast, B×H×W×C, and its spatial gate, B×H×W×1."""
@@ -46,15 +46,15 @@ class GGLNet(Backbone):
     gradient = gradient_magnitude(image)
     x = self.stem(image)
     skips = []
-    for i, (enter, blocks) in enumerate(zip(self.enter, self.gated, strict=True)):
+    for i, (enter, level) in enumerate(zip(self.enter, self.gated, strict=True)):
       x = enter(x)
-      for block in blocks:
+      for block in level:
         x = block(x)
       x = self.inject[i](x, gradient)
       if i < 4:
-        gradient = _ops.max_pool2(gradient)
+        gradient = ops.max_pool2(gradient)
         low = self.contrast[i](x)
-        skips.append((low, nnx.sigmoid(self.position[i](_ops.max_and_mean(low)))))
+        skips.append((low, nnx.sigmoid(self.position[i](ops.max_and_mean(low)))))
     return tuple(skips), x
 
   def decode(self, skips: tuple[tuple[jax.Array, jax.Array], ...], top: jax.Array) -> Logits:
@@ -74,8 +74,8 @@ def gradient_magnitude(image: jax.Array) -> jax.Array:
   """
   padded = jnp.pad(jax.lax.stop_gradient(image), [(0, 0), (1, 1), (1, 1), (0, 0)])
   before, inside, after = slice(None, -2), slice(1, -1), slice(2, None)
-  along_x = (_ops.window(padded, inside, after) - _ops.window(padded, inside, before)) / 2
-  along_y = (_ops.window(padded, after, inside) - _ops.window(padded, before, inside)) / 2
+  along_x = (ops.window(padded, inside, after) - ops.window(padded, inside, before)) / 2
+  along_y = (ops.window(padded, after, inside) - ops.window(padded, before, inside)) / 2
   return jnp.sqrt(along_x**2 + along_y**2)
 
 
@@ -83,9 +83,9 @@ class GatedConvs(nnx.Module):
   """conv3, BN, ReLU, squeeze and excitation, conv3, BN."""
 
   def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
-    self.conv1 = _blocks.ConvNormRelu(in_channels, out_channels, init="kaiming", rngs=rngs)
-    self.squeeze = _blocks.SqueezeExcitation(out_channels, rngs=rngs)
-    self.conv2 = _blocks.ConvNorm(out_channels, out_channels, init="kaiming", rngs=rngs)
+    self.conv1 = basic.ConvNormRelu(in_channels, out_channels, init="kaiming", rngs=rngs)
+    self.squeeze = blocks.SqueezeExcitation(out_channels, rngs=rngs)
+    self.conv2 = basic.ConvNorm(out_channels, out_channels, init="kaiming", rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.conv2(self.squeeze(self.conv1(x)))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.layers import basic, ops
 
 _CHANNELS = (16, 32, 64)  # levels 1 to 3, at 1/1, 1/2 and 1/4
 
@@ -27,20 +27,20 @@ class MLCLNet(Backbone):
 
   def __init__(self, *, small: bool = False, rngs: nnx.Rngs):
     blocks = 2 if small else 3
-    self.stem = _blocks.Stem(3, 16, init="torch", rngs=rngs)
+    self.stem = blocks.Stem(3, 16, init="torch", rngs=rngs)
     self.stages = nnx.List(
       [
-        nnx.List([first] + [_blocks.ResidualBlock(c, rngs=rngs) for _ in range(blocks - 1)])
+        nnx.List([first] + [blocks.ResidualBlock(c, rngs=rngs) for _ in range(blocks - 1)])
         for first, c in (
-          (_blocks.ResidualBlock(16, rngs=rngs), 16),
-          (_blocks.DownBlock(16, 32, rngs=rngs), 32),
-          (_blocks.DownBlock(32, 64, rngs=rngs), 64),
+          (blocks.ResidualBlock(16, rngs=rngs), 16),
+          (blocks.DownBlock(16, 32, rngs=rngs), 32),
+          (blocks.DownBlock(32, 64, rngs=rngs), 64),
         )
       ]
     )
     self.contrast = nnx.List([LocalContrast(c, rngs=rngs) for c in _CHANNELS])
-    self.widen = nnx.List([_blocks.Conv(c, 64, 1, rngs=rngs) for c in _CHANNELS])
-    self.head = _blocks.Head(64, init="torch", rngs=rngs)
+    self.widen = nnx.List([basic.Conv(c, 64, 1, rngs=rngs) for c in _CHANNELS])
+    self.head = blocks.Head(64, init="torch", rngs=rngs)
 
   def encode(self, image: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     self.check_image(image)
@@ -55,7 +55,7 @@ class MLCLNet(Backbone):
   def decode(self, skips: tuple[jax.Array, jax.Array], top: jax.Array) -> Logits:
     x = self._widened(2, top)
     for skip in reversed(skips):
-      x = _ops.upsample2(x, align_corners=True) + skip
+      x = ops.upsample2(x, align_corners=True) + skip
     return Logits(self.head(x))
 
   def _widened(self, level: int, x: jax.Array) -> jax.Array:
@@ -72,14 +72,14 @@ class LocalContrast(nnx.Module):
       [
         nnx.List(
           [
-            _blocks.Conv(channels, channels, size, **options),
-            _blocks.Conv(channels, channels, 3, dilation=size, **options),
+            basic.Conv(channels, channels, size, **options),
+            basic.Conv(channels, channels, 3, dilation=size, **options),
           ]
         )
         for size in (1, 3, 5)
       ]
     )
-    self.merge = _blocks.Conv(3 * channels, channels, 1, **options)
+    self.merge = basic.Conv(3 * channels, channels, 1, **options)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     branches = [nnx.relu(second(nnx.relu(first(x)))) for first, second in self.branches]

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.layers import basic, blocks, ops
 
 _CHANNELS = (16, 32, 64, 64, 64)  # levels 1 to 5
 _SUMMARY = 16  # channels each of levels 1 to 4 adds to the top feature
@@ -24,48 +24,48 @@ class MSDANet(Backbone):
 
   def __init__(self, *, rngs: nnx.Rngs):
     kaiming = {"init": "kaiming", "rngs": rngs}
-    self.stem = _blocks.Stem(3, 16, **kaiming)
+    self.stem = blocks.Stem(3, 16, **kaiming)
     details = 9  # three Haar bands of three image channels
     self.enter = nnx.List(
       [
-        _blocks.ResidualBlock(16, rngs=rngs),
-        _blocks.DownBlock(16, 32 - details, rngs=rngs),
-        _blocks.DownBlock(32, 64, rngs=rngs),
-        _blocks.DownBlock(64, 64, rngs=rngs),
-        _blocks.DownBlock(64, 64, rngs=rngs),
+        blocks.ResidualBlock(16, rngs=rngs),
+        blocks.DownBlock(16, 32 - details, rngs=rngs),
+        blocks.DownBlock(32, 64, rngs=rngs),
+        blocks.DownBlock(64, 64, rngs=rngs),
+        blocks.DownBlock(64, 64, rngs=rngs),
       ]
     )
     self.direction = nnx.List(
       [nnx.List([DirectionBlock(c, rngs=rngs) for _ in range(2)]) for c in _CHANNELS]
     )
-    self.summary = nnx.List([_blocks.Conv(c, _SUMMARY, 1, **kaiming) for c in _CHANNELS[:4]])
-    self.aggregate1 = _blocks.Conv(64 + 4 * _SUMMARY, 128, 1, **kaiming)
-    self.aggregate2 = _blocks.Conv(128, 64, 1, **kaiming)
+    self.summary = nnx.List([basic.Conv(c, _SUMMARY, 1, **kaiming) for c in _CHANNELS[:4]])
+    self.aggregate1 = basic.Conv(64 + 4 * _SUMMARY, 128, 1, **kaiming)
+    self.aggregate2 = basic.Conv(128, 64, 1, **kaiming)
     self.context = nnx.List([ContextBlock(c, rngs=rngs) for c in _CHANNELS])
     self.fuse = nnx.List(
       [Fusion(high, low, rngs=rngs) for high, low in ((32, 16), (64, 32), (64, 64), (64, 64))]
     )
-    self.head = _blocks.Head(16, **kaiming)
+    self.head = blocks.Head(16, **kaiming)
 
   def encode(self, image: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
     self.check_image(image)
-    bands = _ops.haar(image, stride=2)
+    bands = ops.haar(image, stride=2)
     details = jnp.concatenate([bands[band] for band in ("lh", "hl", "hh")], -1)
 
     x = self.stem(image)
     levels = []
-    for i, (enter, blocks) in enumerate(zip(self.enter, self.direction, strict=True)):
+    for i, (enter, level) in enumerate(zip(self.enter, self.direction, strict=True)):
       x = enter(x)
       if i == 1:
         x = jnp.concatenate([details, x], -1)
-      for block in blocks:
+      for block in level:
         x = block(x)
       levels.append(x)
 
     summaries = []
     for i, (level, summary) in enumerate(zip(levels[:4], self.summary, strict=True)):
       for _ in range(4 - i):
-        level = _ops.max_pool2(level)
+        level = ops.max_pool2(level)
       summaries.append(nnx.relu(summary(level)))
     top = jnp.concatenate([x, *reversed(summaries)], -1)
     top = nnx.relu(self.aggregate2(nnx.relu(self.aggregate1(top))))
@@ -87,7 +87,7 @@ class DirectionBlock(nnx.Module):
     self.branches = _branches(channels, fields, rngs)
     self.merge = _conv(4 * channels, channels, 3, 1, rngs)
     self.frequency = FrequencyAttention(channels, rngs=rngs)
-    self.squeeze = _blocks.SqueezeExcitation(channels, rngs=rngs)
+    self.squeeze = blocks.SqueezeExcitation(channels, rngs=rngs)
     self.out = _conv(channels, channels, 3, 1, rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -100,13 +100,13 @@ class FrequencyAttention(nnx.Module):
 
   def __init__(self, channels: int, *, rngs: nnx.Rngs):
     self.gate = nnx.Dict(
-      {band: _blocks.Conv(2, 1, 7, init="kaiming", rngs=rngs) for band in _ops.WAVELETS}
+      {band: basic.Conv(2, 1, 7, init="kaiming", rngs=rngs) for band in ops.WAVELETS}
     )
-    self.out = _blocks.ConvNorm(channels, channels, init="kaiming", rngs=rngs)
+    self.out = basic.ConvNorm(channels, channels, init="kaiming", rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    bands = _ops.haar(x, stride=1)
-    gates = [nnx.sigmoid(self.gate[b](_ops.max_and_mean(bands[b]))) for b in _ops.WAVELETS]
+    bands = ops.haar(x, stride=1)
+    gates = [nnx.sigmoid(self.gate[b](ops.max_and_mean(bands[b]))) for b in ops.WAVELETS]
     # The sum of four products x·gate is one product with the sum of the gates.
     return nnx.relu(x + self.out(x * sum(gates)))
 
@@ -128,18 +128,18 @@ class Fusion(nnx.Module):
 
   def __init__(self, high_channels: int, low_channels: int, *, rngs: nnx.Rngs):
     options = {"init": "kaiming", "rngs": rngs}
-    self.concat1 = _blocks.ConvNormRelu(high_channels + low_channels, high_channels, 1, **options)
-    self.concat2 = _blocks.ConvNormRelu(high_channels, high_channels, 3, **options)
-    self.out = _blocks.ConvNormRelu(high_channels, low_channels, 1, **options)
+    self.concat1 = basic.ConvNormRelu(high_channels + low_channels, high_channels, 1, **options)
+    self.concat2 = basic.ConvNormRelu(high_channels, high_channels, 3, **options)
+    self.out = basic.ConvNormRelu(high_channels, low_channels, 1, **options)
 
   def __call__(self, high: jax.Array, low: jax.Array) -> jax.Array:
-    high = _ops.upsample2(high, align_corners=True)
+    high = ops.upsample2(high, align_corners=True)
     joint = self.concat2(self.concat1(jnp.concatenate([high, low], -1)))
     return low + self.out(high + joint)
 
 
-def _conv(in_channels, out_channels, size, dilation, rngs) -> _blocks.ConvNormRelu:
-  return _blocks.ConvNormRelu(
+def _conv(in_channels, out_channels, size, dilation, rngs) -> basic.ConvNormRelu:
+  return basic.ConvNormRelu(
     in_channels, out_channels, size, dilation=dilation, bias=False, rngs=rngs
   )
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.layers import basic, ops
 
 # (inside, out) channels of levels 1 to 6 and of the decoder's levels 1 to 5, and how many levels
 # the small U-Net inside has. Levels 5 and 6 dilate instead of pooling.
@@ -49,25 +49,25 @@ class UIUNet(Backbone):
       ]
     )
     self.fuse = nnx.List([CrossAttention(c, rngs=rngs) for c in down[1:5]])  # levels 2 to 5
-    self.side = nnx.List([_blocks.Conv(c, 1, rngs=rngs) for c in [*up, down[5]]])
-    self.head = _blocks.Conv(6, 1, 1, rngs=rngs)
+    self.side = nnx.List([basic.Conv(c, 1, rngs=rngs) for c in [*up, down[5]]])
+    self.head = basic.Conv(6, 1, 1, rngs=rngs)
 
   def encode(self, image: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
     self.check_image(image)
     levels = [self.encoder[0](image)]
     for block in self.encoder[1:]:
-      levels.append(block(_ops.max_pool2(levels[-1])))
+      levels.append(block(ops.max_pool2(levels[-1])))
     return tuple(levels[:-1]), levels[-1]
 
   def decode(self, skips: tuple[jax.Array, ...], top: jax.Array) -> Logits:
     decoded = [top]  # deepest first
     for i in reversed(range(5)):
-      high = _ops.upsample2(decoded[-1], align_corners=False)
+      high = ops.upsample2(decoded[-1], align_corners=False)
       pair = (high, skips[i]) if i == 0 else self.fuse[i - 1](high, skips[i])
       decoded.append(self.decoder[i](jnp.concatenate(pair, -1)))
     size = decoded[-1].shape[1:3]
     side = tuple(
-      _ops.resize(conv(x), size, align_corners=False)
+      ops.resize(conv(x), size, align_corners=False)
       for conv, x in zip(self.side, reversed(decoded), strict=True)
     )
     return Logits(self.head(jnp.concatenate(side, -1)), side)
@@ -95,16 +95,16 @@ class ResidualU(nnx.Module):
   ):
     dilations = [1] * (depth - 1) + [2] if pooled else [2**i for i in range(depth)]
     outside = [out_channels] + [inside] * (depth - 1)
-    self.enter = _blocks.ConvNormRelu(in_channels, out_channels, rngs=rngs)
+    self.enter = basic.ConvNormRelu(in_channels, out_channels, rngs=rngs)
     self.down = nnx.List(
       [
-        _blocks.ConvNormRelu(channels, inside, dilation=dilation, rngs=rngs)
+        basic.ConvNormRelu(channels, inside, dilation=dilation, rngs=rngs)
         for channels, dilation in zip(outside, dilations, strict=True)
       ]
     )
     self.up = nnx.List(
       [
-        _blocks.ConvNormRelu(2 * inside, channels, dilation=dilation, rngs=rngs)
+        basic.ConvNormRelu(2 * inside, channels, dilation=dilation, rngs=rngs)
         for channels, dilation in zip(outside[:-1], dilations[:-1], strict=True)
       ]
     )
@@ -116,11 +116,11 @@ class ResidualU(nnx.Module):
     x = entered
     for i, unit in enumerate(self.down):
       if self.pooled and 0 < i < len(self.up):
-        x = _ops.max_pool2(x)
+        x = ops.max_pool2(x)
       x = unit(x)
       levels.append(x)
     for i in reversed(range(len(self.up))):
-      x = _ops.resize(x, levels[i].shape[1:3], align_corners=False)
+      x = ops.resize(x, levels[i].shape[1:3], align_corners=False)
       x = self.up[i](jnp.concatenate([x, levels[i]], -1))
     return entered + x
 
@@ -133,14 +133,14 @@ class CrossAttention(nnx.Module):
     self.channel1 = ConvGroup(channels, channels // 4, 1, rngs=rngs)
     self.channel2 = ConvGroup(channels // 4, channels, 1, rngs=rngs)
     self.spatial1 = ConvGroup(channels, channels // 4, 1, rngs=rngs)
-    self.spatial2 = _blocks.Conv(2, 1, 3, bias=False, rngs=rngs)
+    self.spatial2 = basic.Conv(2, 1, 3, bias=False, rngs=rngs)
     self.out = ConvGroup(channels, channels, 3, rngs=rngs)
 
   def __call__(self, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
     high = nnx.relu(self.high(high))
-    channels = nnx.relu(self.channel1(_ops.spatial_mean(high)))
+    channels = nnx.relu(self.channel1(ops.spatial_mean(high)))
     low = low * nnx.sigmoid(self.channel2(channels))
-    positions = _ops.mean_and_max(nnx.relu(self.spatial1(low)))
+    positions = ops.mean_and_max(nnx.relu(self.spatial1(low)))
     high = high * nnx.sigmoid(self.spatial2(positions))
     # One set of weights for both.
     return nnx.relu(self.out(2 * low)), nnx.relu(self.out(2 * high))
@@ -150,8 +150,8 @@ class ConvGroup(nnx.Module):
   """Convolution and GroupNorm."""
 
   def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, rngs: nnx.Rngs):
-    self.conv = _blocks.Conv(in_channels, out_channels, kernel_size, rngs=rngs)
-    self.norm = _blocks.GroupNorm(out_channels)
+    self.conv = basic.Conv(in_channels, out_channels, kernel_size, rngs=rngs)
+    self.norm = basic.GroupNorm(out_channels)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.norm(self.conv(x))

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fdep_jax.backbones import _blocks, _ops
-from fdep_jax.backbones._base import Backbone, Logits
+from fdep_jax.backbones import Backbone, Logits
+from fdep_jax.layers import basic, ops
 
 
 class Toy(Backbone):
@@ -17,25 +17,25 @@ class Toy(Backbone):
   paper_name = "Toy"
 
   def __init__(self, *, rngs: nnx.Rngs):
-    self.stem = _blocks.ConvNormRelu(3, 4, rngs=rngs)
-    self.down = _blocks.ConvNormRelu(4, 8, rngs=rngs)
-    self.skip = _blocks.ConvNormRelu(4, 4, rngs=rngs)
-    self.up = _blocks.ConvNormRelu(8, 4, 1, rngs=rngs)
+    self.stem = basic.ConvNormRelu(3, 4, rngs=rngs)
+    self.down = basic.ConvNormRelu(4, 8, rngs=rngs)
+    self.skip = basic.ConvNormRelu(4, 4, rngs=rngs)
+    self.up = basic.ConvNormRelu(8, 4, 1, rngs=rngs)
     self.drop = nnx.Dropout(0.1, rngs=rngs)
-    self.side = _blocks.Conv(4, 1, 1, rngs=rngs)
-    self.head = _blocks.Conv(4, 1, 1, rngs=rngs)
+    self.side = basic.Conv(4, 1, 1, rngs=rngs)
+    self.head = basic.Conv(4, 1, 1, rngs=rngs)
 
   def encode(self, image):
     self.check_image(image)
     level = self.stem(image)
-    top = self.down(_ops.max_pool2(_ops.max_pool2(level)))
+    top = self.down(ops.max_pool2(ops.max_pool2(level)))
     skip = self.skip(level)
     return (skip, self.side(skip)), top
 
   def decode(self, skips, top):
     skip, side = skips
     up = self.drop(self.up(top))
-    up = _ops.resize(up, skip.shape[1:3], align_corners=True)
+    up = ops.resize(up, skip.shape[1:3], align_corners=True)
     return Logits(self.head(jnp.maximum(up, 0) + skip), (side,))
 
 

@@ -11,21 +11,6 @@ from ml_collections import ConfigDict, config_flags
 
 from fdep_jax import settings
 
-METRICS = {  # as in the paper's tables: heading, name in metrics.json, factor, decimals
-  "iou": ("IoU", "iou", 100, 2),
-  "niou": ("nIoU", "niou", 100, 2),
-  "pd": ("Pd", "pd", 100, 2),
-  "fa_1e6": ("Fa·1e6", "fa", 1e6, 2),
-  "hse_p": ("HSE-P", "hse_p", 100, 2),
-  "hse_t": ("HSE-T", "hse_t", 100, 2),
-  "hse": ("HSE", "hse", 100, 2),
-}
-COSTS = {
-  "params_m": ("P (M)", "params", 1e-6, 2),
-  "flops_g": ("GFLOPs", "flops", 1e-9, 2),
-  "time_s": ("Time (s)", "seconds_per_image", 1, 3),
-}
-
 
 class Row(NamedTuple):
   """One experiment.
@@ -48,7 +33,7 @@ class Table(NamedTuple):
 
   title: str
   head: tuple[str, ...]  # headings of the labels
-  columns: tuple[str, ...]  # of METRICS
+  columns: tuple[str, ...]  # of metrics.columns.METRICS
   rows: tuple[Row, ...]
   seeds: tuple[int, ...] = (0,)
 
@@ -140,18 +125,3 @@ def resolve(base: ConfigDict, row: Row, seed: int, workdir: str | os.PathLike) -
 def folder(workdir: str | os.PathLike, name: str, seed: int) -> pathlib.Path:
   """Of one run."""
   return pathlib.Path(workdir).expanduser() / f"{name}_seed{seed}"
-
-
-def parameters(config: ConfigDict) -> int:
-  """P of the paper, of the model as it is built; needs no weights.
-
-  Raises:
-    ValueError: the name of `dino.checkpoint` does not tell the ViT's size.
-  """
-  from flax import nnx
-
-  from fdep_jax import evaluate, plan
-
-  config = config.copy_and_resolve_references()
-  config.model.bn_stats = "shared"  # statistics are no parameters; spares a trace of the decoder
-  return evaluate.count_parameters(nnx.state(plan.abstract(config).model, nnx.Param))

@@ -1,13 +1,13 @@
 """`--mode export`: the light branch of a run as files for those who do not have this package.
 
-`light.safetensors` (for `run.load_light`), `light.stablehlo` (for `jax.export.deserialize`),
+`light.safetensors` (for `detector.load_light`), `light.stablehlo` (for `jax.export.deserialize`),
 `light.onnx`, `light_torch.safetensors` (the published PyTorch network's state_dict) and
 `manifest.json`. The light branch is the original detector: neither DINOv2 nor SAMF is in them.
 
 OUR CHOICE, since the paper deploys nothing: programs take float32 grey levels in [0, 1], so that a
 camera's bit depth does not matter, and return probabilities. They compute in float32 on every
 platform: the defaults (TF32 on GPUs, bfloat16 on TPUs) would not give the numbers that were
-verified. They hold the operations of `_ops` as written: these cost no more multiply-adds than the
+verified. They hold the operations of `ops` as written: these cost no more multiply-adds than the
 plain ones, which CPUs run slowly.
 """
 
@@ -27,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdep_jax import checkpoint, evaluate, hlo
-from fdep_jax import run as run_lib
+from fdep_jax import build, evaluate
+from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Backbone
+from fdep_jax.detector import Detector
+from fdep_jax.runtime import checkpoint, files, hlo
 
 FILES = ("light.safetensors", "light.stablehlo", "light.onnx", "light_torch.safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -54,7 +56,7 @@ def export(
   """Writes the light branch of a run; every file is verified against the run before it appears.
 
   Args:
-    workdir, which: as `run.load_detector` (default: the selected checkpoint).
+    workdir, which: as `detector.load` (default: the selected checkpoint).
     out: folder to write; default `export` in the run.
 
   Returns:
@@ -66,7 +68,7 @@ def export(
       cannot be written.
     RuntimeError: a written file gives other numbers than the run.
   """
-  detector = run_lib.load_detector(workdir, which, "light")
+  detector = detector_lib.load(workdir, which, "light")
   if detector.folder.is_file():
     raise ValueError(f"{detector.folder} is an exported file. Export from the run it came from.")
   out = pathlib.Path(out if out is not None else detector.folder / "export").expanduser()
@@ -77,20 +79,20 @@ def export(
 
   about = _about(detector)
   light = make_light(detector)
-  forward = jax.jit(light.apply)
+  apply = jax.jit(light.apply)
   images = list(_random_images(light.net))
-  expected = [np.asarray(forward(light.weights, image)) for image in images]
-  partial = {name: out / f"{name}.partial" for name in FILES}
+  expected = [np.asarray(apply(light.weights, image)) for image in images]
   writers = (_write_light, _write_stablehlo, _write_onnx, _write_torch)
-  files, absent = {}, {}
-  try:
-    for name, write in zip(FILES, writers, strict=True):
+  found, absent = {}, {}
+  with files.replacing_all([out / name for name in FILES]) as partial:
+    for name, path, write in zip(FILES, partial, writers, strict=True):
       logging.info("%s …", name)
       try:
-        reread = write(detector, light, forward, partial[name], about)
+        reread = write(detector, light, apply, path, about)
       except Absent as reason:
-        files[name], absent[name] = None, str(reason)
+        found[name], absent[name] = None, str(reason)
         logging.warning("%s is not written: %s", name, reason)
+        path.unlink(missing_ok=True)
         continue
       difference = max(
         float(np.abs(reread(image) - right).max())
@@ -101,23 +103,15 @@ def export(
           f"{name} gives probabilities that differ from the run's by {difference:.1e} on random "
           f"images (at most {TOLERANCE} is right). It is not written."
         )
-      files[name] = {
-        "bytes": partial[name].stat().st_size,
-        "sha256": _sha256(partial[name]),
+      found[name] = {
+        "bytes": path.stat().st_size,
+        "sha256": _sha256(path),
         "largest_difference": difference,
       }
-    manifest = {**about, "files": files, "absent": absent, "versions": _versions()}
     (out / "manifest.json").unlink(missing_ok=True)  # an earlier one fits its own files only
-    for name in FILES:
-      if files[name]:
-        os.replace(partial[name], out / name)
-      else:
-        (out / name).unlink(missing_ok=True)
-    evaluate.write_json(out / "manifest.json", manifest)
-  finally:
-    for path in partial.values():
-      path.unlink(missing_ok=True)
-  for name, facts in files.items():
+  manifest = {**about, "files": found, "absent": absent, "versions": _versions()}
+  files.write_json(out / "manifest.json", manifest)
+  for name, facts in found.items():
     if facts:
       size, difference = facts["bytes"] / 1e6, facts["largest_difference"]
       logging.info("%-23s %8.2f MB, differs by %.0e", name, size, difference)
@@ -137,7 +131,7 @@ class Light(NamedTuple):
     return self.apply(self.weights, image)
 
 
-def make_light(detector: run_lib.Detector) -> Light:
+def make_light(detector: Detector) -> Light:
   """The exported function of a trained light branch."""
   net = detector.model.backbone
   graphdef, weights, rest = nnx.split(net, nnx.Any(nnx.Param, nnx.BatchStat), ...)
@@ -172,7 +166,7 @@ def _write_light(detector, light: Light, forward, path, about) -> Callable:
   arrays = {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(light.weights).items()}
   more = {"config": detector.config.to_dict(), "mean": detector.mean, "std": detector.std}
   save_file(arrays, path, {"fdep_jax": json.dumps({**about, **more})})
-  reread = make_light(run_lib.load_light(path))
+  reread = make_light(detector_lib.load_light(path))
   return lambda image: forward(reread.weights, image)
 
 
@@ -190,11 +184,11 @@ def _write_onnx(detector, light: Light, forward, path, about) -> Callable:
     raise Absent(
       f"it needs {' and '.join(needed)}: `pip install -r requirements-export.txt` and export again."
     )
-  from fdep_jax import to_onnx
+  from fdep_jax.export import onnx as writer
 
   sizes, channels = symbolic_sizes(light.net), light.net.in_channels
   try:
-    model = to_onnx.convert(light.probability, *sizes, channels, {"fdep_jax": json.dumps(about)})
+    model = writer.convert(light.probability, *sizes, channels, {"fdep_jax": json.dumps(about)})
   except NotImplementedError as error:
     raise Absent(str(error)) from None
   path.write_bytes(model.SerializeToString())
@@ -225,7 +219,7 @@ def _random_images(net) -> Iterator[np.ndarray]:
     yield rng.random(shape, np.float32)
 
 
-def _about(detector: run_lib.Detector) -> dict:
+def _about(detector: Detector) -> dict:
   """The manifest's part that does not depend on the files."""
   net, config = detector.model.backbone, detector.config
   size = config.data.crop
@@ -235,7 +229,7 @@ def _about(detector: run_lib.Detector) -> dict:
     "run": str(detector.folder),
     "mode": config.mode,
     "step": detector.step,
-    "parameters": evaluate.count_parameters(nnx.state(net, nnx.Param)),
+    "parameters": build.count_parameters(nnx.state(net, nnx.Param)),
     "flops": {"height": size, "width": size, "value": flops(net, size)},
     "input": {
       "name": "image",

@@ -24,8 +24,10 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from fdep_jax import experiments, settings
-from fdep_jax.experiments import Row, Table
+from fdep_jax import settings
+from fdep_jax.runtime import files, signals
+from fdep_jax.tables import experiments
+from fdep_jax.tables.experiments import Row, Table
 
 _LOCK = "sweep.lock"
 _FAILED = "failed.json"
@@ -120,7 +122,7 @@ def state(run: Run) -> State:
 
 
 def _holder(run: Run) -> str:
-  return settings.held(run.folder, _LOCK) or settings.held(run.folder, "lock")
+  return files.holder(run.folder, _LOCK) or files.holder(run.folder, "lock")
 
 
 def finished(run: Run) -> bool:
@@ -174,7 +176,7 @@ def sweep(
 
   Raises:
     ValueError: a row's config cannot work, or `task` is wrong.
-    train.Preempted: SIGTERM or SIGINT came; what was running is saved.
+    signals.Preempted: SIGTERM or SIGINT came; what was running is saved.
   """
   mine = part(runs(table, base, workdir), task)
   begin = time.time()
@@ -237,16 +239,17 @@ def _life(config: dict, folder: str) -> None:
       run = Run(None, config.seed, config, folder, None)
       if finished(run):
         return
-      from fdep_jax import mesh, train
+      from fdep_jax import train
+      from fdep_jax.runtime import mesh
 
       mesh.start(config)
       try:
         train.train(config, folder)
-      except train.Preempted as error:
+      except signals.Preempted as error:
         print(error)
         sys.exit(_PREEMPTED)
       (folder / _FAILED).unlink(missing_ok=True)
-  except settings.InUse:
+  except files.InUse:
     sys.exit(_BUSY)
   except Exception as error:  # of any kind: it must not end the other rows
     traceback.print_exc()
@@ -260,9 +263,9 @@ def _locked(folder: pathlib.Path):
   with contextlib.ExitStack() as stack:
     for attempt in reversed(range(5)):
       try:
-        stack.enter_context(settings.locked(folder, _LOCK))
+        stack.enter_context(files.locked(folder, _LOCK))
         break
-      except settings.InUse:
+      except files.InUse:
         if not attempt:
           raise
         time.sleep(0.1)
@@ -277,9 +280,7 @@ def _end_with_parent() -> None:
 
 def _record(folder: pathlib.Path, error: str, trace: str = "") -> None:
   about = {"error": error, "when": time.time(), "host": socket.gethostname(), "traceback": trace}
-  partial = folder / f"{_FAILED}.partial"
-  partial.write_text(json.dumps(about, indent=2) + "\n")
-  os.replace(partial, folder / _FAILED)
+  files.write_json(folder / _FAILED, about)
 
 
 def _progress(run: Run) -> str:
@@ -350,9 +351,7 @@ class _Signals:
 
   def check(self) -> None:
     if self._received is not None:
-      from fdep_jax import train
-
-      raise train.Preempted(
+      raise signals.Preempted(
         f"Ended by {signal.Signals(self._received).name}; the run that was under way is saved. The "
         "same command goes on from there."
       )

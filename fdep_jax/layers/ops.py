@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdep_jax.backbones import _window
+from fdep_jax.layers import windows
 
 WAVELETS = ("ll", "lh", "hl", "hh")
 
@@ -88,7 +88,7 @@ def _resize_axis(x: jax.Array, axis: int, new_size: int, align_corners: bool) ->
     return x
   # With aligned corners the sampling points of a window are its frame's.
   length, offset = size, 0
-  window = _window.current(x) if align_corners else None
+  window = windows.current(x) if align_corners else None
   if window is not None:
     length, offset = window.place(x, axis)
   if new_size == 2 * size:
@@ -187,13 +187,11 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return y.reshape(batch, 2 * height, 2 * width, out_channels)
 
 
-def _interleave(windows: jax.Array, axis: int, parity: int) -> jax.Array:
+def _interleave(parts: jax.Array, axis: int, parity: int) -> jax.Array:
   """All but the last of parity 0 and all but the first of parity 1, stacked behind `axis`."""
-  size = windows.shape[axis] - 1
-  before = jax.lax.slice_in_dim(jax.lax.index_in_dim(windows, 0, parity, False), 0, size, 1, axis)
-  after = jax.lax.slice_in_dim(
-    jax.lax.index_in_dim(windows, 1, parity, False), 1, size + 1, 1, axis
-  )
+  size = parts.shape[axis] - 1
+  before = jax.lax.slice_in_dim(jax.lax.index_in_dim(parts, 0, parity, False), 0, size, 1, axis)
+  after = jax.lax.slice_in_dim(jax.lax.index_in_dim(parts, 1, parity, False), 1, size + 1, 1, axis)
   return jnp.stack([before, after], axis + 1)
 
 
@@ -259,13 +257,13 @@ def max_and_mean(x: jax.Array) -> jax.Array:
 
 def spatial_mean(x: jax.Array) -> jax.Array:
   """B×1×1×C; of the whole frame where x is a window of it."""
-  window = _window.current(x)
+  window = windows.current(x)
   return x.mean((1, 2), keepdims=True) if window is None else window.mean(x)
 
 
 def spatial_max(x: jax.Array) -> jax.Array:
   """B×1×1×C; of the whole frame where x is a window of it."""
-  window = _window.current(x)
+  window = windows.current(x)
   return largest(x, (1, 2)) if window is None else window.max(x)
 
 

@@ -2,7 +2,7 @@
 
 Two things in the networks depend on more than a neighbourhood: statistics of a whole feature
 (channel gates, GroupNorm), and resizing with aligned corners, whose sampling points depend on the
-place in the frame and on its size. While a `Window` is active, `_ops` and GroupNorm take both from
+place in the frame and on its size. While a `Window` is active, `ops` and GroupNorm take both from
 the frame. Its statistics come from earlier passes over all windows: `found` holds a window's
 share of each, and those of all windows together are the next pass's `known`. A pass makes at least
 one more layer exact, so that repeating them ends, and in practice after a few.

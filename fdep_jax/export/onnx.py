@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from fdep_jax.backbones import _ops
+from fdep_jax.layers import ops
 
 OPSET, IR_VERSION = 18, 8  # onnxruntime ≥ 1.14
 
@@ -29,7 +29,7 @@ _ELEMENTWISE = {
   "sqrt": "Sqrt", "sub": "Sub", "tanh": "Tanh",
 }  # fmt: skip
 _CALLS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
-# Functions of `_ops` that ONNX has operations for.
+# Functions of `ops` that ONNX has operations for.
 _WHOLE = ("max_pool2", "max_pool3_stride2", "resize", "conv_transpose", "haar")
 
 
@@ -75,7 +75,7 @@ def convert(function: Callable, batch, height, width, channels: int, metadata: d
 @contextlib.contextmanager
 def _whole_operations():
   """Meanwhile, programs are traced with the functions of `_WHOLE` as single calls."""
-  plain = {name: getattr(_ops, name) for name in _WHOLE}
+  plain = {name: getattr(ops, name) for name in _WHOLE}
 
   def marked(function):
     def call(x, *rest, **options):
@@ -88,12 +88,12 @@ def _whole_operations():
     return call
 
   for name, function in plain.items():
-    setattr(_ops, name, marked(function))
+    setattr(ops, name, marked(function))
   try:
     yield
   finally:
     for name, function in plain.items():
-      setattr(_ops, name, function)
+      setattr(ops, name, function)
 
 
 class _Graph:
@@ -294,7 +294,7 @@ class _Graph:
   def _reduce_min(self, equation, x: Tensor) -> Tensor:
     return self._reduce("ReduceMin", equation, x)
 
-  # Convolutions and the functions of `_ops`
+  # Convolutions and the functions of `ops`
 
   def _conv_general_dilated(self, equation, x: Tensor, kernel) -> Tensor:
     self._check_full(x, equation.invars[0])
@@ -384,7 +384,7 @@ class _Graph:
 
 def _unknown(what: str) -> NotImplementedError:
   return NotImplementedError(
-    f"the network uses {what}, which fdep_jax/to_onnx.py cannot write yet."
+    f"the network uses {what}, which fdep_jax/export/onnx.py cannot write yet."
   )
 
 

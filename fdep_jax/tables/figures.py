@@ -2,15 +2,15 @@
 
 import functools
 import json
-import os
 import pathlib
 
 import numpy as np
 
-from fdep_jax import data, experiments
+from fdep_jax import data, plots
 from fdep_jax.data import Sample
 from fdep_jax.metrics import hse
-from fdep_jax.sweep import Run
+from fdep_jax.tables import experiments
+from fdep_jax.tables.sweep import Run
 
 IMAGES = 5  # rows of a grid
 _MARKS = {"hit": "lime", "miss": "yellow", "false alarm": "red"}
@@ -42,7 +42,7 @@ def write(results, out: pathlib.Path) -> list[pathlib.Path]:
 
 def training(path: pathlib.Path, results) -> pathlib.Path:
   """The loss, and HSE of the deployed branch on the images that select, by step; a line a seed."""
-  figure, (left, right) = _figure(1, 2, (10, 4))
+  figure, (left, right) = plots.figure(1, 2, (10, 4))
   for number, result in enumerate(results):
     for i, run in enumerate(result.runs):
       lines = _log(run)
@@ -55,29 +55,17 @@ def training(path: pathlib.Path, results) -> pathlib.Path:
   left.set(xlabel="step", ylabel="loss", yscale="log")
   right.set(xlabel="step", ylabel="HSE, fraction, where the best is selected", ylim=(0, 1))
   right.legend(fontsize=7)
-  return _save(figure, path)
+  return plots.save(figure, path)
 
 
 def precision_recall(path: pathlib.Path, results) -> pathlib.Path:
   """Pixel and target curves of the first seed of every row."""
-  figure, axes = _figure(1, 2, (10, 4.5))
+  figure, axes = plots.figure(1, 2, (10, 4.5))
   for result in results:
     score = totals(result.runs[0]).result()
-    curves = score.curves
-    true, false = curves["pixel_true"], curves["pixel_false"]
-    recall = np.append(0, true / max(score.target_pixels, 1))
-    precision = np.append(1, true / np.maximum(true + false, 1))
     name = f"{result.row.name}, seed {result.runs[0].seed}"
-    axes[0].plot(recall, precision, lw=1, label=f"{name}: {100 * score.hse_p:.2f}")
-    axes[1].plot(
-      curves["target_recall"], curves["target_precision"], lw=1, marker=".",
-      label=f"{name}: {100 * score.hse_t:.2f}",
-    )  # fmt: skip
-  for axis, title in zip(axes, ("pixels: HSE-P", "targets: HSE-T"), strict=True):
-    axis.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-  return _save(figure, path)
+    plots.precision_recall(axes, score, name)
+  return plots.save(figure, path)
 
 
 def grid(path: pathlib.Path, results) -> pathlib.Path:
@@ -90,7 +78,9 @@ def grid(path: pathlib.Path, results) -> pathlib.Path:
   places = [i for i, sample in enumerate(samples) if sample.mask.any()]
   places = places[:: max(len(places) // IMAGES, 1)][:IMAGES]
   titles = ["image", "truth", *(r.row.name for r in results)]
-  figure, axes = _figure(len(places), len(titles), (2.2 * len(titles), 2.2 * len(places) + 0.5))
+  figure, axes = plots.figure(
+    len(places), len(titles), (2.2 * len(titles), 2.2 * len(places) + 0.5)
+  )
   axes = axes.reshape(len(places), len(titles))
   for row, place in zip(axes, places, strict=True):
     sample = samples[place]
@@ -107,7 +97,7 @@ def grid(path: pathlib.Path, results) -> pathlib.Path:
   for axis in axes.flat:
     axis.set_xticks([]), axis.set_yticks([])
   figure.supxlabel("green: hit, yellow: missed, red: false alarm, at probability > 0.5", fontsize=8)
-  return _save(figure, path)
+  return plots.save(figure, path)
 
 
 def found(prob: np.ndarray, mask: np.ndarray) -> list[tuple[str, tuple[float, float]]]:
@@ -181,19 +171,3 @@ def _log(run: Run) -> list[dict]:
 def _pairs(points) -> tuple[list, list]:
   kept = [(x, y) for x, y in points if y is not None]
   return [x for x, _ in kept], [y for _, y in kept]
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]):
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=size, layout="constrained")
-  FigureCanvasAgg(figure)
-  return figure, figure.subplots(rows, columns)
-
-
-def _save(figure, path: pathlib.Path) -> pathlib.Path:
-  partial = path.with_suffix(".partial")
-  figure.savefig(partial, dpi=110, format="png")
-  os.replace(partial, path)
-  return path

@@ -13,8 +13,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from fdep_jax import experiments, figures, report, settings, sweep
-from fdep_jax.experiments import COSTS, METRICS, Row, Table
+from fdep_jax import build, report, settings
+from fdep_jax.metrics.columns import COSTS, METRICS
+from fdep_jax.runtime import files
+from fdep_jax.tables import experiments, figures, sweep
+from fdep_jax.tables.experiments import Row, Table
 
 _PAIRED = ("iou", "pd", "hse")
 _REPORTED = 4  # runs that a report shows side by side
@@ -147,7 +150,7 @@ def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
     values = tuple(m[key] * factor for m in metrics)
     if name == "params_m" and unbuilt is not None:
       try:
-        values = (experiments.parameters(unbuilt) * factor,)
+        values = (build.parameters(unbuilt) * factor,)
       except ValueError as error:
         why = f"{why}; P: {error}"
     cells[name] = Cell(row.paper.get(name), values, why, same_unit=name != "time_s")
@@ -165,9 +168,7 @@ def write(table: Table, results: Sequence[Result], out: pathlib.Path) -> str:
     "json": json.dumps(as_json(table, results) | {"paired": _plain(comparisons)}, indent=1) + "\n",
   }
   for suffix, text in texts.items():
-    partial = out / f"table.{suffix}.partial"
-    partial.write_text(text)
-    os.replace(partial, out / f"table.{suffix}")
+    files.write(out / f"table.{suffix}", text)
   return texts["md"]
 
 

@@ -1,0 +1,76 @@
+"""The forward pass: normalise, ask the prior, run the trained branches (paper Fig. 2)."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from fdep_jax.backbones import Logits
+from fdep_jax.fdep import FDEP
+from fdep_jax.priors import Prior
+
+# The mode whose only branch this is.
+ALONE = {"light": "original", "main": "fdep_wo_coisd"}
+
+
+def deployed_branch(mode: str) -> str:
+  """Returns the branch that is selected on and deployed."""
+  return "main" if mode == "fdep_wo_coisd" else "light"
+
+
+def normalise(image: jax.Array, mean: float, std: float) -> jax.Array:
+  """Normalises B×H×W×3 grey levels in [0, 255] with one mean and deviation, as PAL does."""
+  return (image.astype(jnp.float32) / 255 - mean) / std
+
+
+def branches(
+  model: FDEP, mode: str, image: jax.Array, levels: Sequence[jax.Array]
+) -> dict[str, Logits]:
+  """Runs the branches that `mode` trains: "light", "main" or both.
+
+  Args:
+    model: with the branches.
+    mode: original | fdep_wo_coisd | fdep.
+    image: B×H×W×3, normalised.
+    levels: of the prior; unused in mode original.
+  """
+  if mode == "original":
+    return {"light": model.light(image)}
+  if mode == "fdep_wo_coisd":
+    return {"main": model.main(image, levels)}
+  main, light = model(image, levels)
+  return {"light": light, "main": main}
+
+
+def logits(
+  model: FDEP, mode: str, image: jax.Array, prior: Prior | None, mean: float, std: float
+) -> dict[str, Logits]:
+  """Runs the branches of `mode` on B×H×W×3 grey levels in [0, 255], uint8 or float."""
+  levels = [] if prior is None else prior.levels(image)
+  normal = normalise(image, mean, std)[..., : model.in_channels]
+  return branches(model, mode, normal, levels)
+
+
+def probability(branch: Logits) -> jax.Array:
+  """Returns B×H×W float32 probabilities of a branch's final head."""
+  return jax.nn.sigmoid(branch.final[..., 0].astype(jnp.float32))
+
+
+def make_forward(config: ConfigDict, model: FDEP, mean: float, std: float) -> Callable:
+  """Makes the jitted (params, stats, rng, prior, image) → {branch: B×H×W float32 probabilities}.
+
+  `image` is B×H×W×3 uint8. Everything is in evaluation mode.
+  """
+  model = nnx.clone(model)
+  model.eval()
+  graphdef, _ = nnx.split(model)
+
+  @jax.jit
+  def forward(params, stats, rng, prior, image):
+    model = nnx.merge(graphdef, params, stats, rng)
+    found = logits(model, config.mode, image, prior, mean, std)
+    return {name: probability(branch) for name, branch in found.items()}
+
+  return forward

@@ -1,0 +1,1 @@
+"""Public building blocks of networks: basic layers, shared blocks, operations, windows."""

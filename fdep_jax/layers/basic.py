@@ -1,0 +1,234 @@
+"""Basic layers with PyTorch's defaults: convolutions and norms."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fdep_jax.layers import ops, windows
+
+Init = Literal["torch", "kaiming"]
+
+
+class NormParam(nnx.Param):
+  """A norm's scale or bias: stays float32 when the rest computes in bfloat16."""
+
+
+class Conv(nnx.Module):
+  """Convolution with zero "same" padding as PyTorch pads: dilation·(k−1)/2 on every side.
+
+  Args:
+    in_channels, out_channels: channels.
+    kernel_size: odd.
+    stride, dilation: the same along both axes.
+    bias: whether a bias is added.
+    init: "torch": weight and bias uniform in ±1/√fan_in (PyTorch's default); "kaiming": weight
+      normal with variance 2/fan_out, bias 0.
+  """
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    bias: bool = True,
+    init: Init = "torch",
+    rngs: nnx.Rngs,
+  ):
+    shape = (kernel_size, kernel_size, in_channels, out_channels)
+    bound = (in_channels * kernel_size**2) ** -0.5
+    self.kernel = nnx.Param(_kernel(shape, bound, init, rngs))
+    self.bias = nnx.data(None)
+    if bias:
+      self.bias = nnx.Param(_bias(out_channels, bound, init, rngs))
+    self.stride = stride
+    self.dilation = dilation
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.kernel[...]
+    if kernel.shape[:2] == (1, 1):  # a matrix product: a CPU runs 1×1 convolutions slowly
+      if self.stride > 1:
+        x = ops.window(x, slice(None, None, self.stride), slice(None, None, self.stride))
+      y = x @ kernel[0, 0]
+    else:
+      pad = self.dilation * (kernel.shape[0] - 1) // 2
+      y = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (self.stride, self.stride),
+        [(pad, pad), (pad, pad)],
+        rhs_dilation=(self.dilation, self.dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      )
+    return y if self.bias is None else y + self.bias[...].reshape(1, 1, 1, -1)
+
+
+class ConvTranspose(nnx.Module):
+  """Transposed convolution, kernel 4, stride 2, padding 1, with bias: B×H×W → B×2H×2W.
+
+  `kernel` is 4×4×in×out, indexed as PyTorch's (not flipped).
+  """
+
+  def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+    # PyTorch takes out_channels·k² as the fan-in of a transposed convolution.
+    bound = (out_channels * 16) ** -0.5
+    self.kernel = nnx.Param(_kernel((4, 4, in_channels, out_channels), bound, "torch", rngs))
+    self.bias = nnx.Param(_bias(out_channels, bound, "torch", rngs))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return ops.conv_transpose(x, self.kernel[...]) + self.bias[...].reshape(1, 1, 1, -1)
+
+
+def _kernel(shape, bound, init: Init, rngs: nnx.Rngs) -> jax.Array:
+  if init == "torch":
+    return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+  fan_out = shape[0] * shape[1] * shape[3]
+  return jax.random.normal(rngs.params(), shape) * (2 / fan_out) ** 0.5
+
+
+def _bias(channels, bound, init: Init, rngs: nnx.Rngs) -> jax.Array:
+  if init == "torch":
+    return jax.random.uniform(rngs.params(), (channels,), minval=-bound, maxval=bound)
+  return jnp.zeros(channels)
+
+
+class BatchNorm(nnx.Module):
+  """BatchNorm over B, H and W; the running variance is the unbiased one, as PyTorch keeps it.
+
+  flax's own BatchNorm keeps the biased variance, which differs by n/(n−1). Under `jit` with a
+  sharded batch the statistics are those of the global batch.
+
+  Args:
+    channels: C.
+    momentum: weight of the old running value (1 − PyTorch's momentum).
+  """
+
+  def __init__(self, channels: int, *, momentum: float = 0.9, epsilon: float = 1e-5):
+    self.scale = NormParam(jnp.ones(channels))
+    self.bias = NormParam(jnp.zeros(channels))
+    self.mean = nnx.BatchStat(jnp.zeros(channels))
+    self.var = nnx.BatchStat(jnp.ones(channels))
+    self.momentum = momentum
+    self.epsilon = epsilon
+    self.use_running_average = False
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale, bias = self.scale[...], self.bias[...]
+    if self.use_running_average:
+      wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+      factor = scale * jax.lax.rsqrt(self.var[...] + self.epsilon)
+      return ((wide - _row(self.mean[...])) * _row(factor) + _row(bias)).astype(x.dtype)
+    y, mean, var = batch_norm(x, scale, bias, self.mean[...], self.epsilon)
+    count = x.size // x.shape[-1]
+    unbiased = var * (count / max(count - 1, 1))
+    for stat, new in ((self.mean, mean), (self.var, unbiased)):
+      old = stat[...]
+      new = jax.lax.stop_gradient(new).astype(old.dtype)
+      # Not `stat[...] =`: it asks tracers for their sharding, 9/10 of the time to trace MSDA-Net.
+      stat.set_value(self.momentum * old + (1 - self.momentum) * new)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def batch_norm(x, scale, bias, near, epsilon):
+  """Batch normalisation with the statistics of the batch, and those: normalised x, mean, variance.
+
+  One reduction in each direction, so that a batch split over devices meets twice for every norm;
+  differentiating the formula itself meets six times. No gradient flows into the statistics.
+
+  Args:
+    x: B×H×W×C.
+    scale, bias: C.
+    near: C, not differentiated: anything near the mean, such as the running mean. The variance is
+      that of x − near, whose squares do not cancel as those of x would.
+    epsilon: added to the variance.
+  """
+  return _batch_norm(x, scale, bias, near, epsilon)[0]
+
+
+def _batch_norm(x, scale, bias, near, epsilon):
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  shifted = wide - _row(near)
+  offset, square = _sums(shifted, jnp.square(shifted)) / (x.size // x.shape[-1])
+  var = jnp.maximum(square - jnp.square(offset), 0)
+  mean, inverse = near + offset, jax.lax.rsqrt(var + epsilon)
+  y = (wide - _row(mean)) * _row(scale * inverse) + _row(bias)
+  return (y.astype(x.dtype), mean, var), (x, scale, mean, inverse)
+
+
+def _batch_norm_backward(epsilon, residuals, cotangents):
+  x, scale, mean, inverse = residuals
+  wide = x.astype(mean.dtype)
+  normed = (wide - _row(mean)) * _row(inverse)
+  slope = cotangents[0].astype(mean.dtype)
+  total, along = _sums(slope, slope * normed)
+  count = x.size // x.shape[-1]
+  dx = (slope - _row(total / count) - normed * _row(along / count)) * _row(scale * inverse)
+  return dx.astype(x.dtype), along, total, jnp.zeros_like(mean)
+
+
+def _sums(*maps):
+  """Sums over B, H and W of B×H×W×C maps, one row each; over the batch together."""
+  return jnp.stack([x.sum((1, 2)) for x in maps], 1).sum(0)
+
+
+batch_norm.defvjp(_batch_norm, _batch_norm_backward)
+
+
+class GroupNorm(nnx.Module):
+  """GroupNorm with one group: each sample is normalised over H, W and C; affine per channel."""
+
+  def __init__(self, channels: int, *, epsilon: float = 1e-5):
+    self.scale = NormParam(jnp.ones(channels))
+    self.bias = NormParam(jnp.zeros(channels))
+    self.epsilon = epsilon
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = _mean(wide)
+    var = _mean(jnp.square(wide - mean))
+    normed = (wide - mean) * jax.lax.rsqrt(var + self.epsilon)
+    return (normed * _row(self.scale[...]) + _row(self.bias[...])).astype(x.dtype)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+  """B×1×1×1; of the whole frame where x is a window of it."""
+  if windows.current(x) is None:
+    return x.mean((1, 2, 3), keepdims=True)
+  return ops.spatial_mean(x).mean(-1, keepdims=True)
+
+
+def _row(channels: jax.Array) -> jax.Array:
+  return channels.reshape(1, 1, 1, -1)
+
+
+class ConvNorm(nnx.Module):
+  """Convolution and BatchNorm; `momentum` is the norm's, the other options are `Conv`'s."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    *,
+    momentum: float = 0.9,
+    rngs: nnx.Rngs,
+    **options,
+  ):
+    self.conv = Conv(in_channels, out_channels, kernel_size, rngs=rngs, **options)
+    self.norm = BatchNorm(out_channels, momentum=momentum)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.norm(self.conv(x))
+
+
+class ConvNormRelu(ConvNorm):
+  """Convolution, BatchNorm, ReLU."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return nnx.relu(super().__call__(x))

@@ -1,0 +1,1 @@
+"""What a run needs around its computation: devices, files, signals, logs, compiled modules."""

@@ -1,0 +1,127 @@
+"""Writes files whole or not at all, and locks folders."""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import socket
+from collections.abc import Iterator, Sequence
+
+
+class InUse(ValueError):
+  """The folder is locked by another process."""
+
+
+def expand(path: str | os.PathLike) -> pathlib.Path:
+  """Resolves a leading ~."""
+  return pathlib.Path(path).expanduser()
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a temporary path beside `path` that takes its place if the block succeeds.
+
+  The temporary file is removed if the block fails, so `path` is old, new or absent, never partial.
+  """
+  path = pathlib.Path(path)
+  partial = path.with_name(path.name + ".partial")
+  try:
+    yield partial
+    os.replace(partial, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    raise
+
+
+@contextlib.contextmanager
+def replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
+  """Yields a temporary path for each of `paths`; together they take their places on success.
+
+  A path whose temporary file was not written is removed, so that no file of an earlier call stays.
+  """
+  partial = [path.with_name(path.name + ".partial") for path in paths]
+  try:
+    yield partial
+    for path, new in zip(paths, partial, strict=True):
+      if new.exists():
+        os.replace(new, path)
+      else:
+        path.unlink(missing_ok=True)
+  finally:
+    for new in partial:
+      new.unlink(missing_ok=True)
+
+
+def write(path: str | os.PathLike, content: bytes | str) -> None:
+  """Writes the whole file or nothing; text as UTF-8."""
+  if isinstance(content, str):
+    # File names that are not UTF-8 come back as they were.
+    content = content.encode("utf-8", "surrogateescape")
+  with replacing(path) as partial:
+    partial.write_bytes(content)
+
+
+def write_json(path: str | os.PathLike, value) -> None:
+  """Writes a value as indented JSON, the whole file or nothing."""
+  write(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
+  """Holds the lock of a run's folder, which is made if absent.
+
+  The system frees the lock however the process ends.
+
+  Args:
+    workdir: folder of the run.
+    name: file name of the lock.
+    wait: wait for the holder instead of raising.
+
+  Raises:
+    InUse: another process holds it.
+    ValueError: the folder cannot be written.
+  """
+  import fcntl
+
+  path = workdir / name
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")
+  except OSError as error:
+    raise ValueError(f"{workdir} cannot be written ({error.strerror}). Choose another.") from None
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      file.seek(0)
+      holder = file.read().strip() or "another process"
+      raise InUse(
+        f"{workdir} is in use: {holder} trains in it. Wait for it, end it, or choose another "
+        "--workdir."
+      ) from None
+    except OSError as error:
+      logging.warning("%s cannot be locked (%s): start one training in it", path, error.strerror)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
+
+
+def holder(workdir: pathlib.Path, name: str) -> str:
+  """Returns who holds the lock of this name, "" if nobody does."""
+  import fcntl
+
+  try:
+    file = open(workdir / name)
+  except OSError:
+    return ""
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return file.read().strip() or "another process"
+    except OSError:
+      return ""
+  return ""

@@ -1,0 +1,173 @@
+"""Probability maps of frames of any size; large ones by windows, as parts of the whole frame."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fdep_jax import forward
+from fdep_jax.data import frames, padded_size
+from fdep_jax.detector import Detector
+from fdep_jax.evaluate import PAD
+from fdep_jax.layers import windows
+
+# Pixels, multiples of PAD, which every stride divides. Frames of a larger area than WINDOW² are cut
+# into windows of this side, which reach HALO beyond what they are for, on every inner side.
+WINDOW = 768
+HALO = 128
+SEAM = 32  # width over which neighbouring windows are blended
+_SETTLED = 1e-6  # change of the frame's statistics from pass to pass, relative to the largest
+_PENDING = 2**24  # pixels of small frames that wait for others of their shape
+
+
+class Predictor:
+  """Probability maps of frames of any size from one branch of a trained run."""
+
+  def __init__(self, detector: Detector):
+    self._whole, self._part = _forwards(detector)
+
+  def __call__(self, frame: np.ndarray, values: frames.Range = "auto") -> np.ndarray:
+    """H×W float32 probabilities of an H×W or H×W×3 array; `values` as `frames.grey_levels`."""
+    return next(
+      self.stream([(None, frames.grey_levels(frames.checked(np.asarray(frame)), values))])
+    )[1]
+
+  def stream(
+    self, items: Iterable[tuple[object, np.ndarray]], batch_size: int = 16
+  ) -> Iterator[tuple[object, np.ndarray]]:
+    """(key, H×W float32 probabilities) of (key, grey levels) pairs, not in their order.
+
+    Frames up to a window's area run whole, zero-padded to multiples of 32 as in evaluation and
+    batched by shape; larger ones by windows, see `tiled`.
+    """
+    waiting: dict[tuple[int, int], list] = {}
+    area = WINDOW**2
+    for key, levels in items:
+      height, width = padded_size(levels.shape[:2], PAD)
+      if height * width > area:
+        yield key, self.tiled(levels)
+        continue
+      group = waiting.setdefault((height, width), [])
+      group.append((key, levels))
+      if len(group) == max(1, min(batch_size, area // (height * width))):
+        yield from self._batch(waiting.pop((height, width)))
+      elif sum(h * w * len(group) for (h, w), group in waiting.items()) > _PENDING:
+        for shape in list(waiting):
+          yield from self._batch(waiting.pop(shape))
+    for group in waiting.values():
+      yield from self._batch(group)
+
+  def _batch(self, group: list) -> Iterator[tuple[object, np.ndarray]]:
+    height, width = padded_size(group[0][1].shape[:2], PAD)
+    # Rows in powers of two, so that the last, smaller batch of a shape seldom compiles anew.
+    image = np.zeros((1 << (len(group) - 1).bit_length(), height, width, 3), np.float32)
+    for row, (_, levels) in zip(image, group, strict=False):
+      row[: levels.shape[0], : levels.shape[1]] = _colour(levels)
+    probs = np.asarray(self._whole(image))
+    for prob, (key, levels) in zip(probs, group, strict=False):
+      yield key, prob[: levels.shape[0], : levels.shape[1]]
+
+  def tiled(self, levels: np.ndarray, window: int = WINDOW, halo: int = HALO) -> np.ndarray:
+    """H×W probabilities of a large frame by overlapping windows, in the memory of one window.
+
+    Every window is computed as a part of the frame (`layers/windows.py`): the features'
+    statistics and sampling points are the frame's, so the result is the untiled one but for what
+    a network draws from beyond the halo. The frame's statistics take further passes over all
+    windows; networks without them (ALCL-Net, MLCL-Net) take one. The main branch's DINOv2 attends
+    within a window only, so that branch is not the untiled one.
+
+    Args:
+      levels: H×W or H×W×3 grey levels in [0, 255].
+      window, halo: in pixels, multiples of 32.
+    """
+    height, width = padded_size(levels.shape[:2], PAD)
+    cuts = [_cut(length, window, halo) for length in (height, width)]
+    size = tuple(min(window, length) for length in (height, width))
+    frame = np.array([height, width], np.int32)
+    first = (np.zeros(2, np.int32), np.zeros((2, 2), np.int32))
+    shapes = jax.eval_shape(lambda: self._part(_image(levels, (0, 0), size), frame, *first, None))
+    known = [[np.full(s.shape, np.nan, np.float32) for s in kind] for kind in shapes[1]]
+    # The first pass knows nothing; each pass makes at least one more statistic exact.
+    for _ in range(2 + sum(map(len, known))):
+      prob = np.zeros((height, width), np.float32)
+      found = [[np.zeros(k.shape) for k in known[0]], [np.full(k.shape, -np.inf) for k in known[1]]]
+      for rows in cuts[0]:
+        for cols in cuts[1]:
+          offset = np.array([rows.start, cols.start], np.int32)
+          core = np.array([rows.core, cols.core], np.int32) - offset.reshape(2, 1)
+          image = _image(levels, offset, size)
+          part, shares = jax.device_get(self._part(image, frame, offset, core, known))
+          here = np.s_[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
+          prob[here] += part * rows.weight.reshape(-1, 1) * cols.weight
+          found[0] = [a + b for a, b in zip(found[0], shares[0], strict=True)]
+          found[1] = [np.maximum(a, b) for a, b in zip(found[1], shares[1], strict=True)]
+      found = [[f.astype(np.float32) for f in kind] for kind in found]
+      if all(map(_settled, sum(known, []), sum(found, []))):
+        break
+      known = found
+    return prob[: levels.shape[0], : levels.shape[1]]
+
+
+def _forwards(detector: Detector) -> tuple[Callable, Callable]:
+  """Jitted: a whole batch → B×H×W, and a window of a frame → (h×w, shares of statistics)."""
+  graphdef, state = nnx.split(detector.model)
+
+  def apply(state, prior, image):
+    model = nnx.merge(graphdef, state)
+    mode = forward.ALONE[detector.branch]
+    found = forward.logits(model, mode, image, prior, detector.mean, detector.std)
+    return forward.probability(found[detector.branch])
+
+  @jax.jit
+  def part(state, prior, image, frame, offset, core, known):
+    with windows.active(windows.Window(image.shape[1:3], frame, offset, core, known)) as window:
+      prob = apply(state, prior, image)[0]
+    return prob, window.found
+
+  whole = jax.jit(apply)
+  state, prior = jax.device_put((state, detector.prior))
+  return (
+    lambda image: whole(state, prior, image),
+    lambda *arguments: part(state, prior, *arguments),
+  )
+
+
+def _colour(levels: np.ndarray) -> np.ndarray:
+  return levels if levels.ndim == 3 else levels[..., None]
+
+
+def _image(levels: np.ndarray, offset, size: tuple[int, int]) -> np.ndarray:
+  """A window of the zero-padded frame, 1×h×w×3."""
+  image = np.zeros((1, *size, 3), np.float32)
+  part = levels[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
+  image[0, : part.shape[0], : part.shape[1]] = _colour(part)
+  return image
+
+
+def _settled(old: np.ndarray, new: np.ndarray) -> bool:
+  return bool(np.abs(new - old).max() <= _SETTLED * np.abs(new).max())  # not where old is NaN
+
+
+class _Cut(NamedTuple):
+  start: int  # of the window along one axis of the frame
+  core: tuple[int, int]  # the part that is this window's alone, in the frame
+  weight: np.ndarray  # of its pixels in the blend; those of all windows add up to 1
+
+
+def _cut(length: int, window: int, halo: int) -> list[_Cut]:
+  """Windows along an axis, all of one length, overlapping by at least 2·halo."""
+  if length <= window:
+    return [_Cut(0, (0, length), np.ones(length, np.float32))]
+  starts = [*range(0, length - window, window - 2 * halo), length - window]
+  # Half-way through each overlap, on the grid of the coarsest feature.
+  seams = [(a + window + b) // 2 // PAD * PAD for a, b in zip(starts, starts[1:], strict=False)]
+  edges = [0, *seams, length]
+  place = np.arange(length) + 0.5
+  right = [np.ones(length), *(np.clip((place - s) / SEAM + 0.5, 0, 1) for s in seams)]
+  right.append(np.zeros(length))  # right[i]: the weight of window i and all after it
+  return [
+    _Cut(s, edges[i : i + 2], (right[i] - right[i + 1])[s : s + window].astype(np.float32))
+    for i, s in enumerate(starts)
+  ]
