@@ -105,7 +105,7 @@ def _node(i: int, j: int, rngs: nnx.Rngs) -> nnx.List:
     in_channels = _CHANNELS[i - 1] if i else 3
   else:
     in_channels = _CHANNELS[i] * j + _CHANNELS[i + 1] + (_CHANNELS[i - 1] if i else 0)
-  blocks = [AttentionBlock(in_channels, _CHANNELS[i], rngs=rngs)]
+  stages = [AttentionBlock(in_channels, _CHANNELS[i], rngs=rngs)]
   if i > 0:
-    blocks.append(AttentionBlock(_CHANNELS[i], _CHANNELS[i], rngs=rngs))
-  return nnx.List(blocks)
+    stages.append(AttentionBlock(_CHANNELS[i], _CHANNELS[i], rngs=rngs))
+  return nnx.List(stages)
