@@ -118,6 +118,7 @@ def six(tmp_path, toy) -> list[sweep.Run]:
 
 def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_path):
   run = six(tmp_path, toy)[0]
+  crop = run.config.data.crop
   assert sweep.state(run).word == "missing"
   settings.claim_workdir(run.folder, run.config)
   (run.folder / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
@@ -126,7 +127,7 @@ def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_pa
   assert str(sweep.state(run)) == "finished HSE 50.00"
   for change, state in (
     ({"train.steps": 13}, "begun step 4 of 13"),  # its schedule is constant: it can go on
-    ({"data.crop": 64}, f"of another config (data.crop: {run.config.data.crop} there, 64 here)"),
+    ({"data.crop": 64}, f"of a different config (data.crop: {crop} there, 64 here)"),
   ):
     other = ConfigDict(run.config.to_dict())
     other.update_from_flattened_dict(change)
@@ -162,7 +163,7 @@ def test_results_of_another_config_are_kept(toy, tmp_path):
   before = {p.name: p.read_bytes() for p in run.folder.iterdir()}
   base.data.crop *= 2
   (failed,) = sweep.sweep(found, base, tmp_path / "runs")
-  assert "holds a run of another config" in sweep.failed(failed)["error"]
+  assert "contains a run of a different config" in sweep.failed(failed)["error"]
   assert before.items() <= {p.name: p.read_bytes() for p in run.folder.iterdir()}.items()
 
 
