@@ -117,7 +117,7 @@ def test_an_interrupted_bank_is_continued_not_begun_again(tmp_path, prior, monke
 )
 def test_a_bank_of_other_crops_is_refused(tmp_path, prior, change):
   prepared(tmp_path, make_crops(), prior)
-  with pytest.raises(ValueError, match="holds a prior bank of something else:\n.* there, .* here"):
+  with pytest.raises(ValueError, match="contains a different prior bank:\n.* there, .* here"):
     bank.Bank(tmp_path, make_crops(**change), prior)
 
 

@@ -250,7 +250,7 @@ def test_the_vits_size_is_read_from_the_name_of_a_file_that_need_not_exist():
   assert build.vit_arguments("nowhere/dinov2_vitl14_pretrain.pth")["depth"] == 24
   assert build.vit_arguments("dinov2_vits14_reg4_pretrain.pth")["registers"] == 4
   assert build.vit_arguments("dinov2_vitg14_pretrain.pth")["swiglu"]
-  with pytest.raises(ValueError, match="does not tell the ViT's size.*dinov2_vitl14_pretrain.pth"):
+  with pytest.raises(ValueError, match="not contain the ViT's size.*dinov2_vitl14_pretrain.pth"):
     build.vit_arguments("weights/prior.pth")
 
 

@@ -164,12 +164,12 @@ def test_runs_that_cannot_share_a_report_are_named(tmp_path):
   samples, maps = samples_and_maps(3)
   write(tmp_path / "a", samples, maps)
   write(tmp_path / "b", samples[:2], maps[:2])
-  with pytest.raises(ValueError, match="b: evaluated on other images or masks than .*a"):
+  with pytest.raises(ValueError, match="b: evaluated on different images or masks than .*a"):
     report.of([tmp_path / "a", tmp_path / "b"], tmp_path / "out.html")
   with pytest.raises(FileNotFoundError, match="no .*c/report.html.*--mode eval"):
     report.of([tmp_path / "a", tmp_path / "c"], tmp_path / "out.html")
   (tmp_path / "a/report.html").write_text("<html>")
-  with pytest.raises(ValueError, match="damaged or of another version"):
+  with pytest.raises(ValueError, match="damaged or of a different version"):
     report.of([tmp_path / "a"], tmp_path / "out.html")
   assert not (tmp_path / "out.html").exists()
 
@@ -469,5 +469,5 @@ def test_four_runs_stand_side_by_side_in_a_browser(tmp_path):
       scaled = [prob ** np.float32(1 + k / 2) for prob in maps]
       check_equal(page.evaluate(f"totals.get(chosen[{k}])"), samples, scaled, 0.5)
     page.set("order", "largest difference")
-    page.set("filter", "where they differ")
+    page.set("filter", "with differences")
     assert page.errors() == [] and page.requests()[0] <= {"file", "data"}
