@@ -74,7 +74,11 @@ class Bank:
     return int(np.prod(self.shape)) * _DTYPE.itemsize
 
   def levels(self, numbers: Sequence[int]) -> list[np.ndarray]:
-    """Reads the levels of crops of the present generation, each B×h×w×D bfloat16."""
+    """Reads the levels of crops, each B×h×w×D bfloat16; call `prepare` before.
+
+    Args:
+      numbers: of the B crops, all of one generation.
+    """
     rows = [int(number) % len(self._crops) for number in numbers]
     per_shard = len(self._shards[0])
     crops = np.stack([self._shards[row // per_shard][row % per_shard] for row in rows])
@@ -209,7 +213,7 @@ def _levels_of(the_mesh) -> Callable:
 
 
 def _fingerprint(crops: CropBank) -> str:
-  """SHA-256 of the images and masks that the crops are cut from."""
+  """Returns a SHA-256 of the images and masks that the crops are cut from."""
   digest = hashlib.sha256()
   for sample in crops.samples:
     digest.update(f"{sample.name} {sample.mask.shape}".encode())

@@ -247,7 +247,7 @@ def command(flags) -> None:
 
 
 def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
-  """Compiles both steps for a slice, writes `plan.json` and prints a table.
+  """Compiles the train and evaluation steps for a slice, writes `plan.json`, prints a table.
 
   Args:
     config: of a run; its data and weights need not exist.

@@ -197,7 +197,7 @@ def _comparable(config: ConfigDict) -> dict[str, object]:
 
 
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Writes `config.json` if the folder does not belong to a config of different results.
+  """Claims a run folder: writes `config.json`, or raises if it belongs to a different run.
 
   Raises:
     ValueError: settings differ (the message lists all), or the folder cannot be written.

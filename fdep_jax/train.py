@@ -126,7 +126,7 @@ class Loop:
     self.schedule = step_lib.make_schedule(config, self.steps)
 
   def _restore(self, state: dict) -> tuple[dict, Progress]:
-    """Reads the newest checkpoint if there is one, and removes everything later than it."""
+    """Restores the newest checkpoint if there is one, and rewinds the folder to it."""
     progress = Progress()
     if self.checkpoints.steps():
       state, saved = self.checkpoints.restore(state)

@@ -1,4 +1,4 @@
-"""Exports the light branch of a run to files that work without this package (`--mode export`).
+"""Exports the light branch of a run for use elsewhere (`--mode export`).
 
 Writes `light.safetensors` (for `detector.load_light`), `light.stablehlo` (for
 `jax.export.deserialize`), `light.onnx`, `light_torch.safetensors` (the published PyTorch network's

@@ -227,8 +227,8 @@ class Checkpoints:
     kept = f"step {whole[-1]} is kept" if whole else "there is none before it"
     return NotSaved(
       f"{self.workdir / name}: the checkpoint of step {self._writing.get(name)} cannot be written "
-      f"({_first_line(error)}); {kept}. Free some space or make the folder writable, then repeat "
-      "the command."
+      f"({_first_line(error)}); {kept}. Make room or make the folder writable, then repeat the "
+      "command."
     )
 
   def _manager(self, name: str) -> ocp.CheckpointManager:
