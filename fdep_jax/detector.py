@@ -61,7 +61,7 @@ def load(
   if branch == "main":
     if config.dino.checkpoint != "random" and not os.path.isfile(config.dino.checkpoint):
       raise FileNotFoundError(
-        f"The main branch needs the run's DINOv2 weights, but there is no file "
+        "The main branch needs the run's DINOv2 weights, but there is no file "
         f"{config.dino.checkpoint}. Put it there, or use --branch light if the run has one."
       )
     prior = build.load_prior(config)
