@@ -83,7 +83,7 @@ def test_img_idx_layout_is_found_by_the_folder_name_or_where_it_is_the_only_one(
   renamed = root.rename(tmp_path / "renamed")
   assert names_of(renamed, "train") == ["Misc_2", "Misc_10"]
   (renamed / "img_idx" / "train_SIRST3.txt").write_text("Misc_2")
-  assert "which one is meant" in refusal(renamed)
+  assert "rename the right one to" in refusal(renamed)
 
 
 def test_irstd1k_folder_names_and_pixels0_masks_are_understood(tmp_path):
