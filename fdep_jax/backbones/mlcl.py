@@ -59,7 +59,7 @@ class MLCLNet(Backbone):
     return Logits(self.head(x))
 
   def _widened(self, level: int, x: jax.Array) -> jax.Array:
-    """The local contrast of one level, B×h×w×64."""
+    """Computes the local contrast of one level, B×h×w×64."""
     return nnx.relu(self.widen[level](self.contrast[level](x)))
 
 
