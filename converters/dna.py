@@ -4,7 +4,7 @@ from converters._rules import CONV, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = []
   for i in range(5):
     for j in range(5 - i):

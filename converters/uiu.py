@@ -4,7 +4,7 @@ from converters._rules import CONV, NORM, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = []
   for i, block in enumerate(net.encoder):
     table += _residual_u(f"stage{i + 1}", f"encoder/{i}", len(block.down))

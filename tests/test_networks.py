@@ -177,7 +177,7 @@ def test_the_wavelet_buffers_of_real_checkpoints_are_accepted_and_written_back(g
   for key, values in buffers.items():
     np.testing.assert_array_equal(back[key], values)
   other = {**state, **buffers, list(buffers)[0]: np.ones((1, 1, 2, 2), np.float32)}
-  with pytest.raises(ValueError, match="another constant"):
+  with pytest.raises(ValueError, match="differs from the network's constant"):
     converters.load_backbone("msda", other)
 
 
