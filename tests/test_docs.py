@@ -1,4 +1,4 @@
-"""What the documents say exists: choices, files, modes, flags, settings."""
+"""Compares the documents with the code: choices, files, modes, flags, settings."""
 
 import collections
 import pathlib
@@ -41,9 +41,9 @@ def test_modes_flags_and_settings_exist():
   sections = {name.split(".")[0] for name in known if "." in name}
   named = re.findall(rf"`((?:{'|'.join(sections)})\.\w+)(?:=[^`]*)?`", TEXT)
   assert named and {n for n in named if not n.endswith((".py", ".html"))} <= known
-  commands = re.findall(r"python main\.py ([^\n]*)", TEXT)
+  commands = re.findall(r"(?:python main\.py|fdep) (--[^\n]*)", TEXT)
   flags = {f for c in commands for f in re.findall(r"--(\w+)", c)} - {"config"}
-  assert commands and flags <= set(cli.FLAGS)
+  assert commands and flags <= set(cli.program_flags())
 
 
 def test_results_are_those_of_the_configs_headers():
