@@ -196,7 +196,7 @@ def start():
     sys.exit(
       _fail(
         f"{error.name} is not installed, and only --mode score works without it. The other modes "
-        'need `pip install "fdep_jax[train]"`.',
+        'need the extra [train]: `pip install ".[train]"` in the folder of the source.',
         2,
       )
     )

@@ -32,6 +32,9 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
   words = {"learning_rate": config.train.learning_rate, "steps": steps}
   arguments = {k: words.get(v, v) if isinstance(v, str) else v
                for k, v in config.train.schedule_args.items()}  # fmt: skip
+  # A trial run of a few steps need not set the warm-up too: one that fills the run is shortened.
+  if arguments.get("decay_steps", math.inf) <= arguments.get("warmup_steps", 0):
+    arguments["warmup_steps"] = arguments["decay_steps"] // 2
   maker = getattr(optax.schedules, config.train.schedule, None)
   if not callable(maker):
     known = [n for n in dir(optax.schedules) if n.endswith(("schedule", "decay", "interpolate"))]

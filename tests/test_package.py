@@ -17,7 +17,8 @@ from packaging.version import Version
 from PIL import Image
 
 import fdep_jax
-from fdep_jax import cli
+from configs import quickstart
+from fdep_jax import cli, step
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -69,6 +70,14 @@ def test_a_shipped_config_is_found_by_name_and_a_file_of_ones_own_comes_first(
   (tmp_path / "configs/quickstart.py").write_text("")
   own = ["fdep", "--config", "configs/quickstart.py"]
   assert cli.find_config(own) == own
+
+
+@pytest.mark.parametrize("steps, warm_up", [(1, 0), (2, 1), (20, 10), (21, 20), (300, 20)])
+def test_the_quick_start_may_be_tried_for_fewer_steps_than_its_warm_up(steps, warm_up):
+  config = quickstart.get_config()
+  schedule = step.make_schedule(config, steps)
+  assert float(schedule(warm_up)) == pytest.approx(config.train.learning_rate)
+  assert float(schedule(steps)) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.fixture(scope="session")
@@ -190,7 +199,7 @@ def test_the_bare_install_scores_maps_within_a_second_of_starting(bare, tmp_path
 @pytest.mark.slow
 def test_the_bare_install_names_the_extra_that_the_other_modes_need(bare, tmp_path):
   done = run(bare, "fdep", "--config", "quickstart", "--workdir", "run", cwd=tmp_path)
-  assert done.returncode == 2 and "fdep_jax[train]" in done.stderr
+  assert done.returncode == 2 and "the extra [train]" in done.stderr
   assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
