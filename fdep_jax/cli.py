@@ -147,7 +147,7 @@ def _shipped(value):
   path, colon, argument = value.partition(":")
   name = path.removeprefix("configs/").removesuffix(".py")
   file = pathlib.Path(configs.__path__[0]) / f"{name}.py"
-  if not name or os.path.exists(path) or not file.is_file():
+  if os.path.isfile(path) or not file.is_file():
     return value
   return f"{file}{colon}{argument}"
 
