@@ -116,8 +116,8 @@ def parse(argv):
 
   from fdep_jax import settings
 
-  argv = find_config(argv)
   try:
+    argv = find_config(argv)
     return program_flags()(argv)
   except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
@@ -128,6 +128,9 @@ def find_config(argv):
 
   A file that exists is taken as it is. Otherwise `quickstart` and `configs/quickstart.py` both name
   the config of this package, wherever the program runs.
+
+  Raises:
+    ValueError: there is neither a file nor a shipped config of that name.
   """
   argv = list(argv)
   for i, argument in enumerate(argv):
@@ -146,9 +149,13 @@ def _shipped(value):
 
   path, colon, argument = value.partition(":")
   name = path.removeprefix("configs/").removesuffix(".py")
-  file = pathlib.Path(configs.__path__[0]) / f"{name}.py"
-  if os.path.isfile(path) or not file.is_file():
+  folder = pathlib.Path(configs.__path__[0])
+  file = folder / f"{name}.py"
+  if not path or os.path.isfile(path):
     return value
+  if not file.is_file():
+    names = sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base"))
+    raise ValueError(f"--config {path}: there is no such file. Shipped are {', '.join(names)}.")
   return f"{file}{colon}{argument}"
 
 

@@ -64,8 +64,10 @@ def test_a_shipped_config_is_found_by_name_and_a_file_of_ones_own_comes_first(
     assert cli.find_config(["fdep", f"--config={name}:acm"]) == ["fdep", f"--config={shipped}:acm"]
   table = cli.find_config(["fdep", "--config=tables/table3"])[1]
   assert table == f"--config={ROOT / 'configs/tables/table3.py'}"
-  kept = ["fdep", "--config", "nowhere.py", "--config.train.steps=2", "--workdir", "quickstart"]
+  kept = ["fdep", "--config.train.steps=2", "--workdir", "quickstart"]
   assert cli.find_config(kept) == kept
+  with pytest.raises(ValueError, match="nowhere.py: there is no such file. Shipped are .*msda"):
+    cli.find_config(["fdep", "--config", "nowhere.py"])
   (tmp_path / "configs").mkdir()
   (tmp_path / "configs/quickstart.py").write_text("")
   own = ["fdep", "--config", "configs/quickstart.py"]
