@@ -57,7 +57,8 @@ class Worker:
 
     import converters
     from configs import base
-    from fdep_jax import backbones, export, run
+    from fdep_jax import backbones, export
+    from fdep_jax import detector as detector_lib
     from fdep_jax.fdep import FDEP
 
     weights = pathlib.Path(folder, "weights.npz")
@@ -73,9 +74,9 @@ class Worker:
     config = base.get_config()
     config.model.backbone = name
     place = pathlib.Path(folder)
-    detector = run.Detector(model, "light", config, MEAN, STD, None, "", place, 0)
+    detector = detector_lib.Detector(model, "light", config, MEAN, STD, None, "", place, 0)
     light, path = export.make_light(detector), place / "light.onnx"
-    export._write_onnx(detector, light, None, path, {})
+    export.write_onnx(detector, light, None, path, {})
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = bench.CORES
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

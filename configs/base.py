@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
+  """A flat list of the settings."""
   c = ConfigDict()
   c.seed = 0
   c.mode = "fdep"  # original | fdep_wo_coisd | fdep: which branches are trained

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters import _rules
-from converters._torch_file import read_torch
+from converters import rules
+from converters.torch_file import read_torch
 from fdep_jax import backbones
 from fdep_jax.priors.dinov2 import DINOv2
 
@@ -40,7 +40,7 @@ def load_backbone(name: str, path_or_state: PathOrState) -> backbones.Backbone:
   # Shapes only: all values come from the file, and drawing initial ones takes seconds.
   net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0), **options))
   try:
-    _rules.fill(net, state, table.rules(net), _dead(table, net), _fixed(table))
+    rules.fill(net, state, table.rules(net), _dead(table, net), _fixed(table))
   except ValueError as error:
     source = "" if isinstance(path_or_state, dict) else f"{path_or_state}: "
     raise ValueError(f"{source}not a checkpoint of {name}. {error}") from None
@@ -58,7 +58,7 @@ def to_torch(net: backbones.Backbone) -> dict[str, np.ndarray]:
     but never runs have their default initial values.
   """
   table = _table(type(net).__module__.rsplit(".", 1)[-1])
-  return _rules.unfill(net, table.rules(net), _dead(table, net), _fixed(table))
+  return rules.unfill(net, table.rules(net), _dead(table, net), _fixed(table))
 
 
 def load_dinov2(path_or_state: PathOrState, dtype=jnp.float32, **options) -> DINOv2:
@@ -80,7 +80,7 @@ def _table(name: str):
     ) from None
 
 
-def _dead(table, net) -> list[_rules.Dead]:
+def _dead(table, net) -> list[rules.Dead]:
   return table.dead(net) if hasattr(table, "dead") else []
 
 

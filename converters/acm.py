@@ -1,6 +1,6 @@
 """ACM: state_dict of YuChuang1205/PAL, XinyiYing/BasicIRSTD or LESPS ↔ backbones.acm."""
 
-from converters._rules import (
+from converters.rules import (
   BATCH_NORM,
   CONV,
   CONV_TRANSPOSE,

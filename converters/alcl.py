@@ -1,6 +1,6 @@
 """ALCL-Net: YuChuang1205/PAL model/ALCL state_dict ↔ fdep_jax.backbones.alcl."""
 
-from converters._rules import CONV, Rule, conv_norm
+from converters.rules import CONV, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:

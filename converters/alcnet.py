@@ -1,7 +1,7 @@
 """ALCNet: state_dict of YuChuang1205/PAL, XinyiYing/BasicIRSTD or LESPS ↔ backbones.alcnet."""
 
 from converters import acm
-from converters._rules import CONV_TRANSPOSE, Dead, Rule, dead_batch_norm, dead_conv
+from converters.rules import CONV_TRANSPOSE, Dead, Rule, dead_batch_norm, dead_conv
 
 options = acm.options
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters._torch_file import is_safetensors, read_torch
+from converters.torch_file import is_safetensors, read_torch
 from fdep_jax.priors import dinov2
+from fdep_jax.runtime import files
 
 FORMAT = "fdep_jax.priors.dinov2/1"  # metadata of a converted file
 _HEAD_WIDTH = 64  # of every published DINOv2; the shapes do not show it
@@ -195,15 +196,11 @@ def convert(source: str | os.PathLike, out: str | os.PathLike) -> str:
   expected = _probe(vit)
   state = state_dict(vit)
   del vit  # ViT-g takes 4.5 GB, and is loaded again below
-  part = out.with_name(f".{out.stem}.{os.getpid()}.part")
-  try:
+  with files.replacing(out) as part:
     safetensors.numpy.save_file(state, part, {"format": FORMAT, "sha256": sha256})
     del state
     if not np.array_equal(_probe(load_dinov2(part)), expected):
       raise ValueError(f"{out}: its outputs differ from those of {source}; try again.")
-    os.replace(part, out)
-  finally:
-    part.unlink(missing_ok=True)
   return sha256
 
 

@@ -1,6 +1,6 @@
 """DNA-Net: YuChuang1205/PAL `DNA_No_Sigmoid` state_dict ↔ fdep_jax.backbones.dna."""
 
-from converters._rules import CONV, Rule, conv_norm
+from converters.rules import CONV, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:

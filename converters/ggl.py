@@ -1,6 +1,6 @@
 """GGL-Net: YuChuang1205/PAL model/GGL state_dict ↔ fdep_jax.backbones.ggl."""
 
-from converters._rules import CONV, LINEAR_AS_CONV, Rule, conv_norm
+from converters.rules import CONV, LINEAR_AS_CONV, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:

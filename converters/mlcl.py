@@ -1,6 +1,6 @@
 """MLCL-Net: YuChuang1205/PAL `MLCL_no_sigmoid` state_dict ↔ fdep_jax.backbones.mlcl."""
 
-from converters._rules import CONV, Rule, conv_norm
+from converters.rules import CONV, Rule, conv_norm
 
 
 def options(state) -> dict:

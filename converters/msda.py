@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from converters._rules import (
+from converters.rules import (
   CONV,
   LINEAR_AS_CONV,
   Dead,

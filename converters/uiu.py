@@ -1,6 +1,6 @@
 """UIU-Net: YuChuang1205/PAL `UIU_No_Sigmoid` state_dict ↔ fdep_jax.backbones.uiu."""
 
-from converters._rules import CONV, NORM, Rule, conv_norm
+from converters.rules import CONV, NORM, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:

@@ -10,6 +10,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from helpers import relative_error
 
 import converters
 from converters import dinov2 as convert_dinov2
@@ -39,10 +40,6 @@ def run(vit, image, levels=None):
     return [network.feature_map(t, image.shape) for t in tokens], tokens
 
   return both(state, image)
-
-
-def relative_error(ours, reference):
-  return np.linalg.norm(np.asarray(ours) - reference) / np.linalg.norm(reference)
 
 
 @pytest.fixture(scope="module")

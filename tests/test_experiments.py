@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from test_train import batch
+from helpers import batch
 
 from configs import base, tables
 from fdep_jax import build, forward, settings

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import toy_backbone
 
 import converters
 from configs import base
@@ -138,9 +139,7 @@ def in_an_empty_folder(tmp_path, code: str, *arguments) -> str:
 def exported(tmp_path_factory):
   """A toy run, exported once: the model, its folder, the export's, the manifest."""
   folder = tmp_path_factory.mktemp("export") / "run"
-  toys = pathlib.Path(__file__).parent / "toy_backbones"
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(backbones, "__path__", [*backbones.__path__, str(toys)])
+  with toy_backbone():
     model = make_run(folder, "toy")
     yield model, folder, folder / "export", export.export(folder)
 
@@ -305,7 +304,7 @@ def test_an_operation_without_counterpart_leaves_out_the_onnx_file_with_the_reas
     apply=lambda weights, image: jnp.cumsum(image, 1)[..., 0]
   )
   with pytest.raises(export.Absent, match="cumsum"):
-    export._write_onnx(detector, light, None, tmp_path / "light.onnx", {})
+    export.write_onnx(detector, light, None, tmp_path / "light.onnx", {})
 
 
 @needs_onnx
@@ -317,7 +316,7 @@ def test_a_networks_programs_equal_its_light_branch(name, tmp_path):
   forward = jax.jit(light.apply)
   programs = {
     write.__name__: write(detector, light, forward, tmp_path / write.__name__, {})
-    for write in (export._write_stablehlo, export._write_onnx)
+    for write in (export._write_stablehlo, export.write_onnx)
   }
   found = []
   for image in images(light.net):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import count_parameters, relative_error
 
 import converters
-from converters import _rules
 from fdep_jax import backbones
 
 # PyTorch's executed parameters (YuChuang1205/PAL e89262f); the paper's Table 1 in millions.
@@ -33,21 +33,12 @@ def reference_heads(name: str, logits: backbones.Logits) -> list[jax.Array]:
   return [logits.final, *side] if name == "uiu" else [*side, logits.final]
 
 
-def relative_error(ours, reference) -> float:
-  """‖ours − reference‖ / ‖reference‖."""
-  return np.linalg.norm(np.asarray(ours, np.float64) - reference) / np.linalg.norm(reference)
-
-
 def nchw(x):
   return x.transpose(0, 3, 1, 2)
 
 
 def shapes_only(name: str):
   return nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0)))
-
-
-def count(module) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +62,7 @@ def test_every_network_has_its_parameter_count_in_the_table():
 
 @pytest.mark.parametrize("name", backbones.names())
 def test_parameters_equal_the_executed_ones_of_the_published_network(name):
-  assert count(shapes_only(name)) == PARAMETERS[name]
+  assert count_parameters(shapes_only(name)) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", backbones.names())
@@ -205,7 +196,7 @@ def torch_paths(name: str, net) -> dict[str, str]:
     f"{layer}.{suffix}": f"{path}/{ours}"
     for layer, path, kind in rules
     for suffix, ours in kind.names.items()
-    if f"{path}/{ours}" in _rules.flat_variables(net)
+    if f"{path}/{ours}" in rules.flat_variables(net)
   }
 
 

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import sweeping
-import test_report
+from helpers import command, samples_and_maps, write_report
 from ml_collections import ConfigDict
 
 from fdep_jax import forward, settings
@@ -400,10 +400,10 @@ def test_a_table_leaves_a_report_of_its_first_rows(toy, tmp_path):
   results = results_of(tmp_path, toy)
   out = tmp_path / "tables"
   assert table.write_report(results, out) == []
-  samples, maps = test_report.samples_and_maps(3)
+  samples, maps = samples_and_maps(3)
   for result in results:
     for run in result.runs:
-      test_report.write(run.folder, samples, maps)
+      write_report(run.folder, samples, maps)
   assert table.write_report(results, out) == [out / "report.html"]
   page = (out / "report.html").read_text()
   first = [result.runs[0].folder.name for result in results if result.runs]
@@ -419,11 +419,8 @@ def test_hits_misses_and_false_alarms_are_told_apart():
 
 
 def test_settings_that_tell_rows_apart_are_not_for_the_command_line():
-  done = subprocess.run(
-    [sys.executable, "main.py", "--mode", "sweep", "--config", "configs/tables/table1.py",
-     "--workdir", "never", "--config.mode=fdep"],
-    cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=120,
-  )  # fmt: skip
+  config = "configs/tables/table1.py"
+  done = command("--mode", "sweep", "--config", config, "--workdir", "never", "--config.mode=fdep")
   assert done.returncode == 2 and "set mode themselves" in done.stderr
   assert "Traceback" not in done.stderr
   assert not experiments.pathlib.Path("never").exists()

@@ -94,19 +94,7 @@ def train_iterator(
   """
   if not samples:
     raise ValueError("no samples to train on")
-  if augment not in augment_lib.AUGMENTATIONS:
-    known = ", ".join(repr(name) for name in augment_lib.AUGMENTATIONS)
-    raise ValueError(f"augment is {augment!r}; it must be one of {known}")
-  if crop < 1 or batch_size < 1:
-    raise ValueError(f"crop is {crop} and batch_size {batch_size}; both must be at least 1")
-  if batch_size % process_count:
-    raise ValueError(
-      f"batch_size is {batch_size}, which {process_count} processes cannot share equally"
-    )
-  if not 0 <= target_crop_prob <= 1:
-    raise ValueError(f"target_crop_prob is {target_crop_prob}; it must be in [0, 1]")
-  if crop_margin < 0:
-    raise ValueError(f"crop_margin is {crop_margin}; it must not be negative")
+  _check(augment, crop, batch_size, process_count, target_crop_prob, crop_margin)
   import grain
 
   augment_pair = augment_lib.AUGMENTATIONS[augment]
@@ -144,6 +132,23 @@ def train_iterator(
     num_threads=threads if prefetch else 0, prefetch_buffer_size=max(prefetch, 0)
   )
   return iter(batches.to_iter_dataset(options))
+
+
+def _check(augment, crop, batch_size, process_count, target_crop_prob, crop_margin) -> None:
+  """Raises if `train_iterator` cannot work with these arguments."""
+  if augment not in augment_lib.AUGMENTATIONS:
+    known = ", ".join(repr(name) for name in augment_lib.AUGMENTATIONS)
+    raise ValueError(f"augment is {augment!r}; it must be one of {known}")
+  if crop < 1 or batch_size < 1:
+    raise ValueError(f"crop is {crop} and batch_size {batch_size}; both must be at least 1")
+  if batch_size % process_count:
+    raise ValueError(
+      f"batch_size is {batch_size}, which {process_count} processes cannot share equally"
+    )
+  if not 0 <= target_crop_prob <= 1:
+    raise ValueError(f"target_crop_prob is {target_crop_prob}; it must be in [0, 1]")
+  if crop_margin < 0:
+    raise ValueError(f"crop_margin is {crop_margin}; it must not be negative")
 
 
 def padded_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def export(
   apply = jax.jit(light.apply)
   images = list(_random_images(light.net))
   expected = [np.asarray(apply(light.weights, image)) for image in images]
-  writers = (_write_light, _write_stablehlo, _write_onnx, _write_torch)
+  writers = (_write_light, _write_stablehlo, write_onnx, _write_torch)
   found, absent = {}, {}
   with files.replacing_all([out / name for name in FILES]) as partial:
     for name, path, write in zip(FILES, partial, writers, strict=True):
@@ -180,7 +180,7 @@ def _write_stablehlo(detector, light: Light, forward, path, about) -> Callable:
   return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
 
 
-def _write_onnx(detector, light: Light, forward, path, about) -> Callable:
+def write_onnx(detector, light: Light, forward, path, about) -> Callable:
   needed = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
   if needed:
     raise Absent(

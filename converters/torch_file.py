@@ -355,6 +355,7 @@ class _Interpreter:
       raise ValueError(f"its pickle takes more than {_MAX_STEPS} steps; not a file of weights.")
 
   def _run(self) -> object:
+    """Executes the program: a flat dispatch on its opcodes."""
     stack, outer, memo = [], [], {}
     for opcode, arg, _ in pickletools.genops(self._program):
       self._spend(1)
