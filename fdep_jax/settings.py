@@ -60,11 +60,15 @@ def explain_flags(argv: list[str], error: Exception) -> str:
     _split_flag(a, following) for a, following in zip(argv, [*argv[1:], ""], strict=True)
   )
   lines = []
-  if os.path.isfile(arguments.get("--config", "")):
-    spec = importlib.util.spec_from_file_location("config", arguments["--config"])
+  path, *own = arguments.get("--config", "").split(":", 1)  # FILE or FILE:ARGUMENT
+  if os.path.isfile(path):
+    spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    known = list(flat(module.get_config()))
+    try:
+      known = list(flat(module.get_config(*own)))
+    except (TypeError, ValueError) as refusal:
+      return f"{path}: {refusal}"
     for argument in arguments:
       name = argument.removeprefix("--config.")
       if name == argument or name in known:

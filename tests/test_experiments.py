@@ -132,7 +132,7 @@ def test_parameters_equal_the_papers_to_two_decimals(name):  # Tables 1 and 3
 
 
 def program(row: experiments.Row) -> str:
-  """What tells programs apart: the row's settings without its data and labels."""
+  """The settings of a row that change its program: all but its data and labels."""
   kept = {k: v for k, v in row.changes.items() if not k.startswith(("data.", "train."))}
   return json.dumps(kept, sort_keys=True)
 

@@ -120,7 +120,7 @@ def light_branch(model: FDEP):
 
 
 def in_an_empty_folder(tmp_path, code: str, *arguments) -> str:
-  """What a program prints that can import the installed packages and nothing of ours."""
+  """Returns what a program prints that can import installed packages and nothing of ours."""
   folder = tmp_path / "elsewhere"
   folder.mkdir(exist_ok=True)
   done = subprocess.run(

@@ -78,7 +78,7 @@ def from_flags(values) -> tuple[Table, ConfigDict]:
     ValueError: a setting of the command line overrides a setting that the rows vary.
   """
   holder = values["config"] if isinstance(values, flags.FlagValues) else None
-  path = config_flags.get_config_filename(holder)
+  path = config_flags.get_config_filename(holder).split(":", 1)[0]  # FILE or FILE:ARGUMENT
   table = load(path)
   if values.seeds:
     table = table._replace(seeds=_seeds(values.seeds))
