@@ -140,7 +140,7 @@ def test_a_bank_that_the_disk_cannot_hold_is_refused_before_anything_is_written(
   assert not list(tmp_path.iterdir())
 
 
-def helpersing_from_a_bank_resumes_exactly_and_its_step_has_no_vit(toy, tmp_path):
+def test_training_from_a_bank_resumes_exactly_and_its_step_has_no_vit(toy, tmp_path):
   changes = {"dino.bank": 2, "dino.bank_refresh_epochs": 2.0, "log.every_steps": 1}
   config = toy_config(**changes)
   train.train(config, tmp_path / "a")
