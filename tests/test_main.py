@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one message, nothing half-written."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from helpers import ROOT, command, toy_config
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import base, msda
+from configs import base, msda, tpu
 from fdep_jax import build, settings, train
 from fdep_jax import detector as detector_lib
 
@@ -64,6 +65,24 @@ def test_a_misspelt_setting_gets_the_nearest_names():
   assert done.returncode == 2
   assert "no setting 'train.lrr'" in done.stderr and "train.learning_rate" in done.stderr
   assert "Traceback" not in done.stderr and not (ROOT / "never").exists()
+
+
+def test_a_config_that_takes_an_argument_is_explained_like_the_others():
+  path = ROOT / "configs" / "tpu.py"
+  said = settings.explain_flags([f"--config={path}:msda", "--config.train.lrr=1"], KeyError())
+  assert "no setting 'train.lrr'" in said and "train.learning_rate" in said
+  for argument in ("", ":msad"):
+    said = settings.explain_flags([f"--config={path}{argument}"], ValueError("Traceback"))
+    assert "name one of acm, " in said and "configs/tpu.py:msda" in said
+    assert "Traceback" not in said
+
+
+def test_the_tpu_config_is_the_networks_own_in_bfloat16():
+  for name, remat in tpu.NETWORKS.items():
+    own = settings.flat(importlib.import_module(f"configs.{name}").get_config())
+    found = settings.flat(tpu.get_config(name))
+    wanted = {"train.dtype": "bfloat16", "dino.dtype": "bfloat16", "train.remat": remat}
+    assert found == own | wanted and own["train.dtype"] == "float32"
 
 
 def test_missing_data_and_weights_are_named_together():

@@ -418,6 +418,12 @@ def test_hits_misses_and_false_alarms_are_told_apart():
   assert marks == [("hit", (3.5, 3.5)), ("miss", (15, 15)), ("false alarm", (3, 16))]
 
 
+def test_a_config_of_one_run_is_no_table_also_if_it_takes_an_argument():
+  done = command("--mode", "sweep", "--config", "configs/tpu.py:acm", "--workdir", "never")
+  assert done.returncode == 2 and "configs/tpu.py is the config of one run" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
 def test_settings_that_tell_rows_apart_are_not_for_the_command_line():
   config = "configs/tables/table1.py"
   done = command("--mode", "sweep", "--config", config, "--workdir", "never", "--config.mode=fdep")
