@@ -381,7 +381,7 @@ def test_every_problem_of_a_checkpoint_is_in_one_message(tiny, hugging_face):
     ),
   ],
 )
-def test_what_is_no_dinov2_is_said_to_be_none(tiny, change, message):
+def test_a_state_dict_that_is_no_dinov2_is_refused(tiny, change, message):
   with pytest.raises(ValueError, match=message):
     converters.load_dinov2(change(convert_dinov2.state_dict(tiny)))
 

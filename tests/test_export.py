@@ -144,7 +144,7 @@ def exported(tmp_path_factory):
     yield model, folder, folder / "export", export.export(folder)
 
 
-def test_the_manifest_tells_what_each_file_is(exported):
+def test_the_manifest_describes_each_file(exported):
   model, folder, out, manifest = exported
   assert manifest == json.loads((out / "manifest.json").read_text())
   assert (manifest["run"], manifest["step"], manifest["threshold"]) == (str(folder), STEP, 0.5)
@@ -223,7 +223,7 @@ print([name for name in sys.modules if name.startswith(("fdep_jax", "converters"
     np.testing.assert_allclose(results[name][:, 0], expected(image), atol=1e-5, strict=True)
 
 
-def test_without_onnx_the_rest_is_written_and_the_reason_told(
+def test_without_onnx_the_rest_is_written_and_the_reason_given(
   exported, tmp_path, monkeypatch, caplog
 ):
   (tmp_path / "light.onnx").write_text("of an earlier export")
@@ -237,7 +237,7 @@ def test_without_onnx_the_rest_is_written_and_the_reason_told(
   assert names == {"light.safetensors", "light.stablehlo", "manifest.json"}
 
 
-def test_nothing_is_left_where_a_file_gives_other_numbers(exported, tmp_path, monkeypatch):
+def test_nothing_is_left_if_a_file_gives_other_numbers(exported, tmp_path, monkeypatch):
   right = jax.export.deserialize
 
   def wrong(content):
@@ -287,7 +287,7 @@ def test_an_exported_file_is_not_exported_again(exported):
     export.export(None, None, exported[2] / "light.safetensors")
 
 
-def test_metrics_of_the_exported_step_and_no_other_are_told(tmp_path):
+def test_the_manifest_has_the_metrics_of_the_exported_step_only(tmp_path):
   last = {"light": {"hse": 0.2}, "checkpoint": STEP}
   metrics = {"light": {"hse": 0.3}, "checkpoint": STEP - 1, "split": "test", "last": last}
   (tmp_path / "metrics.json").write_text(json.dumps(metrics))

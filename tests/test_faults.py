@@ -562,7 +562,7 @@ def test_a_run_stops_at_a_step_that_is_not_finite_and_goes_on_without_it(
 # Devices and memory
 
 
-def test_a_run_goes_on_with_another_number_of_devices(
+def test_a_run_goes_on_with_a_different_number_of_devices(
   toy, tmp_path, no_final_evaluation, monkeypatch
 ):
   # Plain gradient descent: Adam turns the rounding in gradients that are zero into whole steps.

@@ -117,7 +117,7 @@ def test_every_bad_value_of_a_config_is_listed():
   assert "mode is 'fdpe'" in message and "original, fdep_wo_coisd, fdep" in message
 
 
-def test_the_settings_that_an_older_run_lacks_are_named(tmp_path):
+def test_settings_that_an_older_run_lacks_are_named(tmp_path):
   values = base.get_config().to_dict()
   del values["dino"]["bank"], values["train"]["remat"]
   (tmp_path / "config.json").write_text(json.dumps(values))
@@ -149,7 +149,7 @@ def test_an_empty_folder_is_refused(toy, tmp_path):
   assert str(tmp_path / "data") in refused(folder_config(tmp_path / "data"), tmp_path / "run")
 
 
-def test_a_mask_of_another_size_is_refused(toy, tmp_path):
+def test_a_mask_of_a_different_size_is_refused(toy, tmp_path):
   root = make_folder(tmp_path / "data")
   Image.new("L", (50, 40)).save(root / "masks/1.png")
   message = refused(folder_config(root), tmp_path / "run")

@@ -108,7 +108,7 @@ def test_a_plan_for_cpu_devices_reports_every_column(toy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("thorough", "effort"), [(False, "quick"), (True, "thorough")])
-def test_a_plan_says_with_which_effort_it_compiled(toy, tmp_path, thorough, effort):
+def test_a_plan_records_the_compilers_effort(toy, tmp_path, thorough, effort):
   names = {"topology": "cpu:2", "thorough": thorough, "workdir": None, "out": str(tmp_path)}
   config = slice_config(mode="original", **{"log.compile_cache": ""})
   before = jax.config.jax_exec_time_optimization_effort
@@ -245,7 +245,7 @@ def test_the_vits_size_is_read_from_the_name_of_a_file_that_need_not_exist():
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:4x4x4", "v4:2x2", "h100:8", "cpu:0", "cpu:2x2", ""])
-def test_a_topology_that_is_none_is_refused(name):
+def test_a_malformed_topology_is_refused(name):
   with pytest.raises(ValueError, match="--topology is .* v5e:4x4"):
     topology.parse(name)
 

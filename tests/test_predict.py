@@ -245,7 +245,7 @@ def test_a_dead_pixel_does_not_set_the_range():
 
 
 @pytest.mark.parametrize("text", ["", "1", "2,1", "a,b", "nan,1", "1,2,3", "Auto"])
-def test_a_range_that_is_none_is_refused(text):
+def test_a_malformed_range_is_refused(text):
   with pytest.raises(ValueError, match="LOW,HIGH"):
     frames.parse_range(text)
 
@@ -253,7 +253,7 @@ def test_a_range_that_is_none_is_refused(text):
 # A folder.
 
 
-def test_a_folder_of_everything(tmp_path):
+def test_a_folder_with_every_kind_of_file_is_predicted(tmp_path):
   source, out = tmp_path / "in", tmp_path / "in" / "found"
   (source / "sub").mkdir(parents=True)
   Image.fromarray(scene()).save(source / "a.png")

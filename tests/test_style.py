@@ -36,10 +36,12 @@ for _path in (path.relative_to(ROOT) for path in FILES):
 
 def known(name: str) -> str | None:
   """The module of this project that holds a dotted name, or is it."""
-  name = f"tests.{name}" if f"tests.{name}" in TREES else name  # as tests import their helpers
-  while name and name not in TREES:
+  while name:
+    for found in (name, f"tests.{name}"):  # tests import their helpers without the folder's name
+      if found in TREES:
+        return found
     name = name.rpartition(".")[0]
-  return name or None
+  return None
 
 
 def imports(module: str) -> list[tuple[str, str]]:

@@ -154,7 +154,7 @@ def test_the_end_of_a_run_by_epochs_is_what_its_evaluation_says(toy, tmp_path):
   assert sweep.state(run).word == "begun"
 
 
-def test_results_of_another_config_are_kept(toy, tmp_path):
+def test_results_of_a_different_config_are_kept(toy, tmp_path):
   found = sweeping.table()._replace(seeds=(0,), rows=sweeping.table().rows[:1])
   base = sweeping.config(tmp_path / "compiled")
   base.model.backbone = "acm"  # the process does not know the toy
@@ -366,7 +366,7 @@ def test_rows_with_maps_are_compared_on_the_same_images(toy, tmp_path):
   assert "Paired over test images" in table.markdown(sweeping.table(), results)
 
 
-def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_told_and_compared(toy, tmp_path):
+def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_listed_and_compared(toy, tmp_path):
   with_maps(tmp_path, toy)
   for run in six(tmp_path, toy):
     if run.row.name == "toy-fdep":  # the other branch finds nothing
@@ -387,7 +387,7 @@ def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_told_and_compare
   assert table.as_json(sweeping.table(), results)["rows"][2]["main_branch"]["hse"] == [5.0, 5.0]
 
 
-def test_figures_are_written_of_what_there_is(toy, tmp_path):
+def test_figures_show_the_runs_that_exist(toy, tmp_path):
   results = results_of(tmp_path / "bare", toy)
   assert [p.name for p in figures.write(results, tmp_path)] == ["training.png"]
   results = with_maps(tmp_path / "full", toy)
@@ -410,7 +410,7 @@ def test_a_table_leaves_a_report_of_its_first_rows(toy, tmp_path):
   assert len(first) > 1 and all(name in page for name in first)
 
 
-def test_hits_misses_and_false_alarms_are_told_apart():
+def test_hits_misses_and_false_alarms_are_distinguished():
   mask, prob = np.zeros((20, 20), bool), np.zeros((20, 20), np.float32)
   mask[3:5, 3:5] = mask[15, 15] = True
   prob[3:5, 3:5] = prob[3, 16] = 0.8
@@ -424,7 +424,7 @@ def test_a_config_of_one_run_is_no_table_also_if_it_takes_an_argument():
   assert "Traceback" not in done.stderr
 
 
-def test_settings_that_tell_rows_apart_are_not_for_the_command_line():
+def test_settings_that_rows_vary_are_refused_on_the_command_line():
   config = "configs/tables/table1.py"
   done = command("--mode", "sweep", "--config", config, "--workdir", "never", "--config.mode=fdep")
   assert done.returncode == 2 and "set mode themselves" in done.stderr

@@ -140,7 +140,7 @@ def test_a_numpy_array_in_a_checkpoint_is_an_array_too(tmp_path):
   assert state["big"].dtype == np.int32
 
 
-def test_safetensors_are_told_by_content_and_bfloat16_survives(tmp_path):
+def test_safetensors_are_recognised_by_content_and_bfloat16_survives(tmp_path):
   arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, ml_dtypes.bfloat16)}
   safetensors.numpy.save_file(arrays, tmp_path / "w.bin")
   state = read_torch(tmp_path / "w.bin")
@@ -256,7 +256,7 @@ def test_a_stored_module_is_refused(tmp_path):
     (struct.pack("<q", 2**60) + b'{"a": 1}  ', "neither"),
   ],
 )
-def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, content, message):
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, message):
   path = tmp_path / "w.pth"
   path.write_bytes(content)
   with pytest.raises(ValueError, match=message) as error:
