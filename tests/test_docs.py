@@ -8,7 +8,8 @@ from configs import base
 from fdep_jax import cli, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "results/README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES.append(ROOT / "results/README.md")
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
 
