@@ -28,13 +28,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOYS = ROOT / "tests" / "toy_backbones"
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
+def command(*arguments, timeout: float | None = 300) -> subprocess.CompletedProcess:
+  """Runs main.py as a user does; at most `timeout` seconds."""
   return subprocess.run(
     [sys.executable, "main.py", *map(str, arguments)],
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=timeout,
   )
 
 
