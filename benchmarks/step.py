@@ -50,12 +50,12 @@ class JaxWorker:
     import jax
     from flax import nnx
 
-    from fdep_jax import run
+    from fdep_jax import priors
     from fdep_jax.priors import dinov2
 
     self.version = f"jax {jax.__version__}"
     vit = dinov2.DINOv2(**dinov2.SIZES[vit], rngs=nnx.Rngs(0))
-    self.prior = run.Prior(vit, dinov2.quarter_levels(vit.depth), "random")
+    self.prior = priors.from_module(vit, dinov2.quarter_levels(vit.depth), dinov2.prepare, "random")
     self.calls = {}
 
   def describe(self):
@@ -64,7 +64,8 @@ class JaxWorker:
   def prepare(self, name, folder, variants):
     """Compiles the variants; each has its own state."""
     from configs import base
-    from fdep_jax import bank, data
+    from fdep_jax import data
+    from fdep_jax.priors import bank
     from fdep_jax.runtime import mesh
 
     self.calls = {}

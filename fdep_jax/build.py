@@ -95,7 +95,7 @@ def load_prior(config: ConfigDict) -> Prior | None:
   else:
     vit = converters.load_dinov2(config.dino.checkpoint, dtype=dtype, variable=variable)
     sha256 = fingerprint(config.dino.checkpoint)
-  return priors.of(vit, fused_levels(config, vit.depth), dinov2.prepare, sha256)
+  return priors.from_module(vit, fused_levels(config, vit.depth), dinov2.prepare, sha256)
 
 
 def fused_levels(config: ConfigDict, depth: int) -> tuple[int, ...]:
@@ -157,7 +157,7 @@ def abstract(config: ConfigDict) -> tuple[Prior | None, nnx.Module]:
   if config.mode != "original":
     options = {**vit_arguments(config.dino.checkpoint), "dtype": jnp.dtype(config.dino.dtype)}
     vit = nnx.eval_shape(lambda: dinov2.DINOv2(**options, rngs=nnx.Rngs(0)))
-    prior = priors.of(vit, fused_levels(config, vit.depth), dinov2.prepare, "abstract")
+    prior = priors.from_module(vit, fused_levels(config, vit.depth), dinov2.prepare, "abstract")
   return prior, nnx.eval_shape(lambda: create_model(config, prior))
 
 

@@ -10,8 +10,8 @@ import pathlib
 
 import numpy as np
 
-from fdep_jax import plots
 from fdep_jax.metrics import bootstrap, columns, hse
+from fdep_jax.report import plots
 from fdep_jax.runtime import files
 
 READABLE = (".png", ".bmp", ".tif", ".tiff", ".npy", ".npz")

@@ -12,9 +12,9 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fdep_jax import bank, build, data, evaluate, forward, pseudo, settings
+from fdep_jax import build, data, evaluate, forward, pseudo, settings
 from fdep_jax import step as step_lib
-from fdep_jax.priors import Prior
+from fdep_jax.priors import Prior, bank
 from fdep_jax.runtime import checkpoint, files, mesh
 from fdep_jax.runtime.log import Log, Profile
 from fdep_jax.runtime.signals import Preempted, Signals

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from helpers import lines, parameters, toy_config
 
-from fdep_jax import bank, build, data, train
+from fdep_jax import build, data, train
+from fdep_jax.priors import bank
 from fdep_jax.runtime import mesh
 
 

@@ -14,10 +14,11 @@ from flax import nnx
 from helpers import Bright, detector, scene, toy_backbone, toy_config
 from PIL import Image
 
-from fdep_jax import build, predict, tiling, train
+from fdep_jax import build, predict, train
 from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.data import frames
 from fdep_jax.layers import basic, blocks, ops, windows
+from fdep_jax.predict import tiling
 
 
 class Everything(Backbone):

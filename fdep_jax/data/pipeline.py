@@ -15,7 +15,7 @@ class CropBank:
   """A fixed set of augmented crops of every image; each crop depends on its number alone.
 
   OUR CHOICE; the paper's recipe crops afresh at every step. A frozen network's levels of a fixed
-  crop need computing only once (`fdep_jax.bank`). Place and geometry of a crop are drawn once.
+  crop need computing only once (`fdep_jax.priors.bank`). Place and geometry of a crop are drawn once.
   Brightness, contrast and noise are drawn anew at every use: the detector's input keeps the
   recipe's distribution, and the frozen network sees the crop without them.
 

@@ -63,7 +63,9 @@ class Prior:
       return [jax.lax.stop_gradient(level) for level in levels]
 
 
-def of(model: nnx.Module, blocks: tuple[int, ...], prepare: Callable, sha256: str) -> Prior:
+def from_module(
+  model: nnx.Module, blocks: tuple[int, ...], prepare: Callable, sha256: str
+) -> Prior:
   """Makes a prior from a loaded module, which has `width`, `depth`, `patch` and `frozen`."""
   graphdef, weights = nnx.split(model)
   return Prior(

@@ -6,9 +6,10 @@ import pathlib
 
 import numpy as np
 
-from fdep_jax import data, plots
+from fdep_jax import data
 from fdep_jax.data import Sample
 from fdep_jax.metrics import hse
+from fdep_jax.report import plots
 from fdep_jax.tables import experiments
 from fdep_jax.tables.sweep import Run
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from fdep_jax import detector as detector_lib
 from fdep_jax.data import frames
 from fdep_jax.detector import Detector
+from fdep_jax.predict.tiling import Predictor
 from fdep_jax.runtime import files, mesh
-from fdep_jax.tiling import Predictor
 
 load = detector_lib.load
 

@@ -25,9 +25,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from fdep_jax import plots
 from fdep_jax.data import Sample
 from fdep_jax.metrics import bootstrap, columns, hse
+from fdep_jax.report import plots
 from fdep_jax.runtime import files
 
 # The page's thresholds are 1/STEPS, 2/STEPS … They include those of HSE-T exactly.
@@ -244,7 +244,7 @@ def _write(path: pathlib.Path, images: list[dict], runs: list[dict]) -> None:
   }
   text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
   text = text.replace("<", "\\u003c")  # no text may end the surrounding <script>
-  page = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+  page = pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
   files.write(path, _PLACE.sub(lambda m: m[1] + text + m[3], page, count=1))
 
 
