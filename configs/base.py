@@ -11,14 +11,16 @@ def get_config():
   """A flat list of the settings."""
   c = ConfigDict()
   c.seed = 0
-  c.mode = "fdep"  # original | fdep_wo_coisd | fdep: which branches are trained
+  # original | fdep_wo_coisd | fdep: which branches are trained; classical: none, a method without
+  # training in place of the network
+  c.mode = "fdep"
   c.host_devices = 1  # devices that a CPU is split into; 1 elsewhere
   # Joins several processes: auto (TPU pods, SLURM, Open MPI), or HOST:PORT,COUNT,INDEX
   c.distributed = "off"
   c.profile_steps = ""  # "10-12": writes a trace of these steps to workdir/profile
 
   c.model = ConfigDict()
-  c.model.backbone = "msda"  # a file name of fdep_jax/backbones
+  c.model.backbone = "msda"  # a file name of fdep_jax/backbones, or of fdep_jax/classical
   c.model.fusion = "samf"  # samf | add (Tab. 3)
   c.model.bn_stats = "per_branch"  # per_branch | shared, running statistics. OUR CHOICE
   c.model.share = "both"  # both | encoder | decoder: what the branches share (Tab. 5)

@@ -45,6 +45,8 @@ def program_flags():
   )
   flags.DEFINE_string("workdir", None, "folder of the run")
   flags.DEFINE_enum("mode", "train", list(NEEDS), "train evaluates too; see README.md")
+  flags.DEFINE_string("method", None, "predict, eval: a detector without training, fkrw or mpcm")
+  flags.DEFINE_list("data", None, "eval --method: folders of datasets, A,B,C")
   flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
   flags.DEFINE_string("checkpoint", None, "predict, export: best, last, a step, or a path")
   flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")
@@ -82,8 +84,18 @@ def main(argv):
   if mode in COMMANDS:
     importlib.import_module(COMMANDS[mode]).command(values)
     return
+  if mode == "eval" and values.method:
+    from fdep_jax import untrained
+
+    untrained.command(values)
+    return
   config = values.config if mode == "train" else settings.load(values.workdir)
   settings.check(config)
+  if config.mode == "classical":
+    from fdep_jax import untrained
+
+    untrained.again(mode, values.workdir, config)
+    return
   from fdep_jax import evaluate, train
   from fdep_jax.runtime import mesh
 
@@ -105,7 +117,10 @@ def run_score(argv):
 
 def check_given(mode, values):
   """Raises ValueError if a flag that the mode needs is missing."""
-  missing = [f"--{name}" for name in NEEDS[mode] if not getattr(values, name)]
+  needs = NEEDS[mode]
+  if mode == "eval" and values.method:
+    needs = ("data", "out")
+  missing = [f"--{name}" for name in needs if not getattr(values, name)]
   if missing:
     raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
 

@@ -21,7 +21,7 @@ _FREE = re.compile(
 _ADDRESS = re.compile(r"[^,\s]+:\d+,(\d+),(\d+)")  # of `distributed`
 
 _CHOICES = {
-  "mode": ("original", "fdep_wo_coisd", "fdep"),
+  "mode": ("original", "fdep_wo_coisd", "fdep", "classical"),
   "model.fusion": ("samf", "add"),
   "model.bn_stats": ("per_branch", "shared"),
   "model.share": ("both", "encoder", "decoder"),
@@ -103,6 +103,13 @@ def check(config: ConfigDict) -> None:
   if not 0 <= values["data.target_crop_prob"] <= 1:
     problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
   problems += _ablation_problems(values)
+  if values["mode"] == "classical":
+    from fdep_jax import classical
+
+    try:
+      classical.parse(values["model.backbone"])
+    except ValueError as error:
+      problems.append(f"model.backbone: {error}")
   for name in ("data.crop_margin", "dino.bank", "dino.bank_refresh_epochs", "loss.distill_weight"):
     if values[name] < 0:
       problems.append(f"{name} is {values[name]}; it must not be negative.")

@@ -12,6 +12,7 @@ ORDER = [
   "fdep_jax.runtime",
   "fdep_jax.metrics",
   "fdep_jax.data",
+  "fdep_jax.classical",
   "fdep_jax.backbones",
   "fdep_jax.priors",
   "converters",

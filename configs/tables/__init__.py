@@ -18,6 +18,11 @@ MODES = {
   "fdep_wo_coisd": "+ FDEP w/o CO-ISD",
   "fdep": "+ FDEP Framework",
 }
+CLASSICAL = {  # paper's name: the method without training, and a note
+  "FKRW": ("fkrw:published", "as its authors' program; each map divided by its maximum, 8 bits"),
+  "MPCM": ("mpcm", "no published form gives the paper's numbers; maps as FKRW's"),
+  "NIPPS": ("nipps", "its author's settings; maps as FKRW's"),
+}
 VITS = {size: f"weights/dinov2_vit{size[0].lower()}14_pretrain.pth" for size in ("S/14", "B/14")}
 ALL, HSE = tuple(METRICS), ("hse_p", "hse_t", "hse")
 DATASETS = ("NUAA-SIRST", "NUDT-SIRST", "IRSTD-1K")
@@ -78,12 +83,25 @@ def by_vits(table: str, mode: str) -> tuple[Row, ...]:
 
 
 def by_methods(table: str, like: str, sides: tuple[str, ...] = ("",)) -> tuple[Row, ...]:
-  """The networks as published beside MSDA-Net's three rows, which are those of `like`."""
+  """Methods without training and published networks beside MSDA-Net's rows, those of `like`."""
   rows = []
   alike = {(row.name, row.side): row for row in by_networks(like, sides)}
   for printed in paper(table):
+    if printed["method"] in CLASSICAL:
+      rows += [_classical(printed, side) for side in sides]
+      continue
     for side in sides:
       key = f"{NETWORKS[printed['method']]}-original" + (f"-{side}" if side else "")
       row = alike[key, side]
       rows.append(row._replace(paper=numbers(printed[side] if side else printed)))
   return (*rows, *(row for row in alike.values() if row.name.startswith("msda-")))
+
+
+def _classical(printed: dict, side: str) -> Row:
+  """A method without training."""
+  method, note = CLASSICAL[printed["method"]]
+  changes = {"mode": "classical", "model.backbone": method}
+  changes |= {"data.root": f"data/{side}"} if side else {}
+  name = method.replace(":", "_") + (f"-{side}" if side else "")
+  label = (printed["method"], "No training")
+  return Row(name, label, changes, numbers(printed[side] if side else printed), side, note=note)

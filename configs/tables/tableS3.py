@@ -1,10 +1,11 @@
-"""Table S3: the networks that are here among the paper's methods, on SIRST3.
+"""Table S3: the methods without training and the networks that are here, on SIRST3.
 
   python main.py --mode sweep --config configs/tables/tableS3.py --workdir runs/paper
   python main.py --mode table --config configs/tables/tableS3.py --workdir runs/paper \
       --out tables/S3
 
-Ten runs, all of them Table 1's.
+13 runs: three methods without training, and ten of Table 1's. NIPPS takes two seconds an image, a
+minute or more at 512×512; its maps are kept in runs/paper/maps, for Table S4, too.
 """
 
 from configs import base, tables

@@ -1,10 +1,10 @@
-"""Table S4: the networks that are here among the paper's methods, on each dataset.
+"""Table S4: the methods without training and the networks that are here, on each dataset.
 
   python main.py --mode sweep --config configs/tables/tableS4.py --workdir runs/paper
   python main.py --mode table --config configs/tables/tableS4.py --workdir runs/paper \
       --out tables/S4
 
-30 runs, all of them Table 2's.
+39 runs: nine of methods without training, and 30 of Table 2's.
 """
 
 from configs import base, tables

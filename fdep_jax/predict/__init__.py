@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fdep_jax import detector as detector_lib
+from fdep_jax import untrained
 from fdep_jax.data import frames
 from fdep_jax.detector import Detector
 from fdep_jax.predict.tiling import Predictor
@@ -108,18 +109,37 @@ def command(flags) -> None:
   values = frames.parse_range(flags.range)
   out = pathlib.Path(flags.out or pathlib.Path(flags.workdir or ".") / "predictions").expanduser()
   _inputs(pathlib.Path(flags.input).expanduser(), out)  # checks folders before loading
-  detector = load(flags.workdir, flags.checkpoint, flags.branch)
-  mesh.cache_programs(detector.config)
+  detector = _detector(flags)
   result = run(flags.input, out, detector, threshold=flags.threshold, values=values)
   print(result)
   if result.unreadable:
     raise ValueError(result.complaint())
 
 
+def _detector(flags):
+  """Loads the run, or the method without training, that the command line names.
+
+  Raises:
+    ValueError: both are named, or a method with a flag that only a run has.
+  """
+  if flags.method:
+    names = ("checkpoint", "branch") if flags.out else ("checkpoint", "branch", "workdir")
+    both = [f"--{name}" for name in names if getattr(flags, name)]
+    if both:
+      raise ValueError(
+        f"--method {flags.method} needs no trained run; leave out {' and '.join(both)}. --out names "
+        "the folder to write."
+      )
+    return untrained.Detector(flags.method)
+  detector = load(flags.workdir, flags.checkpoint, flags.branch)
+  mesh.cache_programs(detector.config)
+  return detector
+
+
 def run(
   source: str | os.PathLike,
   out: str | os.PathLike,
-  detector: Detector,
+  detector: Detector | untrained.Detector,
   *,
   threshold: float = 0.5,
   values: frames.Range = "auto",
@@ -136,7 +156,7 @@ def run(
   Args:
     source: a file, or a folder; includes sub folders, ignores other and hidden files.
     out: folder to write.
-    detector: from `load`.
+    detector: from `load`, or `untrained.Detector("mpcm")`.
     threshold: pixels of masks and targets are above it.
     values: range that becomes the grey levels, see `data.frames.grey_levels`.
     progress: show a bar.
@@ -165,7 +185,8 @@ def run(
   )  # fmt: skip
   done, unreadable = [], {}
   with tqdm(total=len(inputs), unit="file", disable=None if progress else True) as bar:
-    stream = Predictor(detector).stream(_read(inputs, values, unreadable, bar))
+    predictor = Predictor(detector) if isinstance(detector, Detector) else detector
+    stream = predictor.stream(_read(inputs, values, unreadable, bar))
     for (file, page, output, levels), prob in stream:
       frame = Frame(file, page, output, *prob.shape, targets(prob, threshold))
       _write_pictures(out / output, levels, prob, threshold, frame.targets)

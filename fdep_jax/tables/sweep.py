@@ -133,6 +133,8 @@ def finished(run: Run) -> bool:
   """Returns whether the folder has the results of exactly this config, at its full length."""
   if not _complete(run.folder) or _other_config(run):
     return False
+  if run.config.mode == "classical":
+    return True
   theirs = settings.load(run.folder).train
   return all(theirs[name] == run.config.train[name] for name in ("steps", "epochs"))
 
@@ -141,9 +143,12 @@ def _complete(folder: pathlib.Path) -> bool:
   """Returns whether the folder has the results of a completed training."""
   try:
     metrics = json.loads((folder / "metrics.json").read_text())
-    steps = settings.load(folder).train.steps
+    config = settings.load(folder)
   except (ValueError, FileNotFoundError):
     return False
+  if config.mode == "classical":  # written when everything is done
+    return True
+  steps = config.train.steps
   planned = steps if steps > 0 else metrics.get("steps")  # older versions did not write "steps"
   return planned is not None and metrics["last"]["checkpoint"] >= planned
 
@@ -217,7 +222,8 @@ def _train(run: Run, signals: "_Signals", view: "_View") -> int:
   """Trains a run in its own process; returns the exit code."""
   run.folder.mkdir(parents=True, exist_ok=True)
   arguments = (run.config.to_dict(), str(run.folder))
-  process = _PROCESSES.Process(target=_life, args=arguments, daemon=True)
+  daemon = run.config.mode != "classical"  # whose pool a daemon could not start
+  process = _PROCESSES.Process(target=_life, args=arguments, daemon=daemon)
   process.start()
   signals.child = process
   try:
@@ -243,9 +249,13 @@ def _life(config: dict, folder: str) -> None:
       run = Run(None, config.seed, config, folder, None)
       if finished(run):
         return
-      from fdep_jax import train
+      from fdep_jax import train, untrained
       from fdep_jax.runtime import mesh
 
+      if config.mode == "classical":
+        untrained.evaluate(folder, config)
+        (folder / _FAILED).unlink(missing_ok=True)
+        return
       mesh.start(config)
       try:
         train.train(config, folder)

@@ -147,8 +147,8 @@ def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
     lacks = "no value in a set without targets" if len(kept) < len(values) else why
     cells[name] = Cell(row.paper.get(name), kept, lacks)
   for name, (_, key, factor, _) in COSTS.items():
-    values = tuple(m[key] * factor for m in metrics)
-    if name == "params_m" and unbuilt is not None:
+    values = tuple(m[key] * factor for m in metrics if m[key] is not None)
+    if name == "params_m" and unbuilt is not None and unbuilt.mode != "classical":
       try:
         values = (build.parameters(unbuilt) * factor,)
       except ValueError as error:
