@@ -55,7 +55,8 @@ def nipps(image, weight=WEIGHT, ratio=RATIO):
 def _windows(shape):
   """Slices of all patches, those of a column of patches together; the last ones end flush."""
   patch = min(PATCH, *shape)
-  rows, cols = (sorted({*range(0, n - patch + 1, STEP), n - patch}) for n in shape)
+  step = min(STEP, patch)  # without gaps between small patches
+  rows, cols = (sorted({*range(0, n - patch + 1, step), n - patch}) for n in shape)
   return [np.s_[r : r + patch, c : c + patch] for c in cols for r in rows]
 
 

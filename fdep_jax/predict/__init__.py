@@ -127,8 +127,8 @@ def _detector(flags):
     both = [f"--{name}" for name in names if getattr(flags, name)]
     if both:
       raise ValueError(
-        f"--method {flags.method} needs no trained run; leave out {' and '.join(both)}. --out names "
-        "the folder to write."
+        f"--method {flags.method} needs no trained run; leave out {' and '.join(both)}. "
+        "--out names the folder to write."
       )
     return untrained.Detector(flags.method)
   detector = load(flags.workdir, flags.checkpoint, flags.branch)

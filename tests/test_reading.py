@@ -1,0 +1,62 @@
+"""Readings of the metric: ours is the metric itself, and chance does not pass for evidence."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import reading
+from fdep_jax.metrics import hse
+
+
+@pytest.fixture(scope="module")
+def sets():
+  """Small sets of 8-bit maps with targets, some found, and clutter."""
+  rng, out = np.random.default_rng(0), {}
+  for name in reading.tables.DATASETS:
+    pairs = []
+    for _ in range(4):
+      prob, mask = np.zeros((40, 40)), np.zeros((40, 40), bool)
+      for _ in range(6):
+        row, col = rng.integers(2, 36, 2)
+        kind = rng.integers(3)
+        if kind < 2:
+          mask[row : row + 2, col : col + 2] = True
+        if kind:
+          prob[row : row + 2, col : col + 3] = np.rint(255 * rng.random((2, 3))) / 255
+      pairs.append((prob, mask))
+    out[name] = pairs
+  return out
+
+
+def test_our_reading_is_the_metric(sets):
+  curves = reading.curves_of(sets)
+  joined = sum(sets.values(), [])
+  for name, pairs in {**sets, "SIRST3": joined}.items():
+    score = hse.score([np.float32(prob) for prob, _ in pairs], [mask for _, mask in pairs])
+    assert reading.value(curves, reading.OURS, name) == pytest.approx(100 * score.hse_t, abs=1e-9)
+
+
+def test_the_search_finds_a_reading_that_is_there_and_confirms_it_on_the_others(sets, monkeypatch):
+  # Fewer readings, so that it is quick.
+  few = {name: reading.grids()[name] for name in ("0.05 … 0.95 by 0.05", "0.1 … 0.9 by 0.1")}
+  monkeypatch.setattr(reading, "grids", lambda: few)
+  curves = reading.curves_of(sets)
+  hidden = reading.OURS._replace(neighbours=4, average="both by image, none is 0", area="step")
+  paper = reading.paper_numbers()
+  for name in reading.SETS:
+    paper[name]["hse_t"] = reading.value(curves, hidden, name)
+  monkeypatch.setattr(reading, "paper_numbers", lambda: paper)
+  result = reading.evaluate(sets)
+  assert str(hidden) in result["exact_on_all_sets"]
+  paper["IRSTD-1K"]["hse_t"] += 0.05  # and none, if a confirming set differs
+  result = reading.evaluate(sets)
+  assert result["near_on_searched_sets"] and not result["exact_on_all_sets"]
+  assert f"{result['readings']:,}" in reading.page(result)["found"]
+
+
+def test_the_page_shows_what_the_command_found():
+  if not reading.RESULT.exists():
+    pytest.skip("results/classical/reading.json is not there yet")
+  text = reading.PAGE.read_text()
+  assert reading.fill(text, reading.page(json.loads(reading.RESULT.read_text()))) == text
