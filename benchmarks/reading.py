@@ -158,27 +158,35 @@ def count(pairs, neighbours):
     for distance, size, how in itertools.product(DISTANCES, SIZES, MATCHING)
   }
   per_image = lambda image: np.bincount(image, minlength=number)  # noqa: E731
+  widest = max(DISTANCES.values())
   for level, found in enumerate(components.find(indices, values, sizes, TOP, neighbours), 1):
+    target, component, distance = components.near(targets, found, widest)
     for size in SIZES:
-      large = found.area >= size
-      kept = components.Components(
-        found.image[large], found.area[large], found.row[large], found.col[large]
-      )
-      for distance, pixels in DISTANCES.items():
-        claimed = components.match(targets, kept, pixels)
-        hits = per_image(targets.image[claimed >= 0])
-        target, component, _ = components.near(targets, kept, pixels)
-        by_target = hits, per_image(kept.image), hits
-        by_component = (
-          per_image(kept.image[np.unique(component)]),
-          per_image(kept.image),
-          per_image(targets.image[np.unique(target)]),
-        )
-        for how, counts in zip(MATCHING, (by_target, by_component), strict=True):
-          out[distance, size, how][:, :, level] = counts
+      predicted = per_image(found.image[found.area >= size])
+      for name, pixels in DISTANCES.items():
+        keep = (distance < pixels) & (found.area[component] >= size)
+        pairs_of = target[keep], component[keep]
+        once, near_target, near_component = _first(*pairs_of), *map(np.unique, pairs_of)
+        hits = per_image(targets.image[once])
+        by_component = per_image(found.image[near_component])
+        out[name, size, "by target"][:, :, level] = hits, predicted, hits
+        found_targets = per_image(targets.image[near_target])
+        out[name, size, "by component"][:, :, level] = by_component, predicted, found_targets
   for counts in out.values():
     counts[1, :, 0] = 1  # at prob ≥ 0 the whole image is one prediction, far from any target
   return out, per_image(targets.image)
+
+
+def _first(target, component):
+  """Targets that claim a component, each the first free one, as `components.match` does."""
+  claimed, taken = [], set()
+  last = -1
+  for t, c in zip(target.tolist(), component.tolist(), strict=True):
+    if t != last and c not in taken:
+      claimed.append(t)
+      taken.add(c)
+      last = t
+  return np.array(claimed, int)
 
 
 def averages(counts, targets):

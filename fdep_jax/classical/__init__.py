@@ -26,7 +26,7 @@ _ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "MKL", "OMP",
 
 
 class Map(NamedTuple):
-  """What a method makes of one image."""
+  """A method's map of one image."""
 
   key: object  # of the image
   values: np.ndarray  # H×W float64, in the method's own unit
