@@ -127,7 +127,9 @@ def maps(
     ValueError: there is no such method or option.
   """
   name, options = parse(text)
-  processes = processes or len(os.sched_getaffinity(0))
+  if not processes:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    processes = len(affinity(0)) if affinity else os.cpu_count() or 1
   if processes == 1:
     for key, image in images:
       yield _map(name, options, key, image)
