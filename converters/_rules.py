@@ -25,6 +25,7 @@ CONV_TRANSPOSE = Kind({"weight": "kernel", "bias": "bias"}, (2, 3, 0, 1), option
 LINEAR = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
 # A linear layer on pooled features is a 1×1 convolution of ours.
 LINEAR_AS_CONV = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
+CONV1D = Kind({"weight": "kernel"}, (2, 1, 0))
 NORM = Kind({"weight": "scale", "bias": "bias"})
 BATCH_NORM = Kind(
   {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"},
@@ -59,6 +60,15 @@ def conv_norm(layers: tuple[str, str] | str, ours: str) -> list[Rule]:
   """Rules of a convolution and its BatchNorm; a single name has children `.conv` and `.bn`."""
   conv, norm = layers if isinstance(layers, tuple) else (f"{layers}.conv", f"{layers}.bn")
   return [(conv, f"{ours}/conv", CONV), (norm, f"{ours}/norm", BATCH_NORM)]
+
+
+def leaky_block(layer: str, ours: str, *, shortcut: bool) -> list[Rule]:
+  """Rules of a `LeakyBlock`; `shortcut`: whether its channels change."""
+  table = conv_norm((f"{layer}.conv1", f"{layer}.bn1"), f"{ours}/conv1")
+  table += conv_norm((f"{layer}.conv2", f"{layer}.bn2"), f"{ours}/conv2")
+  if shortcut:
+    table += conv_norm((f"{layer}.shortcut.0", f"{layer}.shortcut.1"), f"{ours}/shortcut")
+  return table
 
 
 def flat_variables(module: nnx.Module) -> dict[str, nnx.Variable]:
@@ -188,7 +198,9 @@ def unfill(
 
 
 def _initial(entry: Dead, suffix: str, shape, rng) -> np.ndarray:
-  if entry.kind is BATCH_NORM:
+  if entry.kind in (BATCH_NORM, NORM):
     return np.full(shape, 1.0 if suffix in ("weight", "running_var") else 0.0, np.float32)
+  if "weight" not in entry.shapes:  # parameters of no layer
+    return np.zeros(shape, np.float32)
   bound = float(np.prod(entry.shapes["weight"][1:])) ** -0.5
   return rng.uniform(-bound, bound, shape).astype(np.float32)

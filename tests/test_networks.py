@@ -23,6 +23,8 @@ PARAMETERS = {
   "ggl": 8_988_093,
   "mlcl": 657_249,
   "msda": 4_791_041,
+  "mtu": 9_270_289,
+  "sctransnet": 11_203_635,
   "uiu": 50_541_461,
 }
 
@@ -186,7 +188,8 @@ def test_the_wavelet_buffers_of_real_checkpoints_are_accepted_and_written_back(g
   [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG_TO_COMPILE)) for n in backbones.names()],
 )
 def test_initial_values_have_the_published_spread(name, shared):
-  expected = json.loads((shared / "golden" / "init_rms.json").read_text())[name]
+  files = [shared / "golden" / file for file in ("init_rms.json", "init_rms_more.json")]
+  expected = {k: v for file in files for k, v in json.loads(file.read_text()).items()}[name]
   ours = by_path(nnx.state(backbones.create(name, rngs=nnx.Rngs(0)), nnx.Param))
   paths = torch_paths(name, shapes_only(name))
   checked = 0
