@@ -18,6 +18,7 @@ class Kind(NamedTuple):
   to_ours: tuple[int, ...] = ()  # axes of `weight`; empty: as it is
   optional: tuple[str, ...] = ()  # suffixes that may be absent on both sides
   counters: tuple[str, ...] = ()  # suffixes without a counterpart, int64 scalars
+  ones: int = 0  # axes of length 1 at the end of PyTorch's arrays, which ours does not have
 
 
 CONV = Kind({"weight": "kernel", "bias": "bias"}, (2, 3, 1, 0), optional=("bias",))
@@ -27,6 +28,7 @@ LINEAR = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
 LINEAR_AS_CONV = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
 CONV1D = Kind({"weight": "kernel"}, (2, 1, 0))
 NORM = Kind({"weight": "scale", "bias": "bias"})
+PIXEL_NORM = Kind({"weight": "scale", "bias": "bias"}, ones=2)  # a LayerNorm of (C, 1, 1)
 BATCH_NORM = Kind(
   {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"},
   # PyTorch counts batches for momentum=None only, which no network uses; written back as 0.
@@ -48,6 +50,11 @@ class Dead(NamedTuple):
 def dead_conv(layer: str, shape: tuple[int, ...], reason: str, *, bias: bool) -> Dead:
   """A dead convolution (or linear layer) of weight `shape`."""
   return Dead(layer, CONV, {"weight": shape, **({"bias": shape[:1]} if bias else {})}, reason)
+
+
+def dead_norm(layer: str, channels: int, reason: str) -> Dead:
+  """A dead LayerNorm."""
+  return Dead(layer, NORM, {"weight": (channels,), "bias": (channels,)}, reason)
 
 
 def dead_batch_norm(layer: str, channels: int, reason: str) -> Dead:
@@ -120,6 +127,7 @@ def fill(
       expected = targets[target].shape
       if kind is LINEAR_AS_CONV and suffix == "weight":
         expected = expected[2:]
+      expected = (*expected, *[1] * kind.ones)
       if array.ndim != len(expected) or tuple(
         array.shape[axis] for axis in (order or range(array.ndim))
       ) != tuple(expected):
@@ -180,6 +188,7 @@ def unfill(
       if f"{path}/{ours}" not in sources:
         continue
       array = np.asarray(sources[f"{path}/{ours}"][...], np.float32)
+      array = array.reshape(*array.shape, *[1] * kind.ones)
       if suffix == "weight" and kind.to_ours:
         if kind is LINEAR_AS_CONV:
           array = array[0, 0]

@@ -258,7 +258,7 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
     ValueError: the config, the slice or the folder does not fit.
   """
   settings.check(config)
-  build.check_crop(config)
+  build.check_network(config)
   out = files.expand(out)
   devices = topology.devices(name)
   the_mesh = mesh.over(devices, config.train.batch_size)

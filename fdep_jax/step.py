@@ -10,6 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fdep_jax import ablations, forward, losses
+from fdep_jax.backbones import network_class
 from fdep_jax.layers.basic import NormParam
 
 # What the backward pass keeps of the forward one, by `train.remat`; the rest it computes again.
@@ -76,6 +77,7 @@ def make_loss(config: ConfigDict, model) -> Callable:
   weight = {"main": 1.0, "light": config.loss.light_weight if config.mode == "fdep" else 1.0}
   weight["distill"] = config.loss.distill_weight
   compute = jnp.dtype(config.train.dtype)
+  supervise = network_class(config.model.backbone).supervise
 
   def loss(params, stats, rng, image, levels, mask):
     if compute != jnp.float32:
@@ -83,9 +85,10 @@ def make_loss(config: ConfigDict, model) -> Callable:
       image = image.astype(compute)
     model = nnx.merge(graphdef, params, stats, rng, copy=True)
     logits = forward.branches(model, config.mode, image, levels)
-    parts = {n: losses.eedm(x.heads, mask, config.loss.edge_mode) for n, x in logits.items()}
+    criterion = losses.criterion(mask, config.loss.edge_mode)
+    parts = {name: supervise(branch, image, criterion) for name, branch in logits.items()}
     if config.loss.distill_weight:
-      parts["distill"] = ablations.distillation(logits["main"], logits["light"])
+      parts["distill"] = ablations.distillation(logits["main"], logits["light"], supervise)
     stats, rng = nnx.state(model, nnx.BatchStat), nnx.state(model, nnx.RngState)
     return sum(weight[name] * part for name, part in parts.items()), (stats, rng, parts)
 

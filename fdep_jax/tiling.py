@@ -1,5 +1,6 @@
 """Probability maps of frames of any size; large ones by windows, as parts of the whole frame."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from fdep_jax.layers import windows
 WINDOW = 768
 HALO = 128
 SEAM = 32  # width over which neighbouring windows are blended
+# Frames up to the area of this side are computed whole by networks that need that; the main
+# branch's DINOv2 attends to all pairs of 14×14 patches, 2 GB a layer at its limit (ViT-L).
+WHOLE = {"light": 2048, "main": 1024}
 _SETTLED = 1e-6  # change of the frame's statistics from pass to pass, relative to the largest
 _PENDING = 2**24  # pixels of small frames that wait for others of their shape
 
@@ -27,6 +31,11 @@ class Predictor:
 
   def __init__(self, detector: Detector):
     self._whole, self._part = _forwards(detector)
+    network = getattr(detector.model, "backbone", None)
+    self._why_whole = network.whole_frame if network else ""
+    if self._why_whole:
+      self._network = network.paper_name
+      self._largest = min(WHOLE[detector.branch] ** 2, network.max_pixels or math.inf)
 
   def __call__(self, frame: np.ndarray, values: frames.Range = "auto") -> np.ndarray:
     """H×W float32 probabilities of an H×W or H×W×3 array; `values` as `frames.grey_levels`."""
@@ -40,14 +49,22 @@ class Predictor:
     """(key, H×W float32 probabilities) of (key, grey levels) pairs, not in their order.
 
     Frames up to a window's area run whole, zero-padded to multiples of 32 as in evaluation and
-    batched by shape; larger ones by windows, see `tiled`.
+    batched by shape; larger ones by windows, see `tiled`. Networks that cannot be computed by
+    windows (`Backbone.whole_frame`) run frames up to the area of WHOLE² whole, one at a time.
+
+    Raises:
+      FrameError: a frame is larger than that.
     """
     waiting: dict[tuple[int, int], list] = {}
     area = WINDOW**2
     for key, levels in items:
       height, width = padded_size(levels.shape[:2], PAD)
       if height * width > area:
-        yield key, self.tiled(levels)
+        if self._why_whole:
+          self.check_size(levels.shape[:2])
+          yield from self._batch([(key, levels)])
+        else:
+          yield key, self.tiled(levels)
         continue
       group = waiting.setdefault((height, width), [])
       group.append((key, levels))
@@ -58,6 +75,17 @@ class Predictor:
           yield from self._batch(waiting.pop(shape))
     for group in waiting.values():
       yield from self._batch(group)
+
+  def check_size(self, size: tuple[int, int]) -> None:
+    """Refuses a frame (rows, columns) that can be computed neither whole nor by windows."""
+    height, width = padded_size(size, PAD)
+    if self._why_whole and height * width > self._largest:
+      raise frames.FrameError(
+        f"{height}×{width} pixels (padded to multiples of {PAD}) are more than the "
+        f"{self._largest:,} that {self._network} computes as a whole; it cannot do so by windows: "
+        f"{self._why_whole}. Cut the frame into smaller ones, or use a network without this limit "
+        "(docs/deployment.md)"
+      )
 
   def _batch(self, group: list) -> Iterator[tuple[object, np.ndarray]]:
     height, width = padded_size(group[0][1].shape[:2], PAD)
@@ -81,7 +109,12 @@ class Predictor:
     Args:
       levels: H×W or H×W×3 grey levels in [0, 255].
       window, halo: in pixels, multiples of 32.
+
+    Raises:
+      ValueError: the network cannot be computed by windows.
     """
+    if self._why_whole:
+      raise ValueError(f"{self._network} cannot be computed by windows: {self._why_whole}.")
     height, width = padded_size(levels.shape[:2], PAD)
     cuts = [_cut(length, window, halo) for length in (height, width)]
     size = tuple(min(window, length) for length in (height, width))

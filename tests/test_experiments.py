@@ -87,7 +87,7 @@ def test_every_row_resolves_to_a_config_that_is_checked(name):
     for seed in (0, 3):
       config = experiments.resolve(start, row, seed, "runs")
       settings.check(config)
-      build.check_crop(config)
+      build.check_network(config)
       texts = [value for value in settings.flat(config).values() if isinstance(value, str)]
       assert config.seed == seed and not any("{" in text for text in texts)
     assert len(row.label) == len(table.head)
