@@ -28,8 +28,9 @@ WIDTH, LEVELS = 8, 2  # of a small stand-in for DINOv2
 # published networks (to two decimals), but for
 # - alcl, ggl: the skips' gates do not depend on the top feature (0.21, 0.03 from decode to encode);
 # - alcl, ggl: 1×1 convolutions run before the doubling they follow there (0.31 less in decode);
-# - sdsnet: so do those that restore its tokens (0.65 less in encode), whose depthwise convolutions
-#   are sums here and not counted (0.19). Products of the attention are counted (0.34).
+# - sctransnet, sdsnet: so do those that restore their tokens (0.75 and 0.65 less in encode), whose
+#   grouped convolutions are sums here and not counted (0.19 each).
+# Products of the attention are counted.
 GMAC = {
   "acm": (0.59, 0.46),
   "alcl": (17.20 + 2.06 + 0.21, 1.18 - 0.21 - 0.31),
@@ -39,7 +40,9 @@ GMAC = {
   "ilnet": (11.97 + 1.72, 51.18),
   "mlcl": (10.26 + 6.99, 4.23),
   "msda": (45.09 + 13.36, 5.60),
+  "mtu": (11.02, 8.02),
   "rpcanet": (135.26, 0),
+  "sctransnet": (11.60 + 8.17 - 0.75 - 0.19, 12.50),
   "sdsnet": (8.86 + 1.47 + 0.34 - 0.65 - 0.19, 10.18),
   "uiu": (52.25, 114.03),
 }

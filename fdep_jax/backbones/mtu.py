@@ -29,6 +29,7 @@ class MTUNet(Backbone):
   top_stride = 16
   top_channels = 256
   max_pixels = _TOKENS * 16**2
+  whole_frame = "a token of its transformers holds pixels from all over the frame"
   paper_name = "MTU-Net"
 
   def __init__(self, *, rngs: nnx.Rngs):
