@@ -8,7 +8,6 @@ found where its logit is above 0; masks at half of their range.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 from PIL import Image
 

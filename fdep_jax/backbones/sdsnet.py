@@ -57,17 +57,19 @@ class SDSNet(Backbone):
     self.heads = nnx.List([basic.Conv(c, 1, 1, rngs=rngs) for c in heads])
     self.joint = basic.Conv(4, 1, 1, rngs=rngs)
 
-  def encode(self, image: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+  def encode(self, image: jax.Array) -> tuple[tuple, jax.Array]:
     self.check_image(image)
     levels = [self.encoder[0](image)]
     for block in self.encoder[1:]:
       levels.append(block(ops.max_pool2(levels[-1])))
     *skips, deepest = levels
-    return self.shallow(skips), deepest + self.deep(deepest)
+    skips = self.shallow(skips)[::-1]  # levels 3 to 1
+    skips = tuple(fuse.of_skip(skip) for fuse, skip in zip(self.fuse, skips, strict=True))
+    return skips, deepest + self.deep(deepest)
 
-  def decode(self, skips: tuple[jax.Array, ...], top: jax.Array) -> Logits:
+  def decode(self, skips: tuple, top: jax.Array) -> Logits:
     features = [top]
-    for fuse, block, skip in zip(self.fuse, self.decoder, skips[::-1], strict=True):
+    for fuse, block, skip in zip(self.fuse, self.decoder, skips, strict=True):
       high = ops.upsample2(features[-1], align_corners=True)
       features.append(block(fuse(high, skip)))
     size = features[-1].shape[1:3]
@@ -257,12 +259,17 @@ class Fusion(nnx.Module):
     self.dense = basic.Conv(channels, channels, 1, rngs=rngs)
     self.share = nnx.Param(jnp.full(1, -0.8))
 
-  def __call__(self, high: jax.Array, skip: jax.Array) -> jax.Array:
-    deep = self.local(ops.spatial_mean(high))
+  def of_skip(self, skip: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The skip B×H×W×C, and what of the gate depends on it alone."""
     low = self.dense(ops.spatial_mean(skip))
+    return skip, low, low.sum(-1, keepdims=True)
+
+  def __call__(self, high: jax.Array, skip: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    skip, low, low_sum = skip
+    deep = self.local(ops.spatial_mean(high))
     # The row and column sums of the outer product of the two.
     first = nnx.sigmoid(low * deep.sum(-1, keepdims=True))
-    second = nnx.sigmoid(deep * low.sum(-1, keepdims=True))
+    second = nnx.sigmoid(deep * low_sum)
     share = nnx.sigmoid(self.share[...]).reshape(1, 1, 1, 1)
     mixed = share * first + (1 - share) * second
     gate = nnx.sigmoid(self.local(mixed))
