@@ -30,7 +30,7 @@ class Images(NamedTuple):
 def check_network(config: ConfigDict) -> None:
   """Refuses a mode or a crop that the network cannot take."""
   network = network_class(config.model.backbone)
-  if config.mode != "original":
+  if config.mode.startswith("fdep"):
     network.require_top()
   stride = network.stride
   if config.data.crop % stride:

@@ -1,10 +1,11 @@
-"""Table S3: the networks that are here among the paper's methods, on SIRST3.
+"""Table S3: the paper's networks on SIRST3, and five more of them with FDEP.
 
   python main.py --mode sweep --config configs/tables/tableS3.py --workdir runs/paper
   python main.py --mode table --config configs/tables/tableS3.py --workdir runs/paper \
       --out tables/S3
 
-Ten runs, all of them Table 1's.
+23 runs: ten of Table 1, the five other networks as published, and eight with FDEP that the paper
+does not have (RPCANet has no top feature to attach it to).
 """
 
 from configs import base, tables

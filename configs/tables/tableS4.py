@@ -1,10 +1,11 @@
-"""Table S4: the networks that are here among the paper's methods, on each dataset.
+"""Table S4: the paper's networks on each dataset, and five more of them with FDEP.
 
   python main.py --mode sweep --config configs/tables/tableS4.py --workdir runs/paper
   python main.py --mode table --config configs/tables/tableS4.py --workdir runs/paper \
       --out tables/S4
 
-30 runs, all of them Table 2's.
+69 runs: 30 of Table 2, the five other networks as published, and FDEP on four of them, which the
+paper does not have.
 """
 
 from configs import base, tables

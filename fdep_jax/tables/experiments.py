@@ -26,6 +26,7 @@ class Row(NamedTuple):
   teacher: str = ""  # the row whose run of the same seed makes the pseudo-labels
   baseline: str = ""  # the row it is compared with; else the first of its first label and side
   note: str = ""
+  uncounted: int = 0  # parameters that the paper counts in P and the model does not have
 
 
 class Table(NamedTuple):
