@@ -62,7 +62,8 @@ class RPCANet(Backbone):
   ) -> jax.Array:
     """The targets' loss and 0.01 times the mean squared error of the rebuilt image.
 
-    Without the second term the last stage's `merge` would get no gradient.
+    Without the second term the last stage's `merge` would get no gradient. OUR CHOICE: the first is
+    the loss that all networks are trained with here; its authors take a soft IoU.
     """
     (rebuilt,) = logits.side
     error = rebuilt - image.astype(rebuilt.dtype).mean(-1, keepdims=True)
