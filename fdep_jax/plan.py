@@ -29,6 +29,10 @@ GMAC = {
   "ggl": (28.67, 1.01),
   "uiu": (52.25, 114.03),
   "msda": (58.45, 5.60),
+  "ilnet": (13.69, 51.18),
+  "rpcanet": (135.26, 0.0),
+  # Products of its attention included; its tokens are restored at their own size, then enlarged.
+  "sdsnet": (9.83, 10.18),
 }
 TRAIN_IMAGES = 1676  # of SIRST3, for epochs an hour
 # The TPU compiler's least effort for speed, a third of the time. On ACM the fusions, FLOPs and
