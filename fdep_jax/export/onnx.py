@@ -130,7 +130,12 @@ class _Graph:
     if name in _CALLS:
       return self._call(params, inputs, equation)
     if name == "convert_element_type" and not isinstance(inputs[0], jax.Array | np.ndarray):
+      if isinstance(inputs[0], int | float | np.generic):
+        return [np.asarray(inputs[0], params["new_dtype"])]
       return inputs  # sizes, and float32 to float32
+    if name == "broadcast_in_dim" and not isinstance(inputs[0], Tensor) and not np.ndim(inputs[0]):
+      if not all(isinstance(size, int) for size in params["shape"]):
+        return inputs[:1]  # a number, of as many pixels as the image has
     if not any(isinstance(value, Tensor) for value in inputs):
       result = equation.primitive.bind(*inputs, **params)
       return list(result) if equation.primitive.multiple_results else [result]
