@@ -18,8 +18,9 @@ from fdep_jax import step as step_lib
 from fdep_jax.priors import Prior, dinov2
 from fdep_jax.runtime import files, hlo, mesh, topology
 
-# GMAC of one 448×448 image, convolutions and linears: the encoder with what decoding computes from
-# the skips alone, and what depends on the top feature. Counted on the published networks.
+# GMAC of one 448×448 image, convolutions, linears and products of attention: the encoder with what
+# decoding computes from the skips alone, and what depends on the top feature. Counted on the
+# published networks.
 GMAC = {
   "acm": (0.59, 0.46),
   "alcnet": (0.77, 0.15),
@@ -29,10 +30,11 @@ GMAC = {
   "ggl": (28.67, 1.01),
   "uiu": (52.25, 114.03),
   "msda": (58.45, 5.60),
+  "mtu": (11.02, 8.02),
+  "sctransnet": (19.77, 12.50),
+  "sdsnet": (10.67, 10.18),
+  "rpcanet": (135.26, 0),
   "ilnet": (13.69, 51.18),
-  "rpcanet": (135.26, 0.0),
-  # Products of its attention included; its tokens are restored at their own size, then enlarged.
-  "sdsnet": (9.83, 10.18),
 }
 TRAIN_IMAGES = 1676  # of SIRST3, for epochs an hour
 # The TPU compiler's least effort for speed, a third of the time. On ACM the fusions, FLOPs and
