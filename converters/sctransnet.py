@@ -1,6 +1,6 @@
 """SCTransNet: PAL `SCTransNet_No_Sigmoid` state_dict ↔ fdep_jax.backbones.sctransnet."""
 
-from converters._rules import (
+from converters.rules import (
   CONV,
   CONV1D,
   LINEAR_AS_CONV,
@@ -16,7 +16,7 @@ _CHANNELS = (32, 64, 128, 256)
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = leaky_block("inc.0", "levels/0", shortcut=True)
   for i in range(1, 5):
     table += leaky_block(f"down_encoder{i}.0", f"levels/{i}", shortcut=i < 4)

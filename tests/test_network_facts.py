@@ -9,12 +9,13 @@ from flax import nnx
 
 import converters
 from configs import base
-from fdep_jax import ablations, backbones, build, predict, step, tiling
+from fdep_jax import ablations, backbones, build, predict, step
 from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Backbone, Logits, ilnet, rpcanet, sdsnet
 from fdep_jax.data import frames
 from fdep_jax.fdep import FDEP
 from fdep_jax.layers import basic
+from fdep_jax.predict import tiling
 
 
 def shapes_only(name: str, **options) -> Backbone:
