@@ -1,12 +1,14 @@
-"""light.onnx beside PyTorch eager, and FDEP's light branch beside the original network.
+"""Compares light.onnx with PyTorch eager, and FDEP's light branch with the original network.
 
   python benchmarks/deploy.py --reference ../PAL --torch-python ../torch-env/bin/python
 
-Needs requirements-export.txt. `--reference` and `--torch-python` as in benchmarks/networks.py,
-which also says how the two take turns; without them only ours runs. Forward passes, batch 1,
-256×256, float32, on the same two cores: `light.onnx` in onnxruntime with two threads (normalisation
-and sigmoid inside), and the published network in PyTorch (without them) with the same weights; in
-JAX, the light branch of an FDEP model and the network alone, each compiled by itself.
+Needs requirements-export.txt. benchmarks/networks.py describes `--reference`, `--torch-python` and
+how the two sides alternate; without these flags only our side runs. Forward passes, batch 1,
+256×256, float32, on the same two cores:
+
+* `light.onnx` in onnxruntime with two threads (with normalisation and sigmoid);
+* the published network in PyTorch (without them) with the same weights;
+* in JAX, the light branch of an FDEP model and the network alone, each compiled by itself.
 """
 
 import argparse
@@ -25,7 +27,7 @@ MEAN, STD = 0.4, 0.2
 
 
 class Worker:
-  """Ours."""
+  """Our side: the ONNX file and the two JAX networks."""
 
   def __init__(self):
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -44,18 +46,19 @@ class Worker:
     """Exports and compiles a network.
 
     Args:
-      folder: where the PyTorch worker left weights and logits; without them weights are new.
+      folder: has the PyTorch worker's weights and logits; without weights, new ones are drawn.
 
     Returns:
-      Parameters and FLOPs of the light branch over the original's, and how far the ONNX file's
-      probabilities are from PyTorch's (None without).
+      Parameters and FLOPs of the light branch / the original's, and the largest difference of the
+      ONNX file's probabilities from PyTorch's (None without PyTorch).
     """
     import onnxruntime
     from flax import nnx
 
     import converters
     from configs import base
-    from fdep_jax import backbones, export, run
+    from fdep_jax import backbones, export
+    from fdep_jax import detector as detector_lib
     from fdep_jax.fdep import FDEP
 
     weights = pathlib.Path(folder, "weights.npz")
@@ -72,9 +75,9 @@ class Worker:
     config = base.get_config()
     config.model.backbone = name
     place = pathlib.Path(folder)
-    detector = run.Detector(model, "light", config, MEAN, STD, None, "", place, 0)
+    detector = detector_lib.Detector(model, "light", config, MEAN, STD, None, "", place, 0)
     light, path = export.make_light(detector), place / "light.onnx"
-    export._write_onnx(detector, light, None, path, {})
+    export.write_onnx(detector, light, None, path, {})
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = bench.CORES
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,12 +1,12 @@
-"""The metric side by side with the straightforward pipeline of sklearn and skimage, in one run.
+"""Compares our metrics with a straightforward pipeline of sklearn and skimage, in one run.
 
   python -m benchmarks.hse --data DATA --checkpoint acm_sirst3_1channel.pth.tar --maps maps
   python -m benchmarks.hse --maps MAPS --masks MASKS
 
 The first makes the maps with a public ACM (XinyiYing/LESPS) for the test splits of
-DATA/NUAA-SIRST and DATA/NUDT-SIRST and keeps them in --maps; the second takes anybody's maps and
-masks, matched by stem. Add --jitted for the jitted route on a canvas, --tpu v5e:2x2 for its cost
-compiled for a TPU (needs libtpu). Prints a line a figure; --out writes them as JSON.
+DATA/NUAA-SIRST and DATA/NUDT-SIRST and keeps them in --maps. The second takes any maps and masks,
+matched by stem. --jitted adds the jitted route on a canvas, --tpu v5e:2x2 its cost compiled for a
+TPU (needs libtpu). Prints one figure a line; --out writes them as JSON.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 
 
 def straightforward(probs, masks, thresholds=None, max_distance=3.0):
-  """HSE-P, HSE-T and the conventional metrics as one would first write them.
+  """Computes HSE-P, HSE-T and the conventional metrics in the most direct way.
 
   One `precision_recall_curve` over all pixels; `label` + `regionprops` at every threshold.
   """
@@ -31,7 +31,7 @@ def straightforward(probs, masks, thresholds=None, max_distance=3.0):
 
 
 def straightforward_pixels(probs, masks):
-  """HSE-P, and ROC-AUC, AP, precision, recall, F1 of pixels."""
+  """Computes HSE-P, and ROC-AUC, AP, precision, recall, F1 and IoU of pixels."""
   from sklearn import metrics as sk
 
   score = np.concatenate([p.ravel() for p in probs])
@@ -50,7 +50,7 @@ def straightforward_pixels(probs, masks):
 
 
 def straightforward_targets(probs, masks, thresholds=None, max_distance=3.0):
-  """HSE-T, and Pd, Fa, nIoU at 0.5."""
+  """Computes HSE-T, and Pd, Fa, nIoU at 0.5."""
   from skimage import measure
 
   if thresholds is None:
@@ -89,7 +89,7 @@ def straightforward_targets(probs, masks, thresholds=None, max_distance=3.0):
 
 
 def straightforward_hse_p(probs, masks):
-  """HSE-P alone."""
+  """Computes HSE-P alone."""
   from sklearn import metrics as sk
 
   score = np.concatenate([p.ravel() for p in probs])
@@ -99,9 +99,9 @@ def straightforward_hse_p(probs, masks):
 
 
 def make_maps(data, checkpoint, folder, limit=None):
-  """Maps of the test splits as NPY files, by an ACM with one input channel.
+  """Writes an ACM's maps of the test splits as NPY files; the ACM has one input channel.
 
-  `limit`: so many images of each set.
+  `limit`: number of images of each set; None: all.
   """
   import jax
   from flax import nnx
@@ -134,7 +134,7 @@ def make_maps(data, checkpoint, folder, limit=None):
 
 
 def read(maps, masks):
-  """(probs, masks) of two folders, by the stems of the maps."""
+  """Reads (probs, masks) from two folders, matched by the stems of the maps."""
   from fdep_jax import score
 
   probs, truth = [], []
@@ -145,7 +145,7 @@ def read(maps, masks):
 
 
 def large_map(components=1000, size=4096):
-  """A map with so many components, and its mask."""
+  """Makes a map with `components` components, and its mask."""
   rng = np.random.default_rng(0)
   mask = np.zeros((size, size), bool)
   cells = rng.permutation(64 * 64)[:components]
@@ -158,7 +158,7 @@ def large_map(components=1000, size=4096):
 
 
 def timed(function, probs, masks, repeats):
-  """(median seconds, result); every repeat gets fresh arrays."""
+  """Returns (median seconds, result); every repeat gets fresh arrays."""
   seconds = []
   for _ in range(repeats):
     fresh = [p.copy() for p in probs], [m.copy() for m in masks]
@@ -169,7 +169,7 @@ def timed(function, probs, masks, repeats):
 
 
 def peak(function, probs, masks):
-  """Most bytes that a call holds beyond its input."""
+  """Measures the most bytes that a call holds beyond its input."""
   tracemalloc.start()
   function(probs, masks)
   most = tracemalloc.get_traced_memory()[1]
@@ -178,7 +178,7 @@ def peak(function, probs, masks):
 
 
 def ours_hse_t(probs, masks):
-  """HSE-T alone."""
+  """Computes HSE-T alone, by our code."""
   from fdep_jax.metrics import hse
 
   options = hse.Options()
@@ -192,7 +192,7 @@ def ours_hse_t(probs, masks):
 
 
 def compare(probs, masks, repeats, slow_repeats):
-  """Seconds, peak bytes and the largest difference of any metric, ours against theirs."""
+  """Compares seconds, peak bytes and every metric with the straightforward pipeline's."""
   from fdep_jax.metrics import hse, pixels
 
   pairs = {
@@ -221,7 +221,7 @@ def compare(probs, masks, repeats, slow_repeats):
 
 
 def jitted_route(probs, masks, batch=4):
-  """A whole set on one canvas: seconds, compiles, images on the CPU's route, equality."""
+  """Counts a whole set on one canvas: seconds, compiles, images on the CPU's route, equality."""
   from fdep_jax.metrics import hse, jitted
 
   canvas = [-(-max(m.shape[axis] for m in masks) // 32) * 32 for axis in (0, 1)]
@@ -251,7 +251,7 @@ def jitted_route(probs, masks, batch=4):
 
 
 def tpu_cost(topology, size=512):
-  """FLOPs and bytes of one image at 19 thresholds, compiled for a TPU; loops are counted once."""
+  """Counts FLOPs and bytes of one image at 19 thresholds on a TPU; a loop's body counts once."""
   import functools
 
   import jax

@@ -1,9 +1,9 @@
-"""How many images a second the input pipeline makes, stage by stage.
+"""Measures the input pipeline's images a second, stage by stage.
 
   python -m benchmarks.input --data ../data/NUAA-SIRST
 
-Without --data on synthetic scenes of 256×256. No worker processes: threads of this one, as in
-training. Compare the last rows with the images a second that a run prints.
+Without --data, uses synthetic scenes of 256×256. As in training, threads of this process do the
+work, not worker processes. Compare the last rows with the images a second that a run prints.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from fdep_jax.data import augment
 
 
 def rate(call, images_per_call: int, seconds: float = 2.0) -> float:
-  """Images a second of a call, repeated for `seconds`."""
+  """Measures the images a second of a call, repeated for `seconds`."""
   call()
   count, start = 0, time.perf_counter()
   while time.perf_counter() - start < seconds:
@@ -36,8 +36,8 @@ def main():
   print("| stage | images/s |\n| --- | ---: |")
   start = time.perf_counter()
   samples = data.load(flags.data, "train") if flags.data else data.scenes(100, 256, seed=1)
-  what = "read, decode, check (once a run)" if flags.data else "make scenes (once a run)"
-  print(f"| {what} | {len(samples) / (time.perf_counter() - start):.0f} |")
+  stage = "read, decode, check (once a run)" if flags.data else "make scenes (once a run)"
+  print(f"| {stage} | {len(samples) / (time.perf_counter() - start):.0f} |")
 
   random = np.random.default_rng(0)
   crops = [augment.random_crop(s.image, s.mask, flags.crop, random) for s in samples]

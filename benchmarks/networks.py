@@ -1,4 +1,4 @@
-"""Every network's forward pass and train step, ours beside the published PyTorch code, in one run.
+"""Compares every network's forward pass and train step with the published PyTorch code's.
 
   python benchmarks/networks.py --reference ../PAL --torch-python ../torch-env/bin/python
 
@@ -8,12 +8,16 @@ Detection), `--rpcanet` (fengyiwu98/RPCANet) and `--ilnet` (Li-Haoqing/ILNet). `
 an interpreter with torch, torchvision, PyWavelets, einops, ml_collections and thop (by default this
 one). Of networks without a checkout only ours runs.
 
-Two worker processes, one for each framework, are driven over their stdin and stdout, so that their
-timings alternate although neither needs the other installed. Both run on the same two cores in
-float32: forward in evaluation mode, batch 1, 256×256; one train step of the network alone, batch 4,
-224×224, AdamW on the binary cross-entropy averaged over pixels and summed over heads. PyTorch runs
-eagerly in both memory layouts on two threads, JAX on two host devices that share the batch. Our
-networks carry the PyTorch network's weights, and the table states how far the predictions differ.
+There is one worker process for each framework, controlled over stdin and stdout. So the timings
+alternate in one run, and neither framework needs the other installed. Both run on the same two
+cores in float32:
+
+* forward in evaluation mode, batch 1, 256×256;
+* one train step of the network alone, batch 4, 224×224: AdamW on the binary cross-entropy, averaged
+  over pixels and summed over heads.
+
+PyTorch runs eagerly in both memory layouts on two threads, JAX on two host devices that share the
+batch. Our networks have the PyTorch network's weights; the table shows how far the logits differ.
 """
 
 import argparse
@@ -42,7 +46,7 @@ TASKS = {
   "forward": "Forward, batch 1, 256×256",
   "train": "Train step, batch 4, 224×224",
 }
-# OpenMP's threads spin for a while after their last work: what runs next would pay for it.
+# OpenMP's threads spin for a while after their last work, which would slow the next measurement.
 SETTLE_SECONDS = 1.0
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
 CHECKOUTS = {  # option -> (repository, the package of its networks)
@@ -97,11 +101,11 @@ PUBLISHED = {
   "uiu": of_pal("UIU", mode="train")._replace(final=0),
 }
 
-FIXED_FILTER = re.compile(r"\.w_[lh][lh]$")  # MSDA-Net's Haar filters: buffers, nothing learned
+FIXED_FILTER = re.compile(r"\.w_[lh][lh]$")  # MSDA-Net's Haar filters: buffers, not learned
 
 
 def arrays(shape, name):
-  """Images B×H×W×C and sparse masks B×H×W×1, float32, the same in both workers."""
+  """Makes images B×H×W×C and sparse masks B×H×W×1, float32, the same in both workers."""
   import numpy as np
 
   random = np.random.default_rng(0)
@@ -110,16 +114,16 @@ def arrays(shape, name):
 
 
 def prepare_machine():
-  """What workers inherit: two cores (choose others with taskset) and, as in main.py, huge pages."""
+  """Sets what workers inherit: two cores (taskset chooses others) and huge pages, as in main.py."""
   os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
 
 
 def seconds_per_call(call):
-  """One call's time as a loop sees it: after a first one, averaged over 0.5 s."""
+  """Measures one call's time in a loop, averaged over 0.5 s after a first call."""
   time.sleep(SETTLE_SECONDS)
-  call()  # what waited loses its warm memory, and of a virtual machine the memory itself
+  call()  # an idle process loses its caches, and on a virtual machine even its memory
   calls, start = 0, time.perf_counter()
   while True:
     call()
@@ -130,7 +134,7 @@ def seconds_per_call(call):
 
 
 class JaxWorker:
-  """Ours."""
+  """Our networks."""
 
   variants = ("ours",)
 
@@ -153,7 +157,7 @@ class JaxWorker:
     """Compiles both tasks.
 
     Args:
-      folder: where the PyTorch worker left weights and logits, or None for fresh weights.
+      folder: has the PyTorch worker's weights and logits; None: new weights are drawn.
 
     Returns:
       Seconds to trace and compile the train step, and the relative difference of the logits.
@@ -247,7 +251,7 @@ class TorchWorker:
 
   def __init__(self, checkouts):
     """`checkouts`: option of CHECKOUTS -> folder."""
-    warnings.simplefilter("ignore")  # of functions that newer PyTorch renames
+    warnings.simplefilter("ignore")  # about functions that newer PyTorch renames
     import torch
 
     torch.set_num_threads(CORES)
@@ -281,8 +285,8 @@ class TorchWorker:
     network = PUBLISHED[name]
     module, options = self._import(network), network.options
     if name == "msda":
-      # Its hand-written Haar gradients cast the filters to float16, which float32 training
-      # refuses. For this module alone the name float16 means float32; the operations are the same.
+      # Its hand-written Haar gradients cast the filters to float16, which fails in float32
+      # training. In this module alone float16 means float32; the operations are the same.
       module.torch = types.SimpleNamespace(**{**vars(torch), "float16": torch.float32})
     if name == "mtu":
       # Its 64×64 tokens are those of 1024×1024 pixels alone; here they are the image's.
@@ -338,7 +342,7 @@ class TorchWorker:
 def serve(worker):
   """Answers [method, *arguments] lines on stdin with {"value"} or {"error"} lines on stdout."""
   replies = os.fdopen(os.dup(1), "w")
-  os.dup2(2, 1)  # what anything else prints must not mix with the replies
+  os.dup2(2, 1)  # other output must not mix with the replies
   for line in sys.stdin:
     method, *arguments = json.loads(line)
     try:
@@ -351,7 +355,7 @@ def serve(worker):
 
 
 class Remote:
-  """A worker in a process of its own; calls raise RuntimeError where it reports an error."""
+  """A worker in its own process; a call raises RuntimeError if the worker reports an error."""
 
   def __init__(self, python, *arguments, script=__file__):
     self.process = subprocess.Popen(
@@ -375,7 +379,7 @@ class Remote:
 
 
 def time_network(name, ours, theirs, rounds):
-  """Facts of our network, {task: {variant: median seconds}}, and a line for each failure."""
+  """Times a network: our facts, {task: {variant: median seconds}}, and a line for each failure."""
   facts, failures, contenders = {}, [], []
   with tempfile.TemporaryDirectory() as folder:
     for worker in (theirs, ours):
@@ -403,7 +407,7 @@ def time_network(name, ours, theirs, rounds):
 
 
 def table(task, rows, layouts):
-  """Markdown: milliseconds and ratios of one task.
+  """Formats one task's milliseconds and ratios as Markdown.
 
   Args:
     rows: name -> (facts, {task: {variant: seconds}}).

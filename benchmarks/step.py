@@ -1,10 +1,10 @@
-"""The FDEP train step: ours, ours as two full passes, and PyTorch's two passes, in one run.
+"""Compares our FDEP train step with two full passes, of ours and of PyTorch, in one run.
 
   python benchmarks/step.py --reference ../PAL --dinov2 ../dinov2 --torch-python EXE
 
 `--reference` and `--dinov2` are your own checkouts of github.com/YuChuang1205/PAL and of
-github.com/facebookresearch/dinov2; without them only ours runs. See benchmarks/networks.py for how
-the two frameworks take turns.
+github.com/facebookresearch/dinov2; without them only our steps run. benchmarks/networks.py
+describes how the two frameworks alternate.
 
 Both train both branches on the EEDM loss with AdamW in float32, batch 4, 224×224, with a frozen
 ViT-S/14 of random weights (its time does not depend on them) and four SAMFs:
@@ -15,8 +15,8 @@ ViT-S/14 of random weights (its time does not depend on them) and four SAMFs:
 * bank: the step with levels that a prior bank reads from disk;
 * PyTorch: the published network run twice, eagerly, in both memory layouts.
 
-A second table has the forward pass of DINOv2 ViT-S/14 at 448×448. `--vit vitl14` measures ours with
-another size of DINOv2: "step / bank" is what the prior bank saves.
+A second table has the forward pass of DINOv2 ViT-S/14 at 448×448. `--vit vitl14` measures our steps
+with a larger DINOv2; "step / bank" shows the prior bank's gain.
 """
 
 import argparse
@@ -35,12 +35,12 @@ CROP, BATCH = 224, 4
 OURS = ("step", "two passes", "levels", "bank")
 LAYOUTS = ("NCHW", "channels_last")
 VIT_BATCHES = (1, 4)
-# Where the published networks make their top feature: a module's output, or the last of a list.
+# Modules of the published networks that output the top feature, alone or as the last of a list.
 TOP = {"alcl": "stage", "dna": "conv4_0", "msda": "stage"}
 
 
 class JaxWorker:
-  """Ours."""
+  """Our steps, and our DINOv2."""
 
   def __init__(self, vit):
     flag = f"--xla_force_host_platform_device_count={bench.CORES}"
@@ -50,21 +50,22 @@ class JaxWorker:
     import jax
     from flax import nnx
 
-    from fdep_jax import run
+    from fdep_jax import priors
     from fdep_jax.priors import dinov2
 
     self.version = f"jax {jax.__version__}"
     vit = dinov2.DINOv2(**dinov2.SIZES[vit], rngs=nnx.Rngs(0))
-    self.prior = run.Prior(vit, dinov2.quarter_levels(vit.depth), "random")
+    self.prior = priors.from_module(vit, dinov2.quarter_levels(vit.depth), dinov2.prepare, "random")
     self.calls = {}
 
   def describe(self):
     return {"version": self.version, "variants": OURS}
 
   def prepare(self, name, folder, variants):
-    """Compiles the variants; the state is each one's own."""
+    """Compiles the variants; each has its own state."""
     from configs import base
-    from fdep_jax import bank, data
+    from fdep_jax import data
+    from fdep_jax.priors import bank
     from fdep_jax.runtime import mesh
 
     self.calls = {}
@@ -137,7 +138,7 @@ def _two_passes():
 
 
 class TorchWorker:
-  """The published networks and DINOv2; SAMF as fdep_jax/samf.py."""
+  """The published networks and DINOv2, with the SAMF of fdep_jax/samf.py."""
 
   def __init__(self, reference, dinov2):
     sys.path[:0] = [reference, dinov2]
@@ -255,7 +256,7 @@ class TorchWorker:
 
 
 def medians(contenders, rounds):
-  """{variant: median seconds} of (worker, variant) pairs that take turns."""
+  """Measures {variant: median seconds} of (worker, variant) pairs, which alternate."""
   seconds = {variant: [] for _, variant in contenders}
   for _ in range(1 + rounds):  # the first warms up
     for worker, variant in contenders:
@@ -288,7 +289,7 @@ def main():
     parser.error(f"--ours has {', '.join(unknown)}; it takes {', '.join(OURS)}.")
   names = flags.networks.split(",")
   if flags.reference and (unknown := sorted(set(names) - set(TOP))):
-    parser.error(f"PyTorch's step is there for {', '.join(TOP)}, not for {', '.join(unknown)}.")
+    parser.error(f"PyTorch's step exists for {', '.join(TOP)}, not for {', '.join(unknown)}.")
   bench.prepare_machine()
 
   here = str(pathlib.Path(__file__))

@@ -1,10 +1,11 @@
-"""Why ROC-AUC misleads under extreme imbalance (paper §4.5, Fig. 4), with two made detectors.
+"""Shows why ROC-AUC misleads under extreme imbalance, with two made-up detectors.
+
+Source: paper §4.5, Fig. 4.
 
   python -m benchmarks.why_not_roc docs/why_not_roc.png
 
-Case I finds every target but lights up four times as many background pixels as there are target
-pixels, just as brightly. Case II is clean and precise, but leaves one target pixel in 25 as dark as
-the background.
+Case I finds every target, but four times as many background pixels as target pixels are equally
+bright. Case II has no false alarms, but one target pixel in 25 is as dark as the background.
 """
 
 import pathlib
@@ -14,7 +15,7 @@ import numpy as np
 
 
 def cases(images=20, size=256, seed=0):
-  """({"I": maps, "II": maps}, masks)."""
+  """Makes both cases: ({"I": maps, "II": maps}, masks)."""
   rng = np.random.default_rng(seed)
   masks, many_false, few_missed = [], [], []
   for _ in range(images):
@@ -34,7 +35,7 @@ def cases(images=20, size=256, seed=0):
 
 
 def blobs(rng, number, size):
-  """A mask of so many discs of radius 1.5 to 3 pixels."""
+  """Draws a mask of `number` discs of radius 1.5 to 3 pixels."""
   row, col = np.ogrid[:size, :size]
   mask = np.zeros((size, size), bool)
   for _ in range(number):
@@ -44,7 +45,7 @@ def blobs(rng, number, size):
 
 
 def scores():
-  """{case: hse.Score}."""
+  """Computes {case: hse.Score}."""
   from fdep_jax.metrics import hse
 
   maps, masks = cases()
@@ -52,7 +53,7 @@ def scores():
 
 
 def figure(path):
-  """Draws a piece of both cases and their three curves, and gives the scores."""
+  """Draws an image of each case and its three curves, and returns the scores."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 

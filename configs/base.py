@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
+  """A flat list of the settings."""
   c = ConfigDict()
   c.seed = 0
   c.mode = "fdep"  # original | fdep_wo_coisd | fdep: which branches are trained
@@ -45,7 +46,7 @@ def get_config():
   c.dino.dtype = "float32"  # of its matrix products; bfloat16 on accelerators
   c.dino.unfreeze = False  # train it, too (Tab. 6); with mode fdep_wo_coisd
   c.dino.shard = False  # share its weights out among the devices: less memory, more traffic
-  # K > 0: training draws from K crops an image, whose levels are computed once (fdep_jax/bank.py);
+  # K > 0: training draws from K crops an image, whose levels are computed once (fdep_jax/priors/bank.py);
   # 0: crops afresh at every step, the paper's recipe.
   c.dino.bank = 0
   c.dino.bank_refresh_epochs = 0.0  # epochs after which the crops are drawn anew; 0: never

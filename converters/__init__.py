@@ -1,4 +1,4 @@
-"""PyTorch weight files to our parameters and back, without PyTorch."""
+"""Converts PyTorch weight files to our parameters and back, without PyTorch."""
 
 import importlib
 import os
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters import _rules
-from converters._torch_file import read_torch
+from converters import rules
+from converters.torch_file import read_torch
 from fdep_jax import backbones
 from fdep_jax.priors.dinov2 import DINOv2
 
@@ -19,27 +19,28 @@ PathOrState = str | os.PathLike | dict[str, np.ndarray]
 
 
 def load_backbone(name: str, path_or_state: PathOrState) -> backbones.Backbone:
-  """The network `name` with the weights of a PyTorch checkpoint.
+  """Loads the network `name` with the weights of a PyTorch checkpoint.
 
   Args:
     name: one of `backbones.names()`.
     path_or_state: a file for `read_torch`, or PyTorch name -> array. Wrappers ("state_dict" level,
-      "model." and "module." prefixes) are removed; variants (input channels, norms) are read off
-      the shapes where a network has them.
+      "model." and "module." prefixes) are removed. The network's variant (input channels, norms)
+      is inferred from names and shapes.
 
   Returns:
     The network in training mode, float32.
 
   Raises:
-    ValueError: the file is not a checkpoint of this network; every key that does not fit is named.
+    ValueError: the file is not a checkpoint of this network; the message lists all keys that do not
+      fit.
   """
   state = _unwrap(_state(path_or_state))
   table = _table(name)
   options = table.options(state) if hasattr(table, "options") else {}
-  # Shapes only: the values all come from the file, and drawing initial ones takes seconds.
+  # Shapes only: all values come from the file, and drawing initial ones takes seconds.
   net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0), **options))
   try:
-    _rules.fill(net, state, table.rules(net), _dead(table, net), _fixed(table))
+    rules.fill(net, state, table.rules(net), _dead(table, net), _fixed(table))
   except ValueError as error:
     source = "" if isinstance(path_or_state, dict) else f"{path_or_state}: "
     raise ValueError(f"{source}not a checkpoint of {name}. {error}") from None
@@ -50,19 +51,19 @@ def load_backbone(name: str, path_or_state: PathOrState) -> backbones.Backbone:
 
 
 def to_torch(net: backbones.Backbone) -> dict[str, np.ndarray]:
-  """The state_dict that the published PyTorch network loads with `strict=True`.
+  """Makes the state_dict that the published PyTorch network loads with `strict=True`.
 
   Returns:
-    PyTorch name -> float32 array (int64 for batch counters); layers that the published code builds
-    but never runs get their default initial values.
+    PyTorch name -> float32 array (int64 for batch counters). Layers that the published code builds
+    but never runs have their default initial values.
   """
   table = _table(type(net).__module__.rsplit(".", 1)[-1])
-  return _rules.unfill(net, table.rules(net), _dead(table, net), _fixed(table))
+  return rules.unfill(net, table.rules(net), _dead(table, net), _fixed(table))
 
 
 def load_dinov2(path_or_state: PathOrState, dtype=jnp.float32, **options) -> DINOv2:
-  """DINOv2 with the weights of a file; `converters.dinov2.load_dinov2` has the details."""
-  # Imported here: `python -m converters.dinov2` would find itself imported already, and warn.
+  """Loads DINOv2 with the weights of a file; see `converters.dinov2.load_dinov2`."""
+  # Imported here, or `python -m converters.dinov2` would warn that it is imported already.
   from converters.dinov2 import load_dinov2 as load
 
   return load(path_or_state, dtype, **options)
@@ -79,7 +80,7 @@ def _table(name: str):
     ) from None
 
 
-def _dead(table, net) -> list[_rules.Dead]:
+def _dead(table, net) -> list[rules.Dead]:
   return table.dead(net) if hasattr(table, "dead") else []
 
 

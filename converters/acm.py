@@ -1,6 +1,6 @@
 """ACM: state_dict of YuChuang1205/PAL, XinyiYing/BasicIRSTD or LESPS ↔ backbones.acm."""
 
-from converters._rules import (
+from converters.rules import (
   BATCH_NORM,
   CONV,
   CONV_TRANSPOSE,
@@ -11,7 +11,7 @@ from converters._rules import (
 
 
 def options(state) -> dict:
-  """Keywords of `create`: the input channels and the fusion blocks' norm, from names and shapes."""
+  """Infers keywords of `create`: input channels and the fusion blocks' norm."""
   first = state.get("stem.0.weight")
   batch = any(n.startswith("fuse") and n.endswith(".running_mean") for n in state)
   return {
@@ -21,7 +21,7 @@ def options(state) -> dict:
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = encoder(net)
   for i in range(2):
     table.append((f"deconv{i + 1}", f"up/{i}", CONV_TRANSPOSE))
@@ -32,7 +32,7 @@ def rules(net) -> list[Rule]:
 
 
 def encoder(net) -> list[Rule]:
-  """The part that ACM and ALCNet share."""
+  """Lists the rules of the encoder, which ACM and ALCNet share."""
   table = [("stem.0", "encoder/norm", BATCH_NORM)]
   for i in range(3):
     table += conv_norm((f"stem.{3 * i + 1}", f"stem.{3 * i + 2}"), f"encoder/stem/{i}")
@@ -46,20 +46,20 @@ def encoder(net) -> list[Rule]:
 
 
 def basic_block(layer: str, ours: str) -> list[Rule]:
-  """Both convolutions; the shortcut apart."""
+  """Lists the rules of a block's two convolutions, without its shortcut."""
   return conv_norm((f"{layer}.conv1", f"{layer}.bn1"), f"{ours}/conv1") + conv_norm(
     (f"{layer}.conv2", f"{layer}.bn2"), f"{ours}/conv2"
   )
 
 
 def fusion(net, layer: str, ours: str) -> list[Rule]:
-  """Both gates and the merging convolution."""
+  """Lists the rules of a fusion: both gates and the merging convolution."""
   norm = BATCH_NORM if hasattr(net.fuse[0].post_norm, "mean") else NORM
   table = [
     (f"{layer}.post.0", f"{ours}/post", CONV),
     (f"{layer}.post.1", f"{ours}/post_norm", norm),
   ]
-  for gate, first in (("topdown", 1), ("bottomup", 0)):  # the global mean is the top-down one's 0
+  for gate, first in (("topdown", 1), ("bottomup", 0)):  # child 0 of topdown: the global mean
     table += [
       (f"{layer}.{gate}.{first}", f"{ours}/{gate}/conv1", CONV),
       (f"{layer}.{gate}.{first + 1}", f"{ours}/{gate}/norm1", norm),
@@ -70,7 +70,7 @@ def fusion(net, layer: str, ours: str) -> list[Rule]:
 
 
 def head() -> list[Rule]:
-  """The head; its ReLU and dropout are children 2 and 3."""
+  """Lists the rules of the head; its children 2 and 3 are ReLU and dropout."""
   return [
     *conv_norm(("head.block.0", "head.block.1"), "head/conv1"),
     ("head.block.4", "head/conv2", CONV),

@@ -1,10 +1,10 @@
 """ALCL-Net: YuChuang1205/PAL model/ALCL state_dict ↔ fdep_jax.backbones.alcl."""
 
-from converters._rules import CONV, Rule, conv_norm
+from converters.rules import CONV, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = conv_norm(("stage.layer1.0", "stage.layer1.1"), "stem/conv1")
   table += conv_norm(("stage.layer1.3", "stage.layer1.4"), "stem/conv2")
   for i in range(5):

@@ -1,13 +1,13 @@
 """ALCNet: state_dict of YuChuang1205/PAL, XinyiYing/BasicIRSTD or LESPS ↔ backbones.alcnet."""
 
 from converters import acm
-from converters._rules import CONV_TRANSPOSE, Dead, Rule, dead_batch_norm, dead_conv
+from converters.rules import CONV_TRANSPOSE, Dead, Rule, dead_batch_norm, dead_conv
 
 options = acm.options
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = acm.encoder(net)
   table += [(f"deconv{i}", f"up/{i}", CONV_TRANSPOSE) for i in range(3)]
   table += acm.fusion(net, "fuse12", "fuse/0") + acm.fusion(net, "fuse23", "fuse/1")
@@ -15,7 +15,7 @@ def rules(net) -> list[Rule]:
 
 
 def dead(net) -> list[Dead]:
-  """92,928 parameters that the published network builds and never runs."""
+  """Lists the layers that the published network builds but never runs (92,928 parameters)."""
   reason = "built in __init__, never called in forward"
   entries = []
   for i, channels in ((1, 16), (2, 32)):

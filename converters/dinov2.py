@@ -1,9 +1,9 @@
-"""DINOv2 weights: facebookresearch or Hugging Face names → fdep_jax.priors.dinov2.
+"""Converts DINOv2 weights, with facebookresearch or Hugging Face names, to fdep_jax.priors.dinov2.
 
   python -m converters.dinov2 IN OUT
 
-writes OUT (.safetensors, facebookresearch names, float32) with the SHA-256 of IN; training takes
-either file.
+writes OUT (.safetensors, facebookresearch names, float32), which also contains the SHA-256 of IN.
+Training takes either file.
 """
 
 import hashlib
@@ -18,22 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters._torch_file import is_safetensors, read_torch
+from converters.torch_file import is_safetensors, read_torch
 from fdep_jax.priors import dinov2
+from fdep_jax.runtime import files
 
 FORMAT = "fdep_jax.priors.dinov2/1"  # metadata of a converted file
-_HEAD_WIDTH = 64  # of every published DINOv2; the shapes do not tell it
+_HEAD_WIDTH = 64  # of every published DINOv2; the shapes do not show it
 
 
 class _Rule(NamedTuple):
   ours: str  # path of our parameter
   upstream: str  # facebookresearch name
   hugging_face: tuple[str, ...]  # several are concatenated along their first axis
-  axes: tuple[int, ...] = ()  # order of the axes before ours is reshaped; empty: as it is
+  axes: tuple[int, ...] = ()  # the source's axes in our order, before reshaping; empty: unchanged
 
 
 def _layer(ours: str, upstream: str, *hugging_face: str) -> list[_Rule]:
-  """A linear layer."""
+  """Lists the rules of a linear layer."""
   return [
     _Rule(
       f"{ours}/kernel", f"{upstream}.weight", tuple(f"{n}.weight" for n in hugging_face), (1, 0)
@@ -50,7 +51,7 @@ def _norm(ours: str, upstream: str, hugging_face: str) -> list[_Rule]:
 
 
 class _Naming(NamedTuple):
-  """The names that tell the sizes."""
+  """Names of the arrays whose shapes give the sizes."""
 
   patch: str
   position: str  # fills two parameters of ours, so it has no rule
@@ -117,18 +118,20 @@ def load_dinov2(
   heads: int | None = None,
   variable: type[nnx.Variable] = dinov2.Frozen,
 ) -> dinov2.DINOv2:
-  """DINOv2 with the weights of a file; width, depth, registers, MLP and patch are read off them.
+  """Loads DINOv2 with the weights of a file.
+
+  Width, depth, registers, MLP and patch are inferred from names and shapes.
 
   Args:
-    path_or_state: a file for `read_torch` (a converted one too), or name -> array. Names of
-      facebookresearch/dinov2 or of Hugging Face's `Dinov2Model` and `Dinov2WithRegistersModel`,
-      also below a prefix such as "backbone." or "teacher.backbone.".
+    path_or_state: a file for `read_torch` (or a converted one), or name -> array. The names are
+      those of facebookresearch/dinov2 or of Hugging Face's `Dinov2Model` and
+      `Dinov2WithRegistersModel`, also below a prefix such as "backbone." or "teacher.backbone.".
     dtype: of the matrices, as for `DINOv2`.
     heads: of the attention; default width/64, as in every published model.
     variable: `nnx.Param` makes it trainable.
 
   Raises:
-    ValueError: not a DINOv2 checkpoint; every name that does not fit is listed.
+    ValueError: not a DINOv2 checkpoint; the message lists every name that does not fit.
     FileNotFoundError: there is no such file.
   """
   if isinstance(path_or_state, dict):
@@ -141,7 +144,7 @@ def load_dinov2(
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-  """The SHA-256 of a weight file; of a converted one, that of the file it was made from."""
+  """Returns the SHA-256 of a weight file; for a converted file, that of its source."""
   source = _converted_from(path)
   if source is not None:
     return source
@@ -150,7 +153,7 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def state_dict(vit: dinov2.DINOv2) -> dict[str, np.ndarray]:
-  """The way back: facebookresearch name -> float32 array, without `mask_token`."""
+  """Converts back: facebookresearch name -> float32 array, without `mask_token`."""
   ours = _flat(vit)
   state = {}
   for rule, block in _plan(vit):
@@ -168,13 +171,13 @@ def state_dict(vit: dinov2.DINOv2) -> dict[str, np.ndarray]:
 
 
 def convert(source: str | os.PathLike, out: str | os.PathLike) -> str:
-  """Writes `source` to `out` as safetensors; only a file that loads to the same output is left.
+  """Writes `source` to `out` as safetensors, and keeps it only if it loads to the same output.
 
   Returns:
-    The SHA-256 of `source`, which `out` carries.
+    The SHA-256 of `source`, which `out` contains.
 
   Raises:
-    ValueError: `source` is not DINOv2, or `out` is another file already.
+    ValueError: `source` is not DINOv2, or `out` exists and was not converted from it.
     FileNotFoundError: there is no `source`, or no folder for `out`.
   """
   import safetensors.numpy
@@ -192,16 +195,12 @@ def convert(source: str | os.PathLike, out: str | os.PathLike) -> str:
     return sha256
   expected = _probe(vit)
   state = state_dict(vit)
-  del vit  # ViT-g is 4.5 GB, and comes again below
-  part = out.with_name(f".{out.stem}.{os.getpid()}.part")
-  try:
+  del vit  # ViT-g takes 4.5 GB, and is loaded again below
+  with files.replacing(out) as part:
     safetensors.numpy.save_file(state, part, {"format": FORMAT, "sha256": sha256})
     del state
     if not np.array_equal(_probe(load_dinov2(part)), expected):
-      raise ValueError(f"{out}: the written file gives other outputs than {source}; try again.")
-    os.replace(part, out)
-  finally:
-    part.unlink(missing_ok=True)
+      raise ValueError(f"{out}: its outputs differ from those of {source}; try again.")
   return sha256
 
 
@@ -219,7 +218,7 @@ def _converted_from(path: str | os.PathLike) -> str | None:
 
 
 def _probe(vit: dinov2.DINOv2) -> np.ndarray:
-  """Output of the last block for a fixed image."""
+  """Computes the last block's output for a fixed image."""
   shape = (1, 2 * vit.patch, 3 * vit.patch, 3)
   image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
   return np.asarray(vit(image, levels=(vit.depth - 1,))[0])
@@ -281,7 +280,7 @@ def _load(state, dtype, heads, variable) -> dinov2.DINOv2:
 
 
 def _strip(state) -> tuple[dict[str, np.ndarray], _Naming, list[str]]:
-  """The state below its prefix, how it is named, and what is beside it without a known reason."""
+  """Returns the state below its prefix, its naming, and a problem for each unknown other name."""
   for naming in (_UPSTREAM, _HUGGING_FACE):
     prefixes = [name.removesuffix(naming.patch) for name in state if name.endswith(naming.patch)]
     if prefixes:
@@ -299,7 +298,7 @@ def _strip(state) -> tuple[dict[str, np.ndarray], _Naming, list[str]]:
   prefix, stripped, problems = prefixes[0], {}, []
   for name, array in state.items():
     if name.startswith(prefix):
-      # Upstream trains in chunks of blocks, "blocks.CHUNK.N.…"; N counts through.
+      # Upstream trains in chunks of blocks, "blocks.CHUNK.N.…"; N continues from chunk to chunk.
       name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name.removeprefix(prefix))
       stripped[name] = array
     elif not any(re.fullmatch(rf"(.*\.)?{pattern}", name) for pattern in _UNUSED):
@@ -308,7 +307,7 @@ def _strip(state) -> tuple[dict[str, np.ndarray], _Naming, list[str]]:
 
 
 def _sizes(state, naming: _Naming) -> dict[str, int | bool]:
-  """Keyword arguments of `DINOv2`."""
+  """Infers the keyword arguments of `DINOv2`."""
   kernel, table = np.shape(state[naming.patch]), np.shape(state.get(naming.position, ()))
   if len(kernel) != 4 or kernel[1] != 3 or kernel[2] != kernel[3]:
     raise ValueError(
@@ -340,7 +339,7 @@ def _sizes(state, naming: _Naming) -> dict[str, int | bool]:
 
 
 def _plan(vit: dinov2.DINOv2) -> list[tuple[_Rule, int | None]]:
-  """Every rule of this network, and for which block."""
+  """Lists every rule of this network with its block; None: outside the blocks."""
   block_rules = _BLOCK_RULES + (_SWIGLU_RULES if vit.blocks.swiglu else _GELU_RULES)
   rules = [rule for rule in _RULES if rule.ours != "register_tokens" or vit.registers]
   return [(rule, None) for rule in rules] + [
@@ -359,7 +358,7 @@ def _target(rule: _Rule, block: int | None) -> str:
 
 
 def _source_shape(rule: _Rule, shape, sizes, count: int) -> tuple[int, ...]:
-  """The shape of each of `count` source arrays of our `shape`."""
+  """Returns the shape of each of the `count` source arrays that form our `shape`."""
   if len(rule.axes) == 4:
     return (sizes["width"], 3, sizes["patch"], sizes["patch"])
   shape = tuple(shape[axis] for axis in rule.axes) if rule.axes else tuple(shape)
@@ -375,7 +374,7 @@ def _is_float(array: np.ndarray) -> bool:
 
 
 def main(argv: list[str]) -> int:
-  """Exit code 0: written, or there already; 2: bad arguments or input."""
+  """Runs the command; returns 0 if OUT is written or exists already, 2 for bad input."""
   if len(argv) != 2:
     print("Usage: python -m converters.dinov2 IN OUT.safetensors", file=sys.stderr)
     return 2

@@ -1,10 +1,10 @@
 """DNA-Net: YuChuang1205/PAL `DNA_No_Sigmoid` state_dict ↔ fdep_jax.backbones.dna."""
 
-from converters._rules import CONV, Rule, conv_norm
+from converters.rules import CONV, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = []
   for i in range(5):
     for j in range(5 - i):

@@ -1,10 +1,10 @@
 """GGL-Net: YuChuang1205/PAL model/GGL state_dict ↔ fdep_jax.backbones.ggl."""
 
-from converters._rules import CONV, LINEAR_AS_CONV, Rule, conv_norm
+from converters.rules import CONV, LINEAR_AS_CONV, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = conv_norm(("stage.layer1.0", "stage.layer1.1"), "stem/conv1")
   table += conv_norm(("stage.layer1.3", "stage.layer1.4"), "stem/conv2")
   table += conv_norm(("stage.resnet1_1.layer.0", "stage.resnet1_1.layer.1"), "enter/0/conv1")

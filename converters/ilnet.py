@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from converters._rules import BATCH_NORM, CONV, CONV1D, PIXEL_NORM, Rule, conv_norm
+from converters.rules import BATCH_NORM, CONV, CONV1D, PIXEL_NORM, Rule, conv_norm
 
 
 def options(state: dict[str, np.ndarray]) -> dict[str, str]:
@@ -14,7 +14,7 @@ def options(state: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = []
   for i, block in enumerate(net.encoder):
     table += _residual_u(f"encode_modules.{i}", f"encoder/{i}", len(block.down))

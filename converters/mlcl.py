@@ -1,16 +1,16 @@
 """MLCL-Net: YuChuang1205/PAL `MLCL_no_sigmoid` state_dict ↔ fdep_jax.backbones.mlcl."""
 
-from converters._rules import CONV, Rule, conv_norm
+from converters.rules import CONV, Rule, conv_norm
 
 
 def options(state) -> dict:
-  """Keywords of `create`: the small variant has no third block in its stages."""
+  """Infers keywords of `create`: the small variant has no third block in its stages."""
   blocks = {name.split(".")[1] for name in state if name.startswith("stage.resnet1_")}
   return {"small": "resnet1_2" in blocks and "resnet1_3" not in blocks}
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = conv_norm(("stage.layer1.0", "stage.layer1.1"), "stem/conv1")
   table += conv_norm(("stage.layer1.3", "stage.layer1.4"), "stem/conv2")
   for i, stage in enumerate(net.stages):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from converters._rules import (
+from converters.rules import (
   CONV,
   LINEAR_AS_CONV,
   Dead,
@@ -16,7 +16,7 @@ _CHANNELS = (16, 32, 64, 64, 64)
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = conv_norm(("stage.layer1.0", "stage.layer1.1"), "stem/conv1")
   table += conv_norm(("stage.layer1.3", "stage.layer1.4"), "stem/conv2")
   table += conv_norm(("stage.resnet1_1.layer.0", "stage.resnet1_1.layer.1"), "enter/0/conv1")
@@ -30,7 +30,7 @@ def rules(net) -> list[Rule]:
     for j in range(2):
       table += _direction(f"stage.resnet{i + 1}_{j + 2}", f"direction/{i}/{j}")
     table += _branches(f"mlcl{i + 1}", f"context/{i}", (1, 2, 2))
-  # The summaries' convolutions follow as many max-pools as the level needs.
+  # Each summary's convolution comes after its level's 4 − i max-pools.
   table += [(f"stage.layer{i + 1}_4.{4 - i}", f"summary/{i}", CONV) for i in range(4)]
   table += [("stage.layer5_4.0", "aggregate1", CONV), ("stage.layer5_4.2", "aggregate2", CONV)]
   for i in range(4):
@@ -43,7 +43,7 @@ def rules(net) -> list[Rule]:
 
 
 def dead(net) -> list[Dead]:
-  """14,048 parameters that the published network builds and never runs."""
+  """Lists the layers that the published network builds but never runs (14,048 parameters)."""
   reason = "built in __init__, never called in forward"
   entries = []
   for i, channels in enumerate(_CHANNELS):
@@ -54,8 +54,8 @@ def dead(net) -> list[Dead]:
 
 
 def fixed() -> dict[str, np.ndarray]:
-  """The Haar filters, which the published network keeps as buffers."""
-  root_half = np.float32(0.5**0.5)  # its halves are products of these: 0.49999997
+  """Returns the Haar filters, which the published network stores as buffers."""
+  root_half = np.float32(0.5**0.5)  # products of two give the published ±0.49999997
   low, high = np.array([root_half, root_half]), np.array([root_half, -root_half])
   bands = {"ll": (low, low), "lh": (high, low), "hl": (low, high), "hh": (high, high)}
   filters = {band: np.outer(*pair).reshape(1, 1, 2, 2) for band, pair in bands.items()}

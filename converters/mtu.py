@@ -1,6 +1,6 @@
 """MTU-Net: TianhaoWu16's `res_UNet` state_dict ↔ fdep_jax.backbones.mtu."""
 
-from converters._rules import (
+from converters.rules import (
   CONV,
   LINEAR,
   NORM,
@@ -18,7 +18,7 @@ _BLOCK = "transformer.layer_blocks.0"
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = []
   for i in range(5):
     for k in range(1 if i == 0 else 2):

@@ -1,12 +1,12 @@
 """RPCANet: fengyiwu98/RPCANet `RPCANet9` state_dict (its `.pkl`) ↔ fdep_jax.backbones.rpcanet."""
 
-from converters._rules import CONV, Kind, Rule, conv_norm
+from converters.rules import CONV, Kind, Rule, conv_norm
 
 _STEP = Kind({"epsilon": "step"})
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = []
   for i in range(len(net.stages)):
     layer, ours = f"decos.{i}", f"stages/{i}"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from converters._rules import (
+from converters.rules import (
   CONV,
   CONV1D,
   LINEAR_AS_CONV,
@@ -24,7 +24,7 @@ def options(state: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = leaky_block("inc.0", "levels/0", shortcut=True)
   for i in range(1, 5):
     table += leaky_block(f"down_encoder{i}.0", f"levels/{i}", shortcut=i < 4)

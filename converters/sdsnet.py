@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from converters._rules import (
+from converters.rules import (
   CONV,
   CONV1D,
   NORM,
@@ -24,7 +24,7 @@ def options(state: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = []
   for i, block in enumerate(net.encoder):
     last = i == len(net.encoder) - 1

@@ -1,10 +1,10 @@
 """UIU-Net: YuChuang1205/PAL `UIU_No_Sigmoid` state_dict ↔ fdep_jax.backbones.uiu."""
 
-from converters._rules import CONV, NORM, Rule, conv_norm
+from converters.rules import CONV, NORM, Rule, conv_norm
 
 
 def rules(net) -> list[Rule]:
-  """One line a layer."""
+  """Lists the rules, one line a layer."""
   table = []
   for i, block in enumerate(net.encoder):
     table += _residual_u(f"stage{i + 1}", f"encoder/{i}", len(block.down))

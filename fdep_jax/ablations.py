@@ -19,13 +19,14 @@ from fdep_jax.priors import dinov2
 class PartlyShared(nnx.Module):
   """FDEP whose branches share their encoder or their decoder only (Tab. 5).
 
-  Two whole detectors, of which one half has the same parameters. What belongs to the encoder is
-  what the top feature depends on; the decoder's blocks on the skips are the decoder's. Every branch
-  has its own running statistics, as in FDEP by default.
+  Holds two whole detectors that share the parameters of one half. The encoder's parameters are
+  those that the top feature depends on; blocks that process the skips belong to the decoder. Each
+  branch keeps its own running statistics, as in FDEP by default.
 
   Args:
     share: "encoder" or "decoder".
-    backbone, dino_width, num_levels, fusion: as for `FDEP`; a name.
+    backbone: a name of `backbones.names()`.
+    dino_width, num_levels, fusion: as for `FDEP`.
   """
 
   def __init__(
@@ -56,23 +57,26 @@ class PartlyShared(nnx.Module):
     return self.backbone.in_channels
 
   def light(self, image: jax.Array) -> Logits:
-    """The deployed branch."""
+    """Runs the deployed branch on `image`, B×H×W×C."""
     return self.backbone(image)
 
   def main(self, image: jax.Array, levels: Sequence[jax.Array]) -> Logits:
-    """The accurate branch."""
+    """Runs the branch that fuses the levels, B×h×w×D each."""
     skips, top = self.main_backbone.encode(image)
     for fuse, level in zip(self.fusion, levels, strict=True):
       top = fuse(top, level)
     return self.main_backbone.decode(skips, top)
 
   def __call__(self, image: jax.Array, levels: Sequence[jax.Array]) -> tuple[Logits, Logits]:
-    """The main and the light branch's logits."""
+    """Runs both branches; returns the main branch's logits, then the light branch's."""
     return self.main(image, levels), self.light(image)
 
 
 def parameters_of(backbone: Backbone, half: Literal["encoder", "decoder"]) -> list[tuple]:
-  """Paths of the parameters that the top feature depends on, or of all others."""
+  """Lists the paths of one half's parameters.
+
+  The encoder's are those that the top feature depends on; all others are the decoder's.
+  """
   graphdef, params, rest = nnx.split(backbone, nnx.Param, ...)
   paths = [path for path, _ in nnx.to_flat_state(params)]
 
@@ -99,11 +103,11 @@ def _child(module: nnx.Module, part: str | int):
 def distillation(
   main: Logits, light: Logits, supervise: Callable[..., jax.Array] = Backbone.supervise
 ) -> jax.Array:
-  """The explicit distillation term (Tab. 5): how far the light branch's output is from the main's.
+  """Computes the explicit distillation term (Tab. 5) between the light and the main branch.
 
-  OUR CHOICE, as the paper prints no formula: Kullback-Leibler divergence of the light branch's
-  probabilities from the main branch's, which it does not move, per pixel, as a mean; summed over
-  heads as the loss itself is.
+  OUR CHOICE, as the paper prints no formula: the Kullback-Leibler divergence of the light branch's
+  probabilities from the main branch's, averaged over pixels and summed over heads, as the loss
+  itself is. No gradient reaches the main branch.
 
   Args:
     main, light: the branches' logits.
@@ -124,14 +128,14 @@ def _divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
 
 
 class OnDino(nnx.Module):
-  """A decoder right on DINOv2's levels: the main branch without a detector's encoder (Tab. 6).
+  """A decoder directly on DINOv2's levels: a main branch without a detector's encoder (Tab. 6).
 
-  OUR CHOICE, as the paper only names them ("DINO + D", "DINO + MSDA(D)"): the decoders below.
+  OUR CHOICE: the two decoders below; the paper only names them ("DINO + D", "DINO + MSDA(D)").
 
   Args:
     decoder: "plain" or "msda".
     dino_width: D of a level.
-    num_levels: of them.
+    num_levels: number of levels.
   """
 
   in_channels = 3
@@ -143,12 +147,15 @@ class OnDino(nnx.Module):
     self.decoder = kinds[decoder](dino_width, num_levels, rngs=rngs)
 
   def main(self, image: jax.Array, levels: Sequence[jax.Array]) -> Logits:
-    """Logits B×H×W×1 of B×H×W×3, which gives the size only, and levels B×h×w×D."""
+    """Returns logits, B×H×W×1, from levels, B×h×w×D; only the size of `image`, B×H×W×3, is used."""
     return self.decoder(levels, image.shape[1:3])
 
 
 class PlainDecoder(nnx.Module):
-  """ "DINO + D": the projected levels' sum, doubled four times with a 3×3 convolution each."""
+  """The decoder of "DINO + D": projects and sums the levels, then doubles the size four times.
+
+  A 3×3 convolution follows each doubling.
+  """
 
   def __init__(self, dino_width: int, num_levels: int, *, rngs: nnx.Rngs):
     channels = (64, 64, 32, 16, 16)  # at 1/16 … 1 of the size
@@ -172,9 +179,9 @@ class PlainDecoder(nnx.Module):
 
 
 class MSDADecoder(nnx.Module):
-  """ "DINO + MSDA(D)": MSDA-Net's decoder, each of whose five inputs is a projected level.
+  """The decoder of "DINO + MSDA(D)": MSDA-Net's decoder, whose five inputs are projected levels.
 
-  The shallow levels serve the large features; with four levels the first serves two.
+  Shallow levels become the large features; with four levels the first is used twice.
   """
 
   def __init__(self, dino_width: int, num_levels: int, *, rngs: nnx.Rngs):
@@ -198,12 +205,12 @@ def _part(size: tuple[int, int], factor: int) -> tuple[int, int]:
 
 
 class Unfrozen(nnx.Module):
-  """A model whose DINOv2 is trained with it (Tab. 6).
+  """A model that is trained together with its DINOv2 (Tab. 6).
 
   Args:
-    model: with a `main` branch.
-    vit: its parameters are `nnx.Param`.
-    levels: 0-based blocks.
+    model: has a `main` branch.
+    vit: DINOv2 whose parameters are `nnx.Param`.
+    levels: 0-based blocks whose outputs are fused.
   """
 
   def __init__(self, model: nnx.Module, vit: dinov2.DINOv2, levels: tuple[int, ...]):
@@ -214,5 +221,5 @@ class Unfrozen(nnx.Module):
     return self.model.in_channels
 
   def main(self, image: jax.Array, prepared: Sequence[jax.Array]) -> Logits:
-    """As the model's; in place of the levels comes, alone, the image that DINOv2 takes."""
+    """Runs the model's main branch; `prepared` holds one array, the image as DINOv2 takes it."""
     return self.model.main(image, self.vit(prepared[0], self.levels))

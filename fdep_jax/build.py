@@ -13,7 +13,7 @@ from fdep_jax.backbones import network_class
 from fdep_jax.fdep import FDEP
 from fdep_jax.priors import Prior, dinov2
 
-# The quick start's stand-in where no DINOv2 file is given.
+# ViT of the quick start, which needs no DINOv2 file.
 RANDOM_PRIOR = {"width": 96, "depth": 4, "heads": 4}
 
 
@@ -21,14 +21,14 @@ class Images(NamedTuple):
   """A dataset as a run uses it."""
 
   train: list[data.Sample]  # without the held-out images
-  val: list[data.Sample]  # held out of train, or empty where selection is on the test split
+  val: list[data.Sample]  # held out of train; empty if the test split selects
   test: list[data.Sample]
   mean: float  # of grey levels / 255, over the whole train split
   std: float  # (0 and 1 for a network that takes grey levels as they are)
 
 
 def check_network(config: ConfigDict) -> None:
-  """Refuses a mode or a crop that the network cannot take."""
+  """Raises ValueError if the network cannot take the mode, or crops of `data.crop` pixels."""
   network = network_class(config.model.backbone)
   if config.mode.startswith("fdep"):
     network.require_top()
@@ -42,7 +42,7 @@ def check_network(config: ConfigDict) -> None:
 
 
 def check_inputs(config: ConfigDict) -> None:
-  """Refuses a config whose crop does not fit or whose files are absent, naming all of it.
+  """Checks that the crop fits the network and that all files exist; one error names all missing.
 
   Raises:
     FileNotFoundError: data or weights are missing.
@@ -54,21 +54,21 @@ def check_inputs(config: ConfigDict) -> None:
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
     missing.append(
       f"data.root: there is no folder {root}. Download the dataset and lay it out as "
-      "images/ masks/ splits/{train,test}.txt (docs/data.md), or name another folder with "
-      "--config.data.root=PATH."
+      "images/ masks/ splits/{train,test}.txt (docs/data.md), or set "
+      "--config.data.root=PATH to a different folder."
     )
   if config.mode != "original" and checkpoint != "random" and not os.path.isfile(checkpoint):
     missing.append(
       f"dino.checkpoint: there is no file {checkpoint}. Download dinov2_vitl14_pretrain.pth from "
-      "the facebookresearch/dinov2 repository (docs/data.md), or convert what you have with "
-      "`python -m converters.dinov2 IN OUT` and name it with --config.dino.checkpoint=PATH."
+      "the facebookresearch/dinov2 repository (docs/data.md), or convert your own file with "
+      "`python -m converters.dinov2 IN OUT` and set --config.dino.checkpoint=OUT."
     )
   if missing:
     raise FileNotFoundError("\n".join(missing))
 
 
 def load_images(config: ConfigDict) -> Images:
-  """Reads both splits; normalisation is the train split's, where the network wants one."""
+  """Reads both splits; mean and deviation are the train split's, if the network wants any."""
   if config.data.root == "synthetic":
     size = config.data.synthetic_size
     train = data.scenes(config.data.synthetic_train, size, seed=1)
@@ -86,7 +86,7 @@ def load_images(config: ConfigDict) -> Images:
 
 
 def load_prior(config: ConfigDict) -> Prior | None:
-  """DINOv2 and the levels to fuse; None where only the detector is trained."""
+  """Loads DINOv2 with the levels to fuse; returns None if only the detector is trained."""
   if config.mode == "original":
     return None
   import converters
@@ -100,11 +100,11 @@ def load_prior(config: ConfigDict) -> Prior | None:
   else:
     vit = converters.load_dinov2(config.dino.checkpoint, dtype=dtype, variable=variable)
     sha256 = fingerprint(config.dino.checkpoint)
-  return priors.of(vit, fused_levels(config, vit.depth), dinov2.prepare, sha256)
+  return priors.from_module(vit, fused_levels(config, vit.depth), dinov2.prepare, sha256)
 
 
 def fused_levels(config: ConfigDict, depth: int) -> tuple[int, ...]:
-  """0-based blocks of a ViT of `depth` that are fused."""
+  """Returns the 0-based blocks to fuse, of a ViT with `depth` blocks."""
   levels = tuple(config.dino.levels) or dinov2.quarter_levels(depth)
   wrong = [level for level in levels if not 0 <= level < depth]
   if wrong:
@@ -113,9 +113,9 @@ def fused_levels(config: ConfigDict, depth: int) -> tuple[int, ...]:
 
 
 def create_model(config: ConfigDict, prior: Prior | None) -> FDEP:
-  """The model that the config trains, freshly initialised from its seed.
+  """Builds the model that the config trains, initialised from its seed.
 
-  Without a prior the light branch alone; an ablation's model where the config asks for one.
+  Without a prior the model has the light branch only.
   """
   rngs = nnx.Rngs(config.seed)
   width, num_levels = (prior.width, len(prior.blocks)) if prior else (0, 0)
@@ -125,7 +125,7 @@ def create_model(config: ConfigDict, prior: Prior | None) -> FDEP:
   elif prior and config.model.share != "both":
     model = ablations.PartlyShared(config.model.share, *network, rngs=rngs)
   else:
-    # Trained alone, the main branch is the only one that uses the decoder.
+    # A main branch trained alone shares its decoder with no other branch.
     bn_stats = config.model.bn_stats if config.mode == "fdep" else "shared"
     model = FDEP(*network, bn_stats=bn_stats, rngs=rngs)
   if prior and not prior.frozen:
@@ -134,10 +134,10 @@ def create_model(config: ConfigDict, prior: Prior | None) -> FDEP:
 
 
 def vit_arguments(checkpoint: str) -> dict:
-  """Keywords of `DINOv2` from a file's name; the file need not exist.
+  """Derives the arguments of `DINOv2` from a file name; the file need not exist.
 
   Raises:
-    ValueError: the name does not tell the size.
+    ValueError: the name does not contain the ViT's size.
   """
   if checkpoint == "random":
     return RANDOM_PRIOR
@@ -145,8 +145,9 @@ def vit_arguments(checkpoint: str) -> dict:
   size = re.search(r"vit[-_]?([sblg])[-_]?14", name)
   if not size:
     raise ValueError(
-      f"dino.checkpoint is {checkpoint!r}, whose name does not tell the ViT's size. Plans read no "
-      "weights: name a file such as dinov2_vitl14_pretrain.pth (s, b, l, g; it need not exist)."
+      f"dino.checkpoint is {checkpoint!r}, whose name does not contain the ViT's size. "
+      "Plans read no weights: give a name such as dinov2_vitl14_pretrain.pth (s, b, l or g; the "
+      "file need not exist)."
     )
   return {**dinov2.SIZES[f"vit{size.group(1)}14"], "registers": 4 if "reg" in name else 0}
 
@@ -155,13 +156,13 @@ def abstract(config: ConfigDict) -> tuple[Prior | None, nnx.Module]:
   """Builds prior and model as shapes only, without memory or weights.
 
   Raises:
-    ValueError: the name of `dino.checkpoint` does not tell the ViT's size.
+    ValueError: the name of `dino.checkpoint` does not contain the ViT's size.
   """
   prior = None
   if config.mode != "original":
     options = {**vit_arguments(config.dino.checkpoint), "dtype": jnp.dtype(config.dino.dtype)}
     vit = nnx.eval_shape(lambda: dinov2.DINOv2(**options, rngs=nnx.Rngs(0)))
-    prior = priors.of(vit, fused_levels(config, vit.depth), dinov2.prepare, "abstract")
+    prior = priors.from_module(vit, fused_levels(config, vit.depth), dinov2.prepare, "abstract")
   return prior, nnx.eval_shape(lambda: create_model(config, prior))
 
 
@@ -175,8 +176,8 @@ def parameters(config: ConfigDict) -> int:
   """Counts the parameters (P of the paper) of the model that a config builds, without weights.
 
   Raises:
-    ValueError: the name of `dino.checkpoint` does not tell the ViT's size.
+    ValueError: the name of `dino.checkpoint` does not contain the ViT's size.
   """
   config = config.copy_and_resolve_references()
-  config.model.bn_stats = "shared"  # statistics are no parameters; spares a trace of the decoder
+  config.model.bn_stats = "shared"  # same count; saves tracing the decoder
   return count_parameters(nnx.state(abstract(config)[1], nnx.Param))

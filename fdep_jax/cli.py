@@ -1,19 +1,18 @@
-"""Defines the flags and runs a mode: `fdep --config configs/msda.py --workdir runs/msda`."""
+"""Defines the flags and runs a mode: `fdep --config configs/msda.py --workdir runs/msda`.
 
+Imports the core requirements only, so that `--mode score` starts without jax, flax and absl.
+"""
+
+import functools
 import importlib
 import logging
 import os
+import pathlib
 import sys
 
-from absl import app, flags
-from absl import logging as absl_logging
-from ml_collections import config_flags
-
-from fdep_jax import settings
-from fdep_jax.runtime import topology
 from fdep_jax.runtime.signals import Preempted
 
-NEEDS = {  # mode: the flags without which it cannot run
+NEEDS = {  # mode: the flags that it cannot run without
   "train": ("config", "workdir"),
   "eval": ("workdir",),
   "predict": ("input",),
@@ -33,64 +32,137 @@ COMMANDS = {  # mode: the module whose `command` runs it; imported only then
   "sweep": "fdep_jax.tables.sweep",
   "table": "fdep_jax.tables.table",
 }
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", help_string="settings of a run to train")
-flags.DEFINE_string("workdir", None, "folder of the run")
-flags.DEFINE_enum("mode", "train", list(NEEDS), "train evaluates, too; README.md has the rest")
-flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
-flags.DEFINE_string("checkpoint", None, "predict, export: best, last, a step, or a path")
-flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")
-flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
-flags.DEFINE_string("range", "auto", "predict: values that become black and white: LOW,HIGH, full")
-flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
-flags.DEFINE_string("masks", None, "score: folder of masks")
-flags.DEFINE_string("out", None, "folder to write; report: a file .html")
-flags.DEFINE_list("runs", None, "report: folders of evaluated runs, A,B,C,D")
-flags.DEFINE_string("task", None, "sweep: i/n, this one's share of the runs, 0/n to n−1/n")
-flags.DEFINE_list("seeds", None, "sweep, table: 0,1,2; default the table's")
-flags.DEFINE_string("topology", None, "plan: a slice, v5e:4x4 or cpu:8")
-flags.DEFINE_bool("thorough", False, "plan: optimise as a run does; takes three times as long")
+
+
+@functools.cache
+def program_flags():
+  """Defines the flags once and returns them, an absl `FlagValues`."""
+  from absl import flags
+  from ml_collections import config_flags
+
+  config_flags.DEFINE_config_file(
+    "config", help_string="settings of a run: a file, or the name of a shipped one (quickstart)"
+  )
+  flags.DEFINE_string("workdir", None, "folder of the run")
+  flags.DEFINE_enum("mode", "train", list(NEEDS), "train evaluates too; see README.md")
+  flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
+  flags.DEFINE_string("checkpoint", None, "predict, export: best, last, a step, or a path")
+  flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")
+  flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
+  flags.DEFINE_string("range", "auto", "predict: values shown as black and white: LOW,HIGH or full")
+  flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
+  flags.DEFINE_string("masks", None, "score: folder of masks")
+  flags.DEFINE_string("out", None, "folder to write; report: a file .html")
+  flags.DEFINE_list("runs", None, "report: folders of evaluated runs, A,B,C,D")
+  flags.DEFINE_string("task", None, "sweep: i/n, the share of this process, 0/n to n−1/n")
+  flags.DEFINE_list("seeds", None, "sweep, table: 0,1,2; default the table's")
+  flags.DEFINE_string("topology", None, "plan: a slice, v5e:4x4 or cpu:8")
+  flags.DEFINE_bool("thorough", False, "plan: optimise as a run does; takes three times as long")
+  return flags.FLAGS
 
 
 def main(argv):
+  """Runs the mode that the parsed flags name."""
+  from absl import logging as absl_logging
+
+  from fdep_jax import settings
+
   del argv
+  values = program_flags()
   logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
   # Orbax logs every file it opens, and the traceback of errors that checkpoint.py explains.
   absl_logging.set_verbosity(absl_logging.FATAL)
   logging.getLogger("jax").setLevel(logging.WARNING)  # it logs every absent accelerator
-  mode = FLAGS.mode
-  missing = [f"--{name}" for name in NEEDS[mode] if not getattr(FLAGS, name)]
-  if missing:
-    raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
+  mode = values.mode
+  check_given(mode, values)
   if mode == "plan":
-    topology.start(FLAGS.topology)  # before jax starts
+    from fdep_jax.runtime import topology
+
+    topology.start(values.topology)  # before jax starts
   if mode in COMMANDS:
-    importlib.import_module(COMMANDS[mode]).command(FLAGS)
+    importlib.import_module(COMMANDS[mode]).command(values)
     return
-  config = FLAGS.config if mode == "train" else settings.load(FLAGS.workdir)
+  config = values.config if mode == "train" else settings.load(values.workdir)
   settings.check(config)
   from fdep_jax import evaluate, train
   from fdep_jax.runtime import mesh
 
   mesh.start(config)
   if mode == "train":
-    train.train(config, FLAGS.workdir)
+    train.train(config, values.workdir)
   else:
-    evaluate.evaluate(FLAGS.workdir, config)
+    evaluate.evaluate(values.workdir, config)
+
+
+def run_score(argv):
+  """Runs `--mode score` without absl."""
+  from fdep_jax import score
+
+  values = score.parse(argv)
+  check_given("score", values)
+  score.command(values)
+
+
+def check_given(mode, values):
+  """Raises ValueError if a flag that the mode needs is missing."""
+  missing = [f"--{name}" for name in NEEDS[mode] if not getattr(values, name)]
+  if missing:
+    raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
 
 
 def parse(argv):
-  """Flags, with a sentence for a setting that no config has."""
+  """Parses the flags; exits with one sentence if a setting does not exist."""
+  from absl import flags
+
+  from fdep_jax import settings
+
   try:
-    return FLAGS(argv)
-  except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+    argv = find_config(argv)
+    return program_flags()(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
 
 
-def run_main(argv):
-  """Exit codes: 0 done, 2 bad arguments or input, 75 preempted and saved, 1 anything else."""
+def find_config(argv):
+  """Returns the arguments with the path of a shipped config in place of its name.
+
+  A file that exists is taken as it is. Otherwise `quickstart` and `configs/quickstart.py` both name
+  the config of this package, wherever the program runs.
+
+  Raises:
+    ValueError: there is neither a file nor a shipped config of that name.
+  """
+  argv = list(argv)
+  for i, argument in enumerate(argv):
+    name, equals, value = argument.partition("=")
+    if name not in ("--config", "-config"):
+      continue
+    if equals:
+      argv[i] = f"{name}={_shipped(value)}"
+    elif i + 1 < len(argv):
+      argv[i + 1] = _shipped(argv[i + 1])
+  return argv
+
+
+def _shipped(value):
+  import configs
+
+  path, colon, argument = value.partition(":")
+  name = path.removeprefix("configs/").removesuffix(".py")
+  folder = pathlib.Path(configs.__path__[0])
+  file = folder / f"{name}.py"
+  if not path or os.path.isfile(path):
+    return value
+  if not file.is_file():
+    names = sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base"))
+    raise ValueError(f"--config {path}: there is no such file. Shipped are {', '.join(names)}.")
+  return f"{file}{colon}{argument}"
+
+
+def run_main(argv, run=main):
+  """Runs `run(argv)`. Exit codes: 0 done, 2 bad input, 75 preempted and saved, 1 anything else."""
   try:
-    main(argv)
+    run(argv)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(_fail(error, 2))
   except (FloatingPointError, OSError) as error:
@@ -109,9 +181,9 @@ def _fail(error, code):
 def use_huge_pages():
   """Starts this program again, in the same process, with large arrays on huge pages.
 
-  XLA takes the memory of a step anew at every step, up to gigabytes; on a CPU mapping it by 4 KiB
-  takes a quarter of the time of a step (benchmarks/README.md). glibc reads the setting when a
-  program starts. Set GLIBC_TUNABLES yourself, empty for instance, and nothing happens.
+  XLA allocates the memory of a step anew at every step, up to gigabytes. On a CPU, mapping it in
+  pages of 4 KiB takes a quarter of the time of a step (benchmarks/README.md). glibc reads the
+  setting only when a program starts. A GLIBC_TUNABLES that is set, even to nothing, is kept.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -119,6 +191,31 @@ def use_huge_pages():
 
 
 def start():
-  """Runs the program: what `main.py` and the console script `fdep` are."""
+  """Runs the program: `main.py` and the console script `fdep` call this."""
+  if _mode(sys.argv[1:]) == "score":
+    run_main(sys.argv[1:], run_score)
+    return
+  try:
+    from absl import app
+
+    program_flags()
+  except ModuleNotFoundError as error:
+    sys.exit(
+      _fail(
+        f"{error.name} is not installed, and only --mode score works without it. The other modes "
+        'need the extra [train]: `pip install ".[train]"` in the folder of the source.',
+        2,
+      )
+    )
   use_huge_pages()
   app.run(run_main, flags_parser=parse)
+
+
+def _mode(arguments):
+  """Returns the value of --mode, the last if it is repeated; None if it is not given."""
+  mode = None
+  for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    name, equals, value = argument.partition("=")
+    if name in ("--mode", "-mode"):
+      mode = value if equals else following
+  return mode

@@ -17,10 +17,10 @@ from fdep_jax.runtime import checkpoint, files
 class Detector(NamedTuple):
   """One trained branch."""
 
-  model: FDEP  # in evaluation mode; without fusion modules where the branch is "light"
+  model: FDEP  # in evaluation mode; has fusion modules only if the branch is "main"
   branch: str  # "light" or "main"
   config: ConfigDict  # of the run
-  mean: float  # that the network's input is normalised with, of grey levels / 255
+  mean: float  # of grey levels / 255; normalises the input
   std: float
   prior: Prior | None  # for the main branch
   source: str  # the run and its step, for messages and manifests
@@ -31,17 +31,17 @@ class Detector(NamedTuple):
 def load(
   workdir: str | os.PathLike | None, which: str | int | None = None, branch: str | None = None
 ) -> Detector:
-  """One branch of a trained run.
+  """Loads one branch of a trained run.
 
   Args:
-    workdir: of the run; None where `which` is a path.
-    which: "best" (the default; the newest where none was selected), "last", a step, or the path
+    workdir: of the run; None if `which` is a path.
+    which: "best" (the default; the newest if none was selected), "last", a step, or the path
       of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or an exported
       `light.safetensors`.
-    branch: "light" or "main" (needs the run's DINOv2 weights); default the deployed one.
+    branch: "light", or "main", which needs the run's DINOv2 weights; default the deployed one.
 
   Raises:
-    ValueError: the run has no such branch or step, or was trained with other DINOv2 weights.
+    ValueError: the run has no such branch or step, or was trained with different DINOv2 weights.
     FileNotFoundError: no run, no checkpoint, or no DINOv2 weights.
   """
   if str(which).endswith(".safetensors"):
@@ -55,14 +55,14 @@ def load(
   if branch not in trained:
     raise ValueError(
       f"{workdir} was trained in mode {config.mode}, which has no {branch} branch; it has "
-      f"{' and '.join(trained)}. Choose --branch {trained[0]}, or a run that trained the other."
+      f"{' and '.join(trained)}. Choose --branch {trained[0]}, or a run with that branch."
     )
   prior = None
   if branch == "main":
     if config.dino.checkpoint != "random" and not os.path.isfile(config.dino.checkpoint):
       raise FileNotFoundError(
-        f"The main branch needs the DINOv2 weights of the run, {config.dino.checkpoint}, which is "
-        "no file here. Put it there, or use --branch light if the run has one."
+        "The main branch needs the run's DINOv2 weights, but there is no file "
+        f"{config.dino.checkpoint}. Put it there, or use --branch light if the run has one."
       )
     prior = build.load_prior(config)
   model = build.create_model(config, prior)
@@ -71,15 +71,15 @@ def load(
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   try:
     step, best = _choose_step(checkpoints, workdir, which)
-    # Without fusion modules `like` is a part of what is stored: the light branch alone.
+    # For the light branch this reads only a part of the checkpoint: no fusion modules.
     state, meta = checkpoints.restore({"params": params, "stats": stats}, step, best=best)
     step = meta["step"]
   finally:
     checkpoints.close()
   if prior and prior.sha256 != meta["dino_sha256"]:
     raise ValueError(
-      f"{workdir} was trained with other DINOv2 weights (SHA-256 {meta['dino_sha256']}) than "
-      f"{config.dino.checkpoint} ({prior.sha256}). Name the file it was trained with."
+      f"{workdir} was trained with different DINOv2 weights (SHA-256 {meta['dino_sha256']}) than "
+      f"{config.dino.checkpoint} ({prior.sha256}). Put back the file it was trained with."
     )
   nnx.update(model, state["params"], state["stats"])
   source = f"{workdir}, step {step}"
@@ -87,11 +87,11 @@ def load(
 
 
 def load_light(path: str | os.PathLike) -> Detector:
-  """The light branch from a file `light.safetensors` of `--mode export`.
+  """Loads the light branch from a `light.safetensors` of `--mode export`.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it is no such file, or does not fit the network it names.
+    ValueError: it is a different kind of file, or does not fit the network it names.
   """
   import safetensors
 
@@ -120,11 +120,11 @@ def load_light(path: str | os.PathLike) -> Detector:
 
 
 def _find_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
-  """The run folder, and "best", "last" or a step."""
+  """Returns the run folder, and "best", "last" or a step."""
   which = "best" if which is None else which
   if str(which) in ("best", "last") or str(which).isdecimal():
     if workdir is None:
-      raise ValueError(f"checkpoint {which} of which run? Give its --workdir, or a path.")
+      raise ValueError(f"Checkpoint {which} needs the --workdir of its run, or give a path.")
     return files.expand(workdir), which
   path = files.expand(which)
   if not path.is_dir():
@@ -142,7 +142,7 @@ def _find_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
 
 
 def _choose_step(checkpoints, workdir, which: str | int) -> tuple[int | None, bool]:
-  """(step, None for the newest that is whole; whether it is the selected one's copy)."""
+  """Returns the step (None: the newest whole one) and whether to read it from `best/`."""
   steps, best = checkpoints.steps(), checkpoints.best_step()
   if not steps and best is None:
     raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
@@ -150,8 +150,8 @@ def _choose_step(checkpoints, workdir, which: str | int) -> tuple[int | None, bo
     return None, True
   if str(which) in ("best", "last"):
     if not steps:
-      raise FileNotFoundError(f"{workdir} holds only its best checkpoint, step {best}.")
+      raise FileNotFoundError(f"{workdir} has only its best checkpoint, step {best}. Give best.")
     return None, False
   if int(which) in steps or int(which) == best:
     return int(which), int(which) not in steps
-  raise ValueError(f"{workdir} has no step {which}; it has {steps} and best, step {best}.")
+  raise ValueError(f"{workdir} has no step {which}; it has {steps}, and best is step {best}.")

@@ -1,4 +1,4 @@
-"""Evaluation: whole images at their own sizes, every trained branch, the paper's columns (§4.2)."""
+"""Evaluates every trained branch on whole images with the paper's metrics (§4.2)."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ from fdep_jax.metrics import columns, hse
 from fdep_jax.priors import Prior
 from fdep_jax.runtime import checkpoint, files, hlo, mesh
 
-PAD = 32  # pixels; reported images are zero-padded to multiples of it, as the reference does
+PAD = 32  # pixels; images are zero-padded to multiples of it, as in the reference
 
 
 def probabilities(
@@ -31,7 +31,17 @@ def probabilities(
   the_mesh,
   canvas: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-  """(place in `samples`, {branch: H×W probabilities}) at the images' own sizes, shape by shape."""
+  """Yields (place in `samples`, {branch: H×W probabilities}), images of equal shape together.
+
+  Args:
+    apply: of `forward.make_forward`.
+    state: {"params", "stats", "rng"}, on the devices.
+    prior: on the devices, or None.
+    samples: images of any size; maps have the same sizes.
+    batch_size: images at once, rounded up to a multiple of the devices.
+    the_mesh: devices.
+    canvas: height and width to pad every image to; default one per shape.
+  """
   devices = the_mesh.devices.size
   batches = data.eval_batches(
     samples,
@@ -52,7 +62,7 @@ def probabilities(
 def score(
   maps: Iterator[tuple[int, dict[str, np.ndarray]]], samples: Sequence[data.Sample]
 ) -> dict[str, hse.Score]:
-  """The metrics of every branch; `maps` as `accumulate`."""
+  """Computes the metrics of every branch; `maps` as for `accumulate`."""
   return {name: total.result() for name, total in accumulate(maps, samples).items()}
 
 
@@ -61,10 +71,11 @@ def accumulate(
   samples: Sequence[data.Sample],
   save: pathlib.Path | None = None,
 ) -> dict[str, hse.Accumulator]:
-  """The counts of every branch, from which its metrics follow.
+  """Accumulates the counts from which the metrics of every branch are computed.
 
   Args:
-    maps: what `probabilities` yields.
+    maps: from `probabilities`.
+    samples: the images, with their masks.
     save: folder for `<branch>/<name>.npy` (float32), or None.
   """
   totals: dict[str, hse.Accumulator] = {}
@@ -107,7 +118,7 @@ def cost(config: ConfigDict, model, prior: Prior | None, repeats: int = 5) -> di
 
 
 def results(scores: dict[str, hse.Score]) -> dict[str, dict]:
-  """Metrics as JSON: fractions, null where a set without targets has none."""
+  """Returns the metrics for JSON: fractions; null if a metric needs targets and has none."""
   return {name: score.as_dict() for name, score in scores.items()}
 
 
@@ -127,13 +138,13 @@ def table(metrics: dict) -> str:
 
 
 def _examples(samples: Sequence[data.Sample], count: int = 5) -> list[int]:
-  """Places of images with targets, spread over the set."""
+  """Returns the places of some images with targets, spread over the set."""
   found = [i for i, sample in enumerate(samples) if sample.mask.any()]
   return found[:: max(len(found) // count, 1)][:count]
 
 
 def _watch(maps, shown: dict[int, dict]):
-  """Passes `maps` on and keeps those of the images to be shown."""
+  """Yields `maps` unchanged and keeps those of the images to show."""
   for index, probs in maps:
     if index in shown:
       shown[index] = probs
@@ -141,7 +152,7 @@ def _watch(maps, shown: dict[int, dict]):
 
 
 def _fingerprint(state: dict) -> str:
-  """Of parameters and running statistics: paths, types, shapes and bytes."""
+  """Returns a SHA-256 of all parameters and running statistics."""
   digest = hashlib.sha256()
   kept = {"params": state["params"], "stats": state["stats"]}
   for path, leaf in sorted(checkpoint.flatten(kept).items()):
@@ -151,7 +162,9 @@ def _fingerprint(state: dict) -> str:
 
 
 def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loaded=None) -> dict:
-  """Scores the best and the newest checkpoint on the test split; writes and prints the table.
+  """Scores the best and the newest checkpoint on the test split.
+
+  Writes `metrics.json`, `report.html` and `examples.png`, and prints the table.
 
   Args:
     workdir: folder of a run.
@@ -159,10 +172,10 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     loaded: (images, prior, model) if the caller has them.
 
   Returns:
-    The content of `metrics.json`; `report.html` and `examples.png` show it.
+    The content of `metrics.json`.
 
   Raises:
-    FileNotFoundError: no run, no checkpoint, or its data or weights are gone.
+    FileNotFoundError: the run, its checkpoint, its data or its weights do not exist.
   """
   workdir = files.expand(workdir)
   config = config or settings.load(workdir)
@@ -177,7 +190,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
   _warn_of_sizes(config, images)
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   like = {"params": params, "stats": stats, "rng": rng}
-  # Both are read now: a training that is under way replaces them.
+  # Reads both now, as a training in progress replaces them.
   last_state, last = checkpoints.restore(like)
   best_state, best = (
     checkpoints.restore(like, best=True)
@@ -229,7 +242,7 @@ def _warn_of_sizes(config: ConfigDict, images: build.Images) -> None:
 
 
 def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, model) -> Callable:
-  """Makes the function from a state to the test images' maps."""
+  """Makes the function that yields the test images' maps for a state."""
   the_mesh = mesh.make(config.host_devices)
   apply = forward.make_forward(config, model, images.mean, images.std)
   prior = prior.placed(the_mesh, config.dino.shard) if prior else None

@@ -25,18 +25,18 @@ class MainStat(nnx.BatchStat):
 
 
 class FDEP(nnx.Module):
-  """The light branch is the detector as published; the main branch sees the foundation model.
+  """A detector with a light branch, as published, and a main branch that fuses the prior.
 
   Args:
     backbone: a name of `backbones.names()`, or a built network; with a top feature, unless
       `num_levels` is 0.
     dino_width: D of the DINOv2 levels (ViT-S/B/L/g: 384, 768, 1024, 1536).
     num_levels: levels fused, one module each, shallow to deep; 0 for the detector alone.
-    fusion: "samf", or "add" for the aligned levels added up (Tab. 3).
-    bn_stats: running statistics of the decoder, which normalises two kinds of features.
-      OUR CHOICE: "per_branch" keeps a set for each, so that either branch is evaluated with its
-      own; "shared" updates one set twice a step, main branch first, as two calls in PyTorch do.
-      Batch statistics are always a branch's own, and what runs once is updated once.
+    fusion: "samf", or "add" to sum the aligned levels (Tab. 3).
+    bn_stats: running statistics of the decoder, which both branches use. OUR CHOICE: "per_branch"
+      keeps one set for each branch and evaluates each with its own; "shared" keeps one set and
+      updates it twice a step, main branch first, as two calls in PyTorch do. Batch statistics are
+      always a branch's own. The encoder runs once a step and updates its statistics once.
   """
 
   def __init__(
@@ -72,15 +72,15 @@ class FDEP(nnx.Module):
     return self.backbone.in_channels
 
   def light(self, image: jax.Array) -> Logits:
-    """The deployed branch: the detector's own parameters and nothing else."""
+    """Runs the deployed branch, which uses only the detector's own parameters."""
     return self.backbone(image)
 
   def main(self, image: jax.Array, levels: Sequence[jax.Array]) -> Logits:
-    """The accurate branch ("FDEP w/o CO-ISD" when trained alone)."""
+    """Runs the branch that fuses the prior ("FDEP w/o CO-ISD" when trained alone)."""
     return self._decode_main(*self.backbone.encode(image), levels)
 
   def __call__(self, image: jax.Array, levels: Sequence[jax.Array]) -> tuple[Logits, Logits]:
-    """Both branches for CO-ISD (paper §3.3): encode once, decode twice.
+    """Runs both branches for CO-ISD (paper §3.3): encodes once, decodes twice.
 
     Args:
       image: B×H×W×3, normalised.
@@ -114,7 +114,7 @@ class FDEP(nnx.Module):
 
 
 def _stats(backbone: Backbone) -> dict[str, nnx.BatchStat]:
-  """The backbone's running statistics (the variables themselves) by path."""
+  """Returns the backbone's running statistics, the variables themselves, by path."""
   return {
     "/".join(map(str, path)): value
     for path, value in nnx.iter_graph(backbone)
@@ -123,7 +123,7 @@ def _stats(backbone: Backbone) -> dict[str, nnx.BatchStat]:
 
 
 def _decoder_stats(backbone: Backbone) -> set[str]:
-  """Paths of the running statistics that `decode` updates, found by tracing it once."""
+  """Finds the paths of the running statistics that `decode` updates, by tracing it once."""
   graphdef, state = nnx.split(backbone)
   touched = set()
 

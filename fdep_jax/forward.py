@@ -1,4 +1,4 @@
-"""The forward pass: normalise, ask the prior, run the trained branches (paper Fig. 2)."""
+"""The forward pass: normalisation, the prior's levels, the trained branches (paper Fig. 2)."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,12 +11,12 @@ from fdep_jax.backbones import Logits
 from fdep_jax.fdep import FDEP
 from fdep_jax.priors import Prior
 
-# The mode whose only branch this is.
+# For each branch, the mode that trains it alone.
 ALONE = {"light": "original", "main": "fdep_wo_coisd"}
 
 
 def deployed_branch(mode: str) -> str:
-  """Returns the branch that is selected on and deployed."""
+  """Returns the branch that is deployed and that selects the best checkpoint."""
   return "main" if mode == "fdep_wo_coisd" else "light"
 
 
@@ -31,10 +31,10 @@ def branches(
   """Runs the branches that `mode` trains: "light", "main" or both.
 
   Args:
-    model: with the branches.
+    model: has the branches.
     mode: original | fdep_wo_coisd | fdep.
     image: B×H×W×3, normalised.
-    levels: of the prior; unused in mode original.
+    levels: of the prior, B×h×w×D each; unused in mode original.
   """
   if mode == "original":
     return {"light": model.light(image)}

@@ -19,7 +19,7 @@ EdgeMode = Literal["intended", "released"]
 def eedm(
   heads: Sequence[jax.Array], mask: jax.Array, edge_mode: EdgeMode = "intended"
 ) -> jax.Array:
-  """Sum over heads of the mean loss of the hardest half of all pixels of the (global) batch.
+  """Computes the mean loss of the hardest half of the global batch's pixels, summed over heads.
 
   Args:
     heads: logits, B×H×W×1 each (`Logits.heads`).
@@ -49,10 +49,10 @@ def criterion(
 
 
 def edges(mask: jax.Array) -> jax.Array:
-  """B×H×W bool: the pixels with a 4-neighbour of the other class, on both sides of the contour.
+  """Marks the pixels with a 4-neighbour of the other class, on both sides of the contour.
 
-  Beyond the image's border there is nothing, so the border is no edge by itself. OUR CHOICE: the
-  published code means that too, but clears row 1 instead of row 0.
+  Returns B×H×W bool. The image's border alone is not an edge. OUR CHOICE: the published code
+  intends the same, but clears row 1 instead of row 0.
   """
   rows = mask[:, 1:] != mask[:, :-1]
   columns = mask[:, :, 1:] != mask[:, :, :-1]
@@ -64,7 +64,7 @@ def edges(mask: jax.Array) -> jax.Array:
 
 
 def hard_mean(losses: jax.Array) -> jax.Array:
-  """Mean of the losses that are at least element ⌊N/2⌋ of their ascending order, ties included.
+  """Averages the losses that are at least element ⌊N/2⌋ of their ascending order, ties included.
 
   Args:
     losses: any shape, not negative; N elements.
@@ -74,14 +74,15 @@ def hard_mean(losses: jax.Array) -> jax.Array:
 
 
 def order_statistic(values: jax.Array, k: int) -> jax.Array:
-  """Element k, from 0, of the ascending order of `values`, exactly and without sorting.
+  """Returns element k (0-based) of the ascending order of `values`, exactly, without sorting.
 
-  Non-negative floats are ordered as their bits are, so the element is found bit by bit, from the
-  highest, by counting. Over a sharded batch a count is one small all-reduce, where a sort would
+  Non-negative floats sort like their bits read as integers. So the element is found bit by bit,
+  from the highest, by counting. On a sharded batch a count is one small all-reduce; a sort would
   gather all losses on every device.
 
   Args:
-    values: float32 or float64, not negative; no gradient flows through.
+    values: float32 or float64, not negative; receives no gradient.
+    k: place in the order.
   """
   kind, bits = {4: (jnp.int32, 31), 8: (jnp.int64, 63)}[values.dtype.itemsize]
   ordered = jax.lax.bitcast_convert_type(jnp.abs(jax.lax.stop_gradient(values)), kind)
@@ -95,6 +96,6 @@ def order_statistic(values: jax.Array, k: int) -> jax.Array:
 
 
 def _cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
-  """B×H×W, float32 or wider."""
+  """Returns B×H×W losses, float32 or wider."""
   logits = logits[..., 0].astype(jnp.promote_types(logits.dtype, jnp.float32))
   return optax.sigmoid_binary_cross_entropy(logits, mask.astype(logits.dtype))

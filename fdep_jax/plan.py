@@ -1,4 +1,4 @@
-"""What a run would cost on a slice that is not there: compiled for it, not run (`--mode plan`)."""
+"""Estimates the cost of a run on a TPU slice without a TPU, by compiling only (`--mode plan`)."""
 
 import logging
 import math
@@ -18,9 +18,9 @@ from fdep_jax import step as step_lib
 from fdep_jax.priors import Prior, dinov2
 from fdep_jax.runtime import files, hlo, mesh, topology
 
-# GMAC of one 448×448 image, convolutions, linears and products of attention: the encoder with what
-# decoding computes from the skips alone, and what depends on the top feature. Counted on the
-# published networks.
+# GMAC of convolutions, linear layers and products of attention for one 448×448 image, counted on
+# the published networks: first the part that does not depend on the top feature's fusion, then the
+# part that does.
 GMAC = {
   "acm": (0.59, 0.46),
   "alcnet": (0.77, 0.15),
@@ -36,15 +36,15 @@ GMAC = {
   "rpcanet": (135.26, 0),
   "ilnet": (13.69, 51.18),
 }
-TRAIN_IMAGES = 1676  # of SIRST3, for epochs an hour
-# The TPU compiler's least effort for speed, a third of the time. On ACM the fusions, FLOPs and
-# all-reduces are the same and memory is within 4 %; it leaves out what is kept in or fetched early
-# into a chip's own memory, so all traffic is counted as HBM's.
+TRAIN_IMAGES = 1676  # of SIRST3; gives epochs per hour
+# The TPU compiler's lowest effort: a third of the time to compile. On ACM the fusions, FLOPs and
+# all-reduces are the same, and memory is within 4 %. It does not place or prefetch arrays in a
+# chip's own memory, so all traffic counts as HBM traffic.
 QUICK = -1.0
 
 
 class Parts(NamedTuple):
-  """What a step is built from, as shapes only."""
+  """The prior, model and state of a step, as shapes only."""
 
   prior: Prior | None
   model: nnx.Module
@@ -52,19 +52,19 @@ class Parts(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """Of one compiled program; per device unless it says otherwise."""
+  """The cost of one compiled program, per device."""
 
   hbm: dict[str, int]  # bytes by kind
   flops: float  # outside the prior
   prior_flops: float
   traffic: float  # bytes through HBM
   collectives: list[dict]
-  seconds: float  # that compiling took
-  optimal_seconds: float | None  # the compiler's own estimate of a run
+  seconds: float  # compile time
+  optimal_seconds: float | None  # the compiler's own estimate of an execution
 
 
 class DoesNotFitError(Exception):
-  """The compiler cannot place the program in a device's memory."""
+  """The program needs more memory than a device has."""
 
   def __init__(self, needed: float, seconds: float):
     super().__init__(f"needs {needed / 2**30:.2f} GiB")
@@ -80,7 +80,7 @@ def abstract(config: ConfigDict) -> Parts:
 
 
 def compile_train(config: ConfigDict, parts: Parts, the_mesh: Mesh) -> Cost:
-  """The train step for a slice."""
+  """Compiles the train step for a slice."""
   prior, model, state = parts
   step = step_lib.make_step(config, model, step_lib.make_optimizer(config, 1000), 0.5, 0.25)
   batch = _batch(config, prior, the_mesh)
@@ -88,7 +88,7 @@ def compile_train(config: ConfigDict, parts: Parts, the_mesh: Mesh) -> Cost:
 
 
 def compile_eval(config: ConfigDict, parts: Parts, the_mesh: Mesh) -> Cost:
-  """The evaluation step for a slice, at the size of a train crop."""
+  """Compiles the evaluation step for a slice, at the size of a train crop."""
   prior, model, state = parts
   apply = forward.make_forward(config, model, 0.5, 0.25)
   devices = the_mesh.devices.size
@@ -178,11 +178,14 @@ def _compile(function, state: dict, prior: Prior | None, batch: dict) -> Cost:
 
 
 def needed_bytes(message: str, held: int) -> float | None:
-  """Bytes of HBM that the TPU compiler's refusal names; None if it refuses for another reason.
+  """Reads the bytes of HBM that a program needs from the TPU compiler's error.
 
   Args:
-    message: of its error.
-    held: bytes of the arguments, which it leaves out where temporaries alone are too many.
+    message: of the error.
+    held: bytes of the arguments; the message excludes them if the temporaries alone are too large.
+
+  Returns:
+    The bytes, or None if the error has a different reason.
   """
   size = r"([\d.]+)([KMGT])"
   whole = re.search(rf"Used {size} of {size} hbm", message)
@@ -195,16 +198,16 @@ def needed_bytes(message: str, held: int) -> float | None:
 
 
 def _bytes(tree) -> int:
-  """On one device, unpadded."""
+  """Counts a tree's bytes on one device, without padding."""
   leaves = jax.tree.leaves(tree)
   shards = (math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
   return sum(size * leaf.dtype.itemsize for size, leaf in zip(shards, leaves, strict=True))
 
 
 def minimum(config: ConfigDict, parts: Parts, rows: int, training: bool) -> dict[str, float]:
-  """FLOPs that `rows` images need at least, by part; without the network where it is not in GMAC.
+  """Computes the least FLOPs for `rows` images, by part; no "network" if it is not in GMAC.
 
-  A backward pass is twice the forward one; the frozen prior has none.
+  A backward pass costs twice the forward pass; the frozen prior has none.
   """
   crop, model = config.data.crop, parts.model
   passes = 2 * rows * (3 if training else 1)
@@ -234,14 +237,15 @@ def _vit_macs(vit: dinov2.DINOv2, patches: int, depth: int) -> float:
 
 
 def command(flags) -> None:
-  """`--mode plan`. After `topology.start`."""
+  """Runs `--mode plan`; call `topology.start` before."""
   out = flags.out or flags.workdir
   if not out:
     raise ValueError("--mode plan needs --out or --workdir, the folder for plan.json.")
   kind, sides = topology.parse(flags.topology)
   config = flags.config
   config.host_devices, config.distributed = sides[0] if kind == "cpu" else 1, "off"
-  config.log.compile_cache = ""  # compile times are told, and a TPU's programs need one to be read
+  # No cache: compile times are reported, and reading a cached TPU program needs a TPU.
+  config.log.compile_cache = ""
   if not flags.thorough:
     jax.config.update("jax_exec_time_optimization_effort", QUICK)
   mesh.start(config)
@@ -249,19 +253,19 @@ def command(flags) -> None:
 
 
 def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
-  """Compiles the train and the evaluation step for a slice; writes `plan.json`, prints a table.
+  """Compiles the train and evaluation steps for a slice, writes `plan.json`, prints a table.
 
   Args:
-    config: of a run; neither its data nor its weights need exist.
-    name: the slice, see `topology.parse`.
+    config: of a run; its data and weights need not exist.
+    name: of the slice, see `topology.parse`.
     out: folder for `plan.json`.
 
   Returns:
-    What `plan.json` holds. FLOPs and bytes of a step are those of all devices together; memory,
-    collectives and `…_per_chip` those of one.
+    The content of `plan.json`. FLOPs and bytes of a step are summed over all devices; memory,
+    collectives and `…_per_chip` are for one device.
 
   Raises:
-    ValueError: the config, the slice or the folder does not fit.
+    ValueError: the config or the slice is wrong, or the folder cannot be written.
   """
   settings.check(config)
   build.check_network(config)
@@ -271,7 +275,9 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
   try:
     out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise ValueError(f"{out} cannot be written ({error.strerror}). Choose another.") from None
+    raise ValueError(
+      f"{out} cannot be written ({error.strerror}). Choose a different folder."
+    ) from None
   kind, _ = topology.parse(name)
   chip = topology.CHIPS.get(kind)
   limit = chip.hbm if chip else topology.host_memory() / len(devices)
@@ -348,7 +354,7 @@ def _report(config, parts: Parts, cost: Cost, chip, devices: int, training: bool
 
 
 def _ways_out(config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed) -> dict:
-  """Options that make the step fit, and the largest batch that fits without them; all compiled."""
+  """Finds options that make the step fit, and the largest batch without them, by compiling each."""
   options = [{"train.remat": kind} for kind in step_lib.REMAT if kind != config.train.remat]
   if parts.prior and not config.dino.shard and the_mesh.devices.size > 1:
     options += [{"dino.shard": True}, {**options[-1], "dino.shard": True}]
@@ -360,7 +366,7 @@ def _ways_out(config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed) -
     helps.append({"options": option, "fits": tried <= limit, "hbm_bytes_per_chip": tried})
     if tried <= limit:
       break
-  # Activations grow with the batch: the first guess is in proportion, then down until one fits.
+  # Activations grow with the batch: starts at the proportional size and goes down until one fits.
   devices = the_mesh.devices.size
   rows = min(int(config.train.batch_size * limit / needed), config.train.batch_size - 1)
   rows -= rows % devices
@@ -372,7 +378,7 @@ def _ways_out(config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed) -
 
 
 def _attempt(config, parts: Parts, the_mesh: Mesh, limit, changes: dict) -> float:
-  """Bytes that the train step needs with some settings changed."""
+  """Returns the bytes that the train step needs with some settings changed."""
   changed = config.copy_and_resolve_references()
   changed.update_from_flattened_dict(changes)
   logging.info("compiling with %s", ", ".join(f"{k}={v}" for k, v in changes.items()))
@@ -383,7 +389,7 @@ def _attempt(config, parts: Parts, the_mesh: Mesh, limit, changes: dict) -> floa
 
 
 def table(result: dict) -> str:
-  """The plan for people."""
+  """Formats a plan as text."""
   gib = 2**30
   lines = [
     f"{result['backbone']}, {result['mode']}, on {result['topology']} ({result['chips']} devices): "
@@ -411,7 +417,7 @@ def table(result: dict) -> str:
     for kind, count in part["flops_minimum_by_part"].items():
       lines.append(f"      at least {kind.replace('_', ' '):<10}{count / 1e12:6.3f} T")
     if part["flops_over_minimum"]:
-      lines.append(f"      {part['flops_over_minimum']:.3f} × the minimum, ViT apart")
+      lines.append(f"      {part['flops_over_minimum']:.3f} × the minimum, without the ViT")
     lines.append(f"    {'HBM traffic':<18}{part['bytes_per_step'] / 1e9:9.1f} GB a step")
     moved = sum(c["bytes"] * c["count"] for c in part["collectives"])
     kinds = sorted({c["op"] for c in part["collectives"]})

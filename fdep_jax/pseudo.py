@@ -1,4 +1,4 @@
-"""Pseudo-labels of a trained teacher: conventional two-stage distillation (appendix D)."""
+"""Pseudo-labels from a trained teacher: conventional two-stage distillation (appendix D)."""
 
 import logging
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from fdep_jax.metrics import hse
 
 
 def relabel(config: ConfigDict, samples: Sequence[data.Sample], the_mesh) -> list[data.Sample]:
-  """The train images with what `train.teacher` finds in them as masks.
+  """Replaces the masks of the train images by the predictions of `train.teacher`.
 
-  OUR CHOICE, as the paper does not say how: the masks are the teacher's probabilities > 0.5, since
-  the loss is made for hard labels; together with the true ones means that every image is trained on
-  twice an epoch, once with each.
+  OUR CHOICE, as the paper gives no details: a mask is the teacher's probability > 0.5, since the
+  loss needs hard labels. With train.labels "both", an epoch uses every image twice, once with each
+  mask.
 
   Args:
-    config: train.labels "pseudo", or "both" for the true ones, too.
+    config: of the student; train.labels is "pseudo", or "both" to keep the true masks, too.
     samples: with their true masks.
-    the_mesh: to compute on.
+    the_mesh: devices to compute on.
 
   Raises:
-    ValueError, FileNotFoundError: the teacher is no run with a main branch, or not trained yet.
+    ValueError, FileNotFoundError: the teacher has no main branch, or is not trained yet.
   """
   try:
     teacher = detector.load(config.train.teacher, branch="main")
@@ -38,7 +38,7 @@ def relabel(config: ConfigDict, samples: Sequence[data.Sample], the_mesh) -> lis
   for index, probs in maps:
     labelled[index] = samples[index]._replace(mask=probs["main"] > hse.HALF)
   logging.info(
-    "pseudo-labels by %s: %d target pixels, true are %d", teacher.source,
+    "pseudo-labels by %s: %d target pixels; the true masks have %d", teacher.source,
     sum(int(s.mask.sum()) for s in labelled), sum(int(s.mask.sum()) for s in samples),
   )  # fmt: skip
   return [*samples, *labelled] if config.train.labels == "both" else labelled

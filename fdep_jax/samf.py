@@ -10,11 +10,12 @@ from fdep_jax.layers import basic, ops
 class SAMF(nnx.Module):
   """Fuses one DINOv2 level into the top feature.
 
-  OUR CHOICE: the paper draws the boxes but not what is in them. 1024·C + 11.5·C² + 7·C parameters
-  reproduce the totals that the paper prints for all eight networks; read literally, the text gives
-  10.5·C² and none of them. The missing C² is put into the last box, a 1×1 before the 3×3, as in
-  these authors' own fusion blocks; then Scheme 1 of Tab. 3 is this module without its modulation.
-  The gate's sigmoid and the places of BatchNorm and ReLU are inferred too.
+  OUR CHOICE: the paper draws boxes without their contents. 1024·C + 11.5·C² + 7·C parameters
+  reproduce the totals that the paper prints for all eight networks. The text read literally gives
+  10.5·C², which matches none of them. We add the missing C² to the last box, as a 1×1 convolution
+  before the 3×3, as these authors' other fusion blocks have. Scheme 1 of Tab. 3 is then this
+  module without its modulation. The gate's sigmoid and the places of BatchNorm and ReLU are also
+  inferred.
 
   Args:
     channels: C of the top feature, even.
@@ -32,7 +33,7 @@ class SAMF(nnx.Module):
     self.refine2 = basic.ConvNormRelu(channels, channels, 3, bias=False, rngs=rngs)
 
   def __call__(self, top: jax.Array, level: jax.Array) -> jax.Array:
-    """B×H×W×C from `top`, B×H×W×C, and `level`, B×h×w×D."""
+    """Fuses `level`, B×h×w×D, into `top`, B×H×W×C; returns B×H×W×C."""
     prior = self.align(level, top)  # eq. 1
     multiply, add = jnp.split(top, 2, -1)
     multiply = self.gated(multiply * nnx.sigmoid(self.gate(prior)))  # eq. 2, 4
@@ -48,15 +49,16 @@ class Add(nnx.Module):
     self.align = Alignment(channels, dino_width, rngs=rngs)
 
   def __call__(self, top: jax.Array, level: jax.Array) -> jax.Array:
-    """B×H×W×C from `top`, B×H×W×C, and `level`, B×h×w×D."""
+    """Fuses `level`, B×h×w×D, into `top`, B×H×W×C; returns B×H×W×C."""
     return top + self.align(level, top)
 
 
 class Alignment(nnx.Module):
   """Projects a level to the top feature's channels and size.
 
-  The paper says upsampling; at 448×448 the 32×32 tokens shrink for seven of eight networks. A 1×1
-  convolution and a bilinear resize commute, and resizing C channels is cheaper than D.
+  The paper says upsampling, but at 448×448 the 32×32 tokens are reduced for seven of the eight
+  networks. The 1×1 convolution comes first: it commutes with a bilinear resize, and resizing C
+  channels is cheaper than D.
   """
 
   def __init__(self, channels: int, dino_width: int, *, rngs: nnx.Rngs):

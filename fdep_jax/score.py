@@ -1,16 +1,17 @@
-"""Scores a folder of anybody's probability maps against a folder of masks (`--mode score`).
+"""Scores a folder of any detector's probability maps against a folder of masks (`--mode score`).
 
-Needs the core requirements only; no JAX is started.
+Needs numpy, scipy and pillow only, and matplotlib for `pr.png`.
 """
 
+import argparse
 import csv
 import math
 import pathlib
 
 import numpy as np
 
-from fdep_jax import plots
 from fdep_jax.metrics import bootstrap, columns, hse
+from fdep_jax.report import plots
 from fdep_jax.runtime import files
 
 READABLE = (".png", ".bmp", ".tif", ".tiff", ".npy", ".npz")
@@ -22,8 +23,23 @@ _BINARY = (
 )
 
 
+def parse(argv) -> argparse.Namespace:
+  """Parses the flags of `--mode score`; exits with 2 if one is unknown."""
+  parser = argparse.ArgumentParser(
+    description="Scores probability maps against masks.", allow_abbrev=False
+  )
+  folders = lambda text: text.split(",")  # noqa: E731
+  parser.add_argument("--mode", choices=["score"], required=True)
+  parser.add_argument(
+    "--predictions", type=folders, help="folder of probability maps; A,B compares two"
+  )
+  parser.add_argument("--masks", help="folder of masks with the same file names")
+  parser.add_argument("--out", help="folder for metrics.json, curves.npz, images.csv and pr.png")
+  return parser.parse_args(argv)
+
+
 def command(flags) -> None:
-  """`--mode score`."""
+  """Runs `--mode score`."""
   if len(flags.predictions) > 2:
     raise ValueError(f"--predictions names {len(flags.predictions)} folders; one or two fit.")
   run(flags.predictions[0], flags.masks, flags.out, *flags.predictions[1:])
@@ -33,19 +49,19 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, **options):
   """Scores a folder, prints the paper's columns and writes the reports.
 
   Args:
-    predictions: folder of maps; `<stem>.png` (8 or 16 bit), `.tif`, `.npy` or `.npz`. Where files
-      are named `<stem>_prob.*`, as `--mode predict` writes them, only these are read. Integers are
+    predictions: folder of maps; `<stem>.png` (8 or 16 bit), `.tif`, `.npy` or `.npz`. If files are
+      named `<stem>_prob.*`, as `--mode predict` writes them, only these are read. Integers are
       divided by their type's maximum. Sizes may differ.
     masks: folder of masks with the same stems (a suffix `_pixels0` is dropped), binarised at > 127.
     out: folder for `metrics.json`, `curves.npz`, `images.csv` and `pr.png`; None writes nothing.
     compare: a second folder of maps, for a paired comparison.
-    resamples: of the bootstrap; 0 leaves the intervals out.
+    resamples: number of bootstrap resamples; 0 leaves the intervals out.
     **options: see `hse.Options`.
 
   Returns:
     The content of `metrics.json`: {"predictions": metrics as fractions, with "intervals"}, and with
-    `compare` also "compared" and "comparison". Where a whole folder is binary, what needs a curve
-    is None and "hse_refused" says why.
+    `compare` also "compared" and "comparison". If all maps of a folder are binary, the metrics that
+    need a curve are None and "hse_refused" says why.
 
   Raises:
     ValueError: listing every file that is missing, extra, unreadable, of the wrong size or range.
@@ -76,7 +92,7 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, **options):
 
 
 def _accumulate(folder, masks, options):
-  """Reads a folder once. Returns ({"total", "rows", "refused", …}, problems)."""
+  """Reads a folder once. Returns ({"total", "rows", "refused"}, problems)."""
   pairs, problems = _pairs(pathlib.Path(folder), pathlib.Path(masks))
   total, rows, values = hse.Accumulator(**vars(options)), [], np.zeros(0, np.float32)
   threshold = None
@@ -104,7 +120,7 @@ def _accumulate(folder, masks, options):
 
 
 def _pairs(predictions, masks):
-  """{stem: (map, mask)} of two folders, and what does not fit."""
+  """Returns {stem: (map, mask)} of two folders, and a list of the files without a partner."""
   for folder in (predictions, masks):
     if not folder.is_dir():
       raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
@@ -135,7 +151,7 @@ def _by_stem(folder, suffix, only_with_suffix=False):
 
 
 def _read_pair(prob_path, mask_path):
-  """(prob H×W float32, mask H×W bool, problems)."""
+  """Returns (prob H×W float32, mask H×W bool, problems)."""
   problems, prob, mask = [], None, None
   try:
     prob = read_prob(prob_path)
@@ -152,7 +168,7 @@ def _read_pair(prob_path, mask_path):
 
 
 def read_prob(path):
-  """A probability map, H×W float32; integers are divided by their type's maximum."""
+  """Reads a probability map, H×W float32; integers are divided by their type's maximum."""
   array = _read(path)
   if array.dtype.kind == "f":
     return array.astype(np.float32)
@@ -164,7 +180,7 @@ def read_prob(path):
 
 
 def read_mask(path):
-  """A mask, H×W bool: above 127 of 255. Ones and zeros are refused unless in a NumPy file."""
+  """Reads a mask, H×W bool, true above 127 of 255; only a NumPy file may hold ones and zeros."""
   array = _read(path)
   if array.dtype == bool:
     return array
@@ -177,13 +193,13 @@ def read_mask(path):
 
 
 def _read(path):
-  """The single channel of a file, as it is stored: bool, uint8, uint16 or floats."""
+  """Reads the single channel of a file in its stored type: bool, uint8, uint16 or floats."""
   path = pathlib.Path(path)
   try:
     array = _read_array(path) if path.suffix.lower() in (".npy", ".npz") else _read_image(path)
   except ValueError:
     raise
-  except Exception as error:  # whatever decoders raise on these bytes, it is about the file
+  except Exception as error:  # decoders raise many types, and all of them mean a bad file
     raise ValueError(f"cannot be read ({error or type(error).__name__})") from error
   array = array.squeeze() if array.ndim > 2 else array
   if array.ndim == 3 and array.shape[-1] in (2, 3, 4):
@@ -198,7 +214,7 @@ def _read(path):
 
 def _read_array(path):
   data = np.load(path, allow_pickle=False)
-  if isinstance(data, np.ndarray):  # np.load goes by the content, not by the name
+  if isinstance(data, np.ndarray):  # np.load looks at the content, not at the name
     return data
   with data:
     names = data.files
@@ -208,7 +224,7 @@ def _read_array(path):
       )
     array = data["prob" if "prob" in names else names[0]]
   if not isinstance(array, np.ndarray):
-    raise ValueError("holds something else than an array")
+    raise ValueError("does not hold an array")
   return array
 
 
@@ -230,7 +246,7 @@ def _read_image(path):
 
 
 def _row(stem, prob, mask, options):
-  """The line of `images.csv` of one image; centroids are "row,col" in pixels, blank-separated."""
+  """Returns an image's line of `images.csv`; centroids are "row,col" in pixels, blank-separated."""
   targets, found, claimed = hse.detections(prob, mask, options)
   free = np.ones(len(found), bool)
   free[claimed[claimed >= 0]] = False
@@ -278,7 +294,7 @@ def _json(value):
 
 
 def _table(metrics, folders):
-  """The paper's columns, in percent (Fa × 10⁶), with the 95 % intervals below."""
+  """Formats the paper's columns, in percent (Fa × 10⁶), with the 95 % intervals below."""
 
   def line(name, cells):
     return f"{name:<24}" + "".join(f"{cell:>16}" for cell in cells)
@@ -318,6 +334,10 @@ def _write(out, metrics, found):
     writer.writeheader()
     writer.writerows(found["rows"])
   if not found["refused"]:
-    figure, axes = plots.figure(1, 2, (9, 4))
+    try:
+      figure, axes = plots.figure(1, 2, (9, 4))
+    except ModuleNotFoundError as error:
+      print(f"pr.png is left out, because {error.name.split('.')[0]} is not installed.")
+      return
     plots.precision_recall(axes, found["score"])
     plots.save(figure, out / "pr.png", dpi=120)

@@ -1,4 +1,4 @@
-"""Configs as users meet them: typos explained, values checked, a run folder kept to one config."""
+"""Checks configs, explains typing errors, and keeps a run folder to one config."""
 
 import difflib
 import importlib.util
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from fdep_jax.runtime import files
 
-# A run may be continued with other values of these: they do not change what a step computes.
+# A run may be continued with different values of these: they do not change a step's result.
 _FREE = re.compile(
   r"train\.(steps|epochs|nonfinite|remat)|(log|checkpoint)\..*|host_devices|distributed"
   r"|profile_steps|dino\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
@@ -42,7 +42,7 @@ _POSITIVE = (
 
 
 def flat(config: ConfigDict) -> dict[str, object]:
-  """Every setting by its dotted name, as JSON takes it."""
+  """Returns every setting by its dotted name, as JSON stores it."""
 
   def walk(prefix, value):
     if isinstance(value, dict):
@@ -55,16 +55,20 @@ def flat(config: ConfigDict) -> dict[str, object]:
 
 
 def explain_flags(argv: list[str], error: Exception) -> str:
-  """What is wrong with a command line that could not be parsed: unknown settings by name."""
+  """Explains why a command line cannot be parsed: names unknown settings and similar ones."""
   arguments = dict(
     _split_flag(a, following) for a, following in zip(argv, [*argv[1:], ""], strict=True)
   )
   lines = []
-  if os.path.isfile(arguments.get("--config", "")):
-    spec = importlib.util.spec_from_file_location("config", arguments["--config"])
+  path, *own = arguments.get("--config", "").split(":", 1)  # FILE or FILE:ARGUMENT
+  if os.path.isfile(path):
+    spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    known = list(flat(module.get_config()))
+    try:
+      known = list(flat(module.get_config(*own)))
+    except (TypeError, ValueError) as refusal:
+      return f"{path}: {refusal}"
     for argument in arguments:
       name = argument.removeprefix("--config.")
       if name == argument or name in known:
@@ -82,7 +86,7 @@ def _split_flag(argument: str, following: str) -> tuple[str, str]:
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses missing settings, else values that cannot work, all of them in one ValueError."""
+  """Raises one ValueError that lists all missing settings or, if none is, all wrong values."""
   values, problems = flat(config), []
   _check_complete(values, "the config")
   for name, choices in _CHOICES.items():
@@ -118,36 +122,36 @@ def check(config: ConfigDict) -> None:
   ):
     problems.append(
       f"distributed is {values['distributed']!r}; it must be off, auto (TPU pods, SLURM, Open "
-      "MPI), or HOST:PORT,COUNT,INDEX: the address of process 0, how many processes there are, and "
-      "which of them this is, from 0."
+      "MPI), or HOST:PORT,COUNT,INDEX: the address of process 0, the number of processes, and the "
+      "0-based number of this one."
     )
   profile = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", values["profile_steps"])
   if values["profile_steps"] and not (profile and int(profile[1]) <= int(profile[2])):
     problems.append(
-      f"profile_steps is {values['profile_steps']!r}; it must be FIRST-LAST, as 10-12, or empty."
+      f"profile_steps is {values['profile_steps']!r}; it must be FIRST-LAST (10-12), or empty."
     )
   if problems:
     raise ValueError("\n  ".join([f"{len(problems)} problems in the config:", *problems]))
 
 
 def _check_complete(values: dict[str, object], source: str) -> None:
-  """Refuses a config that lacks settings, as an older version's `config.json` does."""
+  """Raises ValueError if settings are missing, as from an older version's `config.json`."""
   from configs import base
 
   ours = flat(base.get_config())
-  own = "train.schedule_args."  # other schedules have other arguments
+  own = "train.schedule_args."  # differ between schedules
   missing = [name for name in ours if name not in values and not name.startswith(own)]
   if missing:
     lines = [f"{name} (configs/base.py: {json.dumps(ours[name])})" for name in missing]
     raise ValueError(
       "\n  ".join([f"{source} lacks {len(missing)} settings of this version:", *lines])
-      + "\nAn older version wrote it. Add them with the values that say what the run did, or use "
-      "that version."
+      + "\nAn older version wrote it. Add them with the values that the run used, or use that "
+      "version."
     )
 
 
 def _ablation_problems(values: dict) -> list[str]:
-  """What does not go together among the settings that only ablations need."""
+  """Lists contradictions among the settings that only ablations need."""
   problems, mode = [], values["mode"]
   for name, is_used, modes in (
     ("model.share", values["model.share"] != "both", ("fdep",)),
@@ -158,7 +162,7 @@ def _ablation_problems(values: dict) -> list[str]:
     if is_used and mode not in modes:
       problems.append(f"{name} is {values[name]!r}, which needs mode {modes[0]}; it is {mode!r}.")
   if values["dino.unfreeze"] and values["dino.bank"]:
-    problems.append("dino.bank stores what a frozen DINOv2 gives; dino.unfreeze needs dino.bank=0.")
+    problems.append("dino.bank needs a frozen DINOv2. Set dino.bank=0 or dino.unfreeze=False.")
   if values["dino.unfreeze"] and values["dino.dtype"] != "float32":
     problems.append("dino.unfreeze trains DINOv2, which needs dino.dtype=float32.")
   if (values["train.labels"] != "true") != bool(values["train.teacher"]):
@@ -170,7 +174,7 @@ def _ablation_problems(values: dict) -> list[str]:
 
 
 def results_of(config: ConfigDict) -> dict[str, object]:
-  """The settings that change what a run computes."""
+  """Returns the settings that change a run's results."""
   values = _comparable(config)
   uses_length = "steps" in [v for k, v in values.items() if k.startswith("train.schedule_args.")]
   return {
@@ -181,7 +185,7 @@ def results_of(config: ConfigDict) -> dict[str, object]:
 
 
 def differing(theirs: ConfigDict, config: ConfigDict) -> list[str]:
-  """The settings in which two configs of other results differ: "name: one there, another here"."""
+  """Lists the differing settings that change results, as "name: value there, value here"."""
   ours, theirs = _comparable(config), _comparable(theirs)
   return [
     f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
@@ -191,34 +195,36 @@ def differing(theirs: ConfigDict, config: ConfigDict) -> list[str]:
 
 
 def _comparable(config: ConfigDict) -> dict[str, object]:
-  """A teacher is the same run wherever its folder lies."""
+  """Returns all settings, the teacher by its folder's name: the path does not change results."""
   values = flat(config)
   return values | {"train.teacher": os.path.basename(values.get("train.teacher", "").rstrip("/"))}
 
 
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Writes `config.json`, or refuses a folder that belongs to a config of other results.
+  """Claims a run folder: writes `config.json`, or raises if it belongs to a different run.
 
   Raises:
-    ValueError: naming every setting that differs, or that the folder cannot be written.
+    ValueError: settings differ (the message lists all), or the folder cannot be written.
   """
   path = workdir / "config.json"
   if path.exists():
     lines = differing(_read(workdir), config)
     if lines:
       raise ValueError(
-        "\n  ".join([f"{workdir} holds a run of another config:", *lines])
-        + "\nChoose another --workdir, or the settings of the run that is there."
+        "\n  ".join([f"{workdir} contains a run of a different config:", *lines])
+        + "\nChoose a different --workdir, or use the settings of that run."
       )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(path, config.to_dict())
   except OSError as error:
-    raise ValueError(f"{workdir} cannot be written ({error.strerror}). Choose another.") from None
+    raise ValueError(
+      f"{workdir} cannot be written ({error.strerror}). Choose a different folder."
+    ) from None
 
 
 def load(workdir: str | os.PathLike) -> ConfigDict:
-  """The config that a run folder was made with.
+  """Reads the config of a run folder.
 
   Raises:
     FileNotFoundError: the folder has none.

@@ -13,7 +13,7 @@ from fdep_jax import ablations, forward, losses
 from fdep_jax.backbones import network_class
 from fdep_jax.layers.basic import NormParam
 
-# What the backward pass keeps of the forward one, by `train.remat`; the rest it computes again.
+# Values of the forward pass to keep for the backward one, by `train.remat`; others are recomputed.
 REMAT = {
   "none": None,
   # Results of convolutions and matrix products; norms, activations and resizes are cheap.
@@ -22,17 +22,20 @@ REMAT = {
 
 
 def total_steps(config: ConfigDict, num_images: int) -> int:
-  """Length of the run; an epoch is every train image once."""
+  """Returns the number of steps; an epoch is every train image once."""
   if config.train.steps > 0:
     return config.train.steps
   return math.ceil(config.train.epochs * num_images / config.train.batch_size)
 
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-  """The optax schedule that the config names."""
+  """Makes the optax schedule that the config names."""
   words = {"learning_rate": config.train.learning_rate, "steps": steps}
   arguments = {k: words.get(v, v) if isinstance(v, str) else v
                for k, v in config.train.schedule_args.items()}  # fmt: skip
+  # A trial run of a few steps need not set the warm-up too: one that fills the run is shortened.
+  if arguments.get("decay_steps", math.inf) <= arguments.get("warmup_steps", 0):
+    arguments["warmup_steps"] = arguments["decay_steps"] // 2
   maker = getattr(optax.schedules, config.train.schedule, None)
   if not callable(maker):
     known = [n for n in dir(optax.schedules) if n.endswith(("schedule", "decay", "interpolate"))]
@@ -44,16 +47,16 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-  """AdamW with PyTorch's defaults; decay on all parameters, norms and biases included."""
+  """Makes AdamW with PyTorch's defaults; decays all parameters, norms and biases included."""
   return optax.adamw(
     make_schedule(config, steps), b1=0.9, b2=0.999, eps=1e-8, weight_decay=config.train.weight_decay
   )
 
 
 def init_state(model, optimizer: optax.GradientTransformation) -> dict:
-  """Everything that a step changes: params, stats, rng (dropout), opt, step, and skipped.
+  """Makes the state that a step changes: params, stats, rng (dropout), opt, step and skipped.
 
-  `skipped` counts the steps that were not finite, and has the number of the first (0: none).
+  `skipped` has the count of steps that were not finite and the number of the first (0: none).
   """
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   return {
@@ -67,9 +70,9 @@ def init_state(model, optimizer: optax.GradientTransformation) -> dict:
 
 
 def make_loss(config: ConfigDict, model) -> Callable:
-  """(params, stats, rng, image, levels, mask) → loss, (new stats, new rng, loss of each branch).
+  """Makes (params, stats, rng, image, levels, mask) → loss, (stats, rng, loss of each branch).
 
-  `image` is normalised, B×H×W×3; `levels` the frozen prior's; `mask` B×H×W bool.
+  `image` is B×H×W×3, normalised; `levels` are the frozen prior's; `mask` is B×H×W bool.
   """
   model = nnx.clone(model)
   model.train()
@@ -98,7 +101,7 @@ def make_loss(config: ConfigDict, model) -> Callable:
 
 
 def cast(params: nnx.State, dtype) -> nnx.State:
-  """Parameters for computing in `dtype`; norms stay float32. Gradients arrive in float32."""
+  """Casts parameters to `dtype`, except norms; gradients are still float32."""
 
   def one(variable):
     if isinstance(variable, NormParam):
@@ -117,13 +120,13 @@ def make_step(
 ) -> Callable:
   """Makes the compiled (state, prior, batch) → (state, metrics); `state` is donated.
 
-  `batch` holds uint8 images, bool masks and, where they come from a prior bank, the levels, split
-  over the mesh's data axis; batch statistics and hard mining are those of the global batch. The
-  frozen prior is outside the gradient, and not in the program where the batch has its levels.
+  `batch` has uint8 images, bool masks and, with a prior bank, the levels, all split over the mesh's
+  data axis. Batch statistics and hard mining are those of the global batch. The frozen prior is
+  outside the gradient; it is not computed if the batch has its levels.
 
-  A step whose loss, gradients, statistics or update are not finite leaves params, stats and opt as
-  they were and counts, on the device: no state that is not finite can reach a checkpoint, though
-  the loop looks at few losses.
+  A step whose loss, gradients, statistics or update are not finite leaves params, stats and opt
+  unchanged and is counted as skipped. This happens on the device, so a state that is not finite
+  never reaches a checkpoint, although the loop reads few losses.
   """
   loss = make_loss(config, model)
 
@@ -137,9 +140,9 @@ def make_step(
     )
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
     grad_norm = optax.tree.norm(grads)
-    # A sum is not finite where an addend is not. Reduced from one vector: a chain of additions
-    # would be copied into the choice of every parameter below, and 8 CPU devices compiled it
-    # without end.
+    # A sum is not finite if an addend is not. The sums are one vector: XLA would copy a chain of
+    # additions into the selection of every parameter below, which 8 CPU devices never finished
+    # compiling.
     sums = [jnp.sum(leaf) for leaf in jax.tree.leaves((stats, updates))]
     finite = jnp.isfinite(jnp.stack([value, grad_norm, *sums])).all()
     moved = {

@@ -1,4 +1,4 @@
-"""Trains a config: the inputs and the loop around the compiled step (paper §4.2)."""
+"""Trains a config: prepares the inputs and repeats the compiled step (paper §4.2)."""
 
 import contextlib
 import dataclasses
@@ -12,9 +12,9 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fdep_jax import bank, build, data, evaluate, forward, pseudo, settings
+from fdep_jax import build, data, evaluate, forward, pseudo, settings
 from fdep_jax import step as step_lib
-from fdep_jax.priors import Prior
+from fdep_jax.priors import Prior, bank
 from fdep_jax.runtime import checkpoint, files, mesh
 from fdep_jax.runtime.log import Log, Profile
 from fdep_jax.runtime.signals import Preempted, Signals
@@ -22,9 +22,9 @@ from fdep_jax.runtime.signals import Preempted, Signals
 
 @dataclasses.dataclass
 class Progress:
-  """How far a run is; saved with every checkpoint, except what the state itself counts."""
+  """The progress of a run, saved with every checkpoint; `skipped` is saved in the state."""
 
-  step: int = 0  # done
+  step: int = 0  # steps done
   best: float = -math.inf  # HSE of the deployed branch on the selection images
   best_step: int | None = None
   evaluated: int = 0  # last step whose selection images were scored
@@ -32,22 +32,26 @@ class Progress:
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
-  """Trains as the config says, from the newest checkpoint if there is one, then evaluates.
+  """Trains a config, from the newest checkpoint if there is one, then evaluates.
+
+  Args:
+    config: of the run.
+    workdir: its folder, created if absent.
 
   Returns:
     The final metrics, as `evaluate.evaluate`.
 
   Raises:
-    ValueError, FileNotFoundError: the config, the data, the weights or the folder do not fit, or
-      another process trains in it.
+    ValueError, FileNotFoundError: the config, data, weights or folder are wrong or missing, or
+      another process trains in the folder.
     FloatingPointError: a step is not finite (train.nonfinite="stop").
-    OSError: something cannot be written; the checkpoints before it are whole.
-    Preempted: SIGTERM or SIGINT came; the state is saved.
+    OSError: a file cannot be written; earlier checkpoints are whole.
+    Preempted: SIGTERM or SIGINT was received; the state is saved.
   """
   workdir = files.expand(workdir)
   settings.check(config)
   build.check_inputs(config)
-  step_lib.make_schedule(config, 10**6)  # refuses its arguments now, before anything is read
+  step_lib.make_schedule(config, 10**6)  # refuses wrong arguments before reading data
   the_mesh = mesh.make(config.host_devices, config.train.batch_size)
   with Signals(mesh.minimum, jax.process_count()) as signals:
     images = build.load_images(config)
@@ -65,13 +69,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       _describe(config, images, prior)
       model = build.create_model(config, prior)
       loop = Loop(config, workdir, the_mesh, images, prior, crops, levels, model, signals)
-      loop.run()
+      loop.train()
       signals.check()
       return evaluate.evaluate(workdir, config, (images, prior, model))
 
 
 class Loop:
-  """Takes the steps that a run lacks, with its evaluations, checkpoints and logs.
+  """Takes the remaining steps of a run, with its evaluations, checkpoints and logs.
 
   Args:
     config: of the run.
@@ -79,10 +83,10 @@ class Loop:
     the_mesh: devices.
     images: of the run.
     prior: of the run, or None.
-    crops: that a bank draws from, or None.
+    crops: the crops of a prior bank, or None.
     levels: the bank of their levels, or None.
-    model: freshly made.
-    signals: entered.
+    model: newly initialised.
+    signals: already entered.
   """
 
   def __init__(
@@ -122,15 +126,15 @@ class Loop:
     self.schedule = step_lib.make_schedule(config, self.steps)
 
   def _restore(self, state: dict) -> tuple[dict, Progress]:
-    """Reads the newest checkpoint if there is one, and drops what a longer run left behind it."""
+    """Restores the newest checkpoint if there is one, and rewinds the folder to it."""
     progress = Progress()
     if self.checkpoints.steps():
       state, saved = self.checkpoints.restore(state)
       if saved["dino_sha256"] != self.meta["dino_sha256"]:
         raise ValueError(
-          f"{self.workdir} was trained with other DINOv2 weights (SHA-256 {saved['dino_sha256']}) "
-          f"than {self.config.dino.checkpoint} ({self.meta['dino_sha256']}). Name the file it was "
-          "trained with."
+          f"{self.workdir} was trained with different DINOv2 weights (SHA-256 "
+          f"{saved['dino_sha256']}) than {self.config.dino.checkpoint} "
+          f"({self.meta['dino_sha256']}). Set dino.checkpoint to the file it was trained with."
         )
       progress.step, progress.best_step = saved["step"], saved["best_step"]
       progress.evaluated = saved["evaluated"]
@@ -138,14 +142,14 @@ class Loop:
       logging.info("continuing at step %d of %d", progress.step, self.steps)
     if mesh.writes():
       self.checkpoints.rewind(progress.step)
-      if progress.step < self.steps:  # of a shorter run, or of an evaluation on the way
+      if progress.step < self.steps:  # from when the run had fewer steps
         (self.workdir / "metrics.json").unlink(missing_ok=True)
-    mesh.minimum(0)  # no process looks at the folder before
+    mesh.minimum(0)  # a barrier: no process reads the folder earlier
     progress.skipped = int(state["skipped"]["count"])
     return state, progress
 
-  def run(self) -> None:
-    """Takes the steps that are left.
+  def train(self) -> None:
+    """Takes the remaining steps.
 
     Raises:
       Preempted, FloatingPointError, OSError: as `train`.
@@ -162,10 +166,10 @@ class Loop:
     ):
       if progress.best_step == self.start and self.start:
         if self.checkpoints.best_step() != self.start:
-          self.save(to_best=True)  # the process was killed between the two
+          self.save(to_best=True)  # the process was killed between the two saves
       profile, clock = Profile(self.workdir, config), Clock(self.start, config.train.batch_size)
       try:
-        if self.start:  # the evaluation of the checkpoint's step may have been cut short
+        if self.start:  # the evaluation at this step may have been interrupted
           self._after(self.start, log, clock)
         else:
           self._check_signals(0)
@@ -203,7 +207,7 @@ class Loop:
     numbers = batch.pop("crop", None)
     if self.bank:
       config = self.config
-      with self.signals.at_once():  # what an interrupted bank has is kept
+      with self.signals.at_once():  # an interrupted bank is continued later
         self.bank.prepare(
           self.progress.step, config.train.batch_size, self.mesh, config.log.progress
         )
@@ -225,7 +229,7 @@ class Loop:
     bar.set_postfix(loss=f"{metrics['loss']:.4f}", img_s=f"{rate:.1f}")
 
   def _after(self, step: int, log: Log, clock: "Clock") -> None:
-    """Evaluates, saves and looks for signals after a step, where they are due."""
+    """Evaluates, saves and checks for signals after a step, each if it is due."""
     config, last = self.config, step == self.steps
     if (step % self.every_eval == 0 or last) and self.progress.evaluated != step:
       self._check_finite()
@@ -242,7 +246,7 @@ class Loop:
       self.signals.check()
 
   def _select(self) -> dict:
-    """Scores the selection images; a new best is saved, first among the newest checkpoints."""
+    """Scores the selection images; saves a new best, first as a newest checkpoint."""
     config, progress = self.config, self.progress
     maps = evaluate.probabilities(
       self.forward,
@@ -264,7 +268,7 @@ class Loop:
     return evaluate.results(scores)
 
   def save(self, to_best: bool = False) -> None:
-    """Saves a checkpoint of the present step, among the newest or as the best."""
+    """Saves a checkpoint of the present step, as a newest or as the best."""
     progress = self.progress
     about = {
       **self.meta,
@@ -286,14 +290,14 @@ class Loop:
       raise FloatingPointError(
         f"The loss, a gradient or a statistic is not finite at step {counts['first']}. "
         + (f"The last good checkpoint is step {kept[-1]} in {self.workdir}. " if kept else "")
-        + "Lower train.learning_rate (in another --workdir), or continue with "
+        + "Lower train.learning_rate (in a new --workdir), or continue with "
         "--config.train.nonfinite=skip, which leaves such steps out and counts them."
       )
     logging.warning("%d steps so far were not finite and were left out", counts["count"])
     self.progress.skipped = counts["count"]
 
   def _save_preempted(self) -> None:
-    """Saves the state and raises `Preempted` with what was saved."""
+    """Saves the state and raises `Preempted`, which names the saved step."""
     self._check_finite()
     self.progress.step = step = int(self.state["step"])
     if step:

@@ -1,10 +1,8 @@
 """Fixtures: CPU only, ranks never broadcast silently, real data where the folder of evidence is."""
 
-import importlib
 import importlib.util
 import os
 import pathlib
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -46,12 +44,9 @@ def formula(shared):
 
 
 @pytest.fixture
-def toy(monkeypatch):
-  """The module of a tiny detector, made known to `backbones` as a dropped-in file would be."""
-  from fdep_jax import backbones
+def toy():
+  """The module of a tiny detector, known to `backbones` as a dropped-in file is."""
+  import helpers
 
-  folder = pathlib.Path(__file__).parent / "toy_backbones"
-  monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(folder)])
-  yield importlib.import_module("fdep_jax.backbones.toy")
-  sys.modules.pop("fdep_jax.backbones.toy", None)
-  vars(backbones).pop("toy", None)
+  with helpers.toy_backbone() as module:
+    yield module

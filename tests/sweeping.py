@@ -32,7 +32,7 @@ def table(seeds=(0, 1)) -> experiments.Table:
 
 def config(compiled: str):
   """Synthetic scenes, a small random prior, 12 steps with a checkpoint at every second."""
-  from test_train import toy_config
+  from helpers import toy_config
 
   return toy_config(
     **{

@@ -5,8 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_fdep import DINO, build, count, levels, stats
-from test_train import batch, lines, parts, toy_config
+from helpers import (
+  LEVEL_WIDTH,
+  batch,
+  count_parameters,
+  lines,
+  parts,
+  stats,
+  toy_config,
+  toy_levels,
+  toy_model,
+)
 
 from fdep_jax import ablations, backbones, evaluate, forward, settings, train
 from fdep_jax import detector as detector_lib
@@ -41,7 +50,7 @@ def test_the_halves_of_a_network_have_the_published_counts(name):
 
 
 def partly(share: str) -> ablations.PartlyShared:
-  model = ablations.PartlyShared(share, "toy", DINO, 4, rngs=nnx.Rngs(0))
+  model = ablations.PartlyShared(share, "toy", LEVEL_WIDTH, 4, rngs=nnx.Rngs(0))
   model.set_attributes(deterministic=True, raise_if_not_found=False)
   return model
 
@@ -53,9 +62,9 @@ ENCODER, DECODER = {"stem", "down"}, {"skip", "up", "side", "head"}
                                                ("decoder", DECODER, ENCODER)])  # fmt: skip
 def test_half_the_parameters_are_the_same_and_the_others_are_not(toy, share, same, other):
   model = partly(share)
-  whole, net = count(build()), backbones.create("toy", rngs=nnx.Rngs(0))
-  halves = {part: count(getattr(net, part)) for part in (*ENCODER, *DECODER)}
-  assert count(model) == whole + sum(halves[part] for part in other)
+  whole, net = count_parameters(toy_model()), backbones.create("toy", rngs=nnx.Rngs(0))
+  halves = {part: count_parameters(getattr(net, part)) for part in (*ENCODER, *DECODER)}
+  assert count_parameters(model) == whole + sum(halves[part] for part in other)
   for part in same:
     ours = jax.tree.leaves(nnx.state(getattr(model.backbone, part), nnx.Param))
     theirs = jax.tree.leaves(nnx.state(getattr(model.main_backbone, part), nnx.Param))
@@ -68,7 +77,7 @@ def test_half_the_parameters_are_the_same_and_the_others_are_not(toy, share, sam
 
   def main(params):
     merged = nnx.merge(graphdef, params, rest, copy=True)
-    return jnp.sum(merged.main(toy.image(), levels()).final ** 2)
+    return jnp.sum(merged.main(toy.image(), toy_levels()).final ** 2)
 
   moved = {
     name: {
@@ -84,10 +93,10 @@ def test_half_the_parameters_are_the_same_and_the_others_are_not(toy, share, sam
 
 @pytest.mark.parametrize("share", ["encoder", "decoder"])
 def test_the_light_branch_of_a_partly_shared_model_is_the_detector(toy, share):
-  model, alone = partly(share), build(num_levels=0)
+  model, alone = partly(share), toy_model(num_levels=0)
   model.train(), alone.train()
   nnx.update(alone.backbone, nnx.state(model.backbone))
-  main, light = model(toy.image(), levels())
+  main, light = model(toy.image(), toy_levels())
   np.testing.assert_array_equal(light.final, alone.light(toy.image()).final)
   assert not jnp.allclose(main.final, light.final)
   ours, theirs = stats(model), stats(alone)
@@ -120,18 +129,18 @@ def test_distillation_is_the_divergence_from_the_main_branch():
 @pytest.mark.parametrize("decoder", ["plain", "msda"])
 def test_a_decoder_on_dinov2_takes_any_number_of_levels_and_fills_the_image(decoder, number):
   def forward(image, levels):
-    model = ablations.OnDino(decoder, DINO, number, rngs=nnx.Rngs(0))
+    model = ablations.OnDino(decoder, LEVEL_WIDTH, number, rngs=nnx.Rngs(0))
     return model.main(image, levels).final
 
-  shape = jax.eval_shape(forward, jnp.zeros((2, 32, 48, 3)), levels(number))
+  shape = jax.eval_shape(forward, jnp.zeros((2, 32, 48, 3)), toy_levels(number))
   assert shape.shape == (2, 32, 48, 1)
 
 
 def test_a_decoder_on_dinov2_sees_the_levels_and_not_the_image(toy):
-  model = ablations.OnDino("plain", DINO, 2, rngs=nnx.Rngs(0))
+  model = ablations.OnDino("plain", LEVEL_WIDTH, 2, rngs=nnx.Rngs(0))
   model.eval()
   main = jax.jit(lambda image, levels: model.main(image, levels).final)
-  image, two = toy.image(), levels(2)
+  image, two = toy.image(), toy_levels(2)
   out = main(image, two)
   assert jnp.isfinite(out).all()
   np.testing.assert_array_equal(out, main(2 * image, two))
@@ -141,7 +150,7 @@ def test_a_decoder_on_dinov2_sees_the_levels_and_not_the_image(toy):
 def test_msdas_decoder_has_its_parameters_and_the_projections():
   model = nnx.eval_shape(lambda: ablations.OnDino("msda", 1024, 4, rngs=nnx.Rngs(0)))
   projections = 1025 * (16 + 32 + 64 + 64 + 64)
-  assert count(model) == HALVES["msda"][1] + projections
+  assert count_parameters(model) == HALVES["msda"][1] + projections
 
 
 def test_an_unfrozen_prior_is_trained_saved_and_not_counted(toy, tmp_path):
@@ -150,7 +159,7 @@ def test_an_unfrozen_prior_is_trained_saved_and_not_counted(toy, tmp_path):
   prior, _, _, state = parts(config)
   before = {k: np.asarray(v) for k, v in checkpoint.flatten(state["params"]).items()}
   vit = [name for name in before if name.startswith("vit/")]
-  assert sum(before[name].size for name in vit) == count(prior.model)
+  assert sum(before[name].size for name in vit) == count_parameters(prior.model)
   metrics = train.train(config, tmp_path)
   assert metrics["params"] == sum(before[k].size for k in before if k not in vit)
   detector = detector_lib.load(tmp_path)
@@ -188,7 +197,7 @@ def test_the_distillation_term_is_in_the_loss_and_the_log(toy, tmp_path):
 def test_a_partly_shared_run_is_trained_and_its_light_branch_loaded_alone(toy, tmp_path, share):
   metrics = train.train(toy_config(**{"model.share": share, "train.steps": 2}), tmp_path)
   light, main = (detector_lib.load(tmp_path, branch=branch) for branch in ("light", "main"))
-  assert metrics["params"] == count(main.model) > count(light.model)
+  assert metrics["params"] == count_parameters(main.model) > count_parameters(light.model)
   np.testing.assert_allclose(
     light.model.light(toy.image()).final, main.model.light(toy.image()).final, rtol=1e-5, atol=1e-6
   )

@@ -8,9 +8,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_train import lines, parameters, toy_config
+from helpers import lines, parameters, toy_config
 
-from fdep_jax import bank, build, data, train
+from fdep_jax import build, data, train
+from fdep_jax.priors import bank
 from fdep_jax.runtime import mesh
 
 
@@ -117,7 +118,7 @@ def test_an_interrupted_bank_is_continued_not_begun_again(tmp_path, prior, monke
 )
 def test_a_bank_of_other_crops_is_refused(tmp_path, prior, change):
   prepared(tmp_path, make_crops(), prior)
-  with pytest.raises(ValueError, match="holds a prior bank of something else:\n.* there, .* here"):
+  with pytest.raises(ValueError, match="contains a different prior bank:\n.* there, .* here"):
     bank.Bank(tmp_path, make_crops(**change), prior)
 
 

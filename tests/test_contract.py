@@ -1,4 +1,4 @@
-"""What FDEP asks of every file in `backbones/`, and what it does with them.
+"""The contract that FDEP has with every file in `backbones/`, on both sides.
 
 Networks are traced with shapes alone; what an output depends on is read off the traced program.
 Only the last condition of the contract compiles and runs them.
@@ -116,7 +116,7 @@ def paths(state) -> list[str]:
 
 
 class Program:
-  """What a traced program's outputs and operations depend on, by labels of its inputs."""
+  """The labels of inputs on which each output and operation of a traced program depends."""
 
   def __init__(self):
     self.outputs = []

@@ -74,7 +74,7 @@ def test_split_files_may_have_extensions_crlf_and_no_last_newline(tmp_path, text
   assert names_of(root, "train") == ["Misc_2", "Misc_10"]
 
 
-def test_img_idx_layout_is_found_by_the_folder_name_or_where_it_is_the_only_one(tmp_path):
+def test_img_idx_layout_is_found_by_the_folder_name_or_if_it_is_the_only_one(tmp_path):
   root = write_dataset(tmp_path / "NUDT-SIRST")
   (root / "img_idx").mkdir()
   for split in ("train", "test"):
@@ -83,7 +83,7 @@ def test_img_idx_layout_is_found_by_the_folder_name_or_where_it_is_the_only_one(
   renamed = root.rename(tmp_path / "renamed")
   assert names_of(renamed, "train") == ["Misc_2", "Misc_10"]
   (renamed / "img_idx" / "train_SIRST3.txt").write_text("Misc_2")
-  assert "which one is meant" in refusal(renamed)
+  assert "rename the right one to" in refusal(renamed)
 
 
 def test_irstd1k_folder_names_and_pixels0_masks_are_understood(tmp_path):
@@ -93,7 +93,7 @@ def test_irstd1k_folder_names_and_pixels0_masks_are_understood(tmp_path):
   assert len(data.read(root, "all")) == 3
 
 
-def test_pal_layout_reads_val_as_test_and_origin_where_train_is_absent(tmp_path):
+def test_pal_layout_reads_val_as_test_and_origin_if_train_is_absent(tmp_path):
   for half, names in (("train", ["Misc_10", "Misc_2"]), ("val", ["Misc_3"])):
     for i, name in enumerate(names):
       write_pair(tmp_path / half, name, i, "img", "mask")

@@ -62,7 +62,7 @@ def test_a_bad_folder_is_refused_and_leaves_nothing_prepared(tmp_path):
       data.read_tfds("nudt_sirst", "train", tmp_path / "tfds", tmp_path / "manual")
 
 
-def test_missing_folders_and_unknown_names_are_told(tmp_path):
+def test_missing_folders_and_unknown_names_are_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="no folder NUAA-SIRST here"):
     data.load("tfds:nuaa_sirst", "train", tmp_path / "tfds", tmp_path)
   with pytest.raises(ValueError, match="known: nuaa_sirst, nudt_sirst, irstd1k, sirst3"):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import socket
 import subprocess
@@ -14,23 +13,22 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_train import lines, parameters, toy_config
+from helpers import ROOT, TOYS, lines, parameters, take_steps, toy_config
 
 from fdep_jax import build, settings, train
 from fdep_jax import step as step_lib
 from fdep_jax.layers.basic import BatchNorm
-from fdep_jax.runtime import checkpoint, mesh
+from fdep_jax.runtime import mesh
 
-_ROOT = pathlib.Path(__file__).parents[1]
 _BEGIN = f"""
 import json, pathlib, sys
-sys.path[:0] = [{str(_ROOT)!r}, {str(_ROOT / "tests")!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 from fdep_jax import backbones, train
 from fdep_jax.runtime import mesh
-backbones.__path__.append({str(_ROOT / "tests" / "toy_backbones")!r})
-from test_train import toy_config
+backbones.__path__.append({str(TOYS)!r})
+from helpers import toy_config
 config = toy_config(**json.loads(sys.argv[1]))
 mesh.start(config)
 assert jax.process_count() == 2 and len(jax.devices()) == 4
@@ -128,7 +126,7 @@ def test_eight_devices_and_two_processes_take_the_steps_of_one(backbone, tmp_pat
     f"""
 jax.config.update("jax_enable_x64", True)
 import numpy as np
-from test_distributed import take_steps
+from helpers import take_steps
 found = take_steps({backbone!r}, 2)
 if mesh.writes():
   np.savez({str(tmp_path / "two.npz")!r}, **found)
@@ -144,35 +142,6 @@ if mesh.writes():
     np.testing.assert_allclose(theirs.pop("losses"), losses, rtol=1e-5, err_msg=str(name))
     for key, value in parameters_of_one.items():
       np.testing.assert_allclose(theirs[key], value, rtol=1e-4, atol=1e-4, err_msg=key)
-
-
-def take_steps(backbone, devices):
-  """Losses and parameters after 5 steps of gradient descent on fixed batches.
-
-  Not of AdamW: it turns the rounding in gradients that are zero (biases before a BatchNorm) into
-  whole steps. And not in float32: at this size MSDA-Net's losses part by 2e-3 after one step and
-  4e-2 after three, where in float64 five stay within 2e-10.
-  """
-  config = toy_config(**{"model.backbone": backbone, "train.batch_size": 8})
-  config.train.dtype = config.dino.dtype = "float64"
-  prior = build.load_prior(config)
-  model = build.create_model(config, prior)
-  optimizer = optax.sgd(1e-2)
-  the_mesh = mesh.make(devices, 8)
-  step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
-  state = mesh.put_replicated(step_lib.init_state(model, optimizer), the_mesh)
-  placed = mesh.put_replicated(prior, the_mesh)
-  random = np.random.default_rng(0)
-  losses = []
-  mine = slice(*(8 * (jax.process_index() + i) // jax.process_count() for i in (0, 1)))
-  for _ in range(5):
-    mask = np.zeros((8, 32, 32), bool)
-    mask[0] = random.random((32, 32)) < 0.3
-    batch = {"image": random.integers(0, 256, (8, 32, 32, 3), np.uint8)[mine], "mask": mask[mine]}
-    state, metrics = step(state, placed, mesh.put_batch(batch, the_mesh))
-    losses.append(float(metrics["loss"]))
-  found = {k: np.asarray(v) for k, v in checkpoint.flatten(state["params"]).items()}
-  return {"losses": np.array(losses), **found}
 
 
 def test_a_batch_norm_meets_the_other_devices_once_in_each_direction():

@@ -1,4 +1,4 @@
-"""What the documents say exists: choices, files, modes, flags, settings."""
+"""Compares the documents with the code: choices, files, modes, flags, settings."""
 
 import collections
 import pathlib
@@ -8,7 +8,8 @@ from configs import base
 from fdep_jax import cli, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "results/README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES.append(ROOT / "results/README.md")
 TEXT = "\n".join(page.read_text() for page in PAGES)
 
 
@@ -41,9 +42,9 @@ def test_modes_flags_and_settings_exist():
   sections = {name.split(".")[0] for name in known if "." in name}
   named = re.findall(rf"`((?:{'|'.join(sections)})\.\w+)(?:=[^`]*)?`", TEXT)
   assert named and {n for n in named if not n.endswith((".py", ".html"))} <= known
-  commands = re.findall(r"python main\.py ([^\n]*)", TEXT)
+  commands = re.findall(r"(?:python main\.py|fdep) (--[^\n]*)", TEXT)
   flags = {f for c in commands for f in re.findall(r"--(\w+)", c)} - {"config"}
-  assert commands and flags <= set(cli.FLAGS)
+  assert commands and flags <= set(cli.program_flags())
 
 
 def test_results_are_those_of_the_configs_headers():

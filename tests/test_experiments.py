@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from test_train import batch
+from helpers import batch
 
 from configs import base, tables
 from fdep_jax import build, forward, settings
@@ -158,7 +158,7 @@ def test_fdep_is_attached_to_all_further_networks_that_have_a_top_feature():
 
 
 def program(row: experiments.Row) -> str:
-  """What tells programs apart: the row's settings without its data and labels."""
+  """The settings of a row that change its program: all but its data and labels."""
   kept = {k: v for k, v in row.changes.items() if not k.startswith(("data.", "train."))}
   return json.dumps(kept, sort_keys=True)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import toy_backbone
 
 import converters
 from configs import base
@@ -123,7 +124,7 @@ def light_branch(model: FDEP):
 
 
 def in_an_empty_folder(tmp_path, code: str, *arguments) -> str:
-  """What a program prints that can import the installed packages and nothing of ours."""
+  """Returns what a program prints that can import installed packages and nothing of ours."""
   folder = tmp_path / "elsewhere"
   folder.mkdir(exist_ok=True)
   done = subprocess.run(
@@ -142,14 +143,12 @@ def in_an_empty_folder(tmp_path, code: str, *arguments) -> str:
 def exported(tmp_path_factory):
   """A toy run, exported once: the model, its folder, the export's, the manifest."""
   folder = tmp_path_factory.mktemp("export") / "run"
-  toys = pathlib.Path(__file__).parent / "toy_backbones"
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(backbones, "__path__", [*backbones.__path__, str(toys)])
+  with toy_backbone():
     model = make_run(folder, "toy")
     yield model, folder, folder / "export", export.export(folder)
 
 
-def test_the_manifest_tells_what_each_file_is(exported):
+def test_the_manifest_describes_each_file(exported):
   model, folder, out, manifest = exported
   assert manifest == json.loads((out / "manifest.json").read_text())
   assert (manifest["run"], manifest["step"], manifest["threshold"]) == (str(folder), STEP, 0.5)
@@ -228,7 +227,7 @@ print([name for name in sys.modules if name.startswith(("fdep_jax", "converters"
     np.testing.assert_allclose(results[name][:, 0], expected(image), atol=1e-5, strict=True)
 
 
-def test_without_onnx_the_rest_is_written_and_the_reason_told(
+def test_without_onnx_the_rest_is_written_and_the_reason_given(
   exported, tmp_path, monkeypatch, caplog
 ):
   (tmp_path / "light.onnx").write_text("of an earlier export")
@@ -242,7 +241,7 @@ def test_without_onnx_the_rest_is_written_and_the_reason_told(
   assert names == {"light.safetensors", "light.stablehlo", "manifest.json"}
 
 
-def test_nothing_is_left_where_a_file_gives_other_numbers(exported, tmp_path, monkeypatch):
+def test_nothing_is_left_if_a_file_gives_other_numbers(exported, tmp_path, monkeypatch):
   right = jax.export.deserialize
 
   def wrong(content):
@@ -292,7 +291,7 @@ def test_an_exported_file_is_not_exported_again(exported):
     export.export(None, None, exported[2] / "light.safetensors")
 
 
-def test_metrics_of_the_exported_step_and_no_other_are_told(tmp_path):
+def test_the_manifest_has_the_metrics_of_the_exported_step_only(tmp_path):
   last = {"light": {"hse": 0.2}, "checkpoint": STEP}
   metrics = {"light": {"hse": 0.3}, "checkpoint": STEP - 1, "split": "test", "last": last}
   (tmp_path / "metrics.json").write_text(json.dumps(metrics))
@@ -309,7 +308,7 @@ def test_an_operation_without_counterpart_leaves_out_the_onnx_file_with_the_reas
     apply=lambda weights, image: jnp.cumsum(image, 1)[..., 0]
   )
   with pytest.raises(export.Absent, match="cumsum"):
-    export._write_onnx(detector, light, None, tmp_path / "light.onnx", {})
+    export.write_onnx(detector, light, None, tmp_path / "light.onnx", {})
 
 
 @needs_onnx
@@ -321,7 +320,7 @@ def test_a_networks_programs_equal_its_light_branch(name, tmp_path):
   forward = jax.jit(light.apply)
   programs = {
     write.__name__: write(detector, light, forward, tmp_path / write.__name__, {})
-    for write in (export._write_stablehlo, export._write_onnx)
+    for write in (export._write_stablehlo, export.write_onnx)
   }
   found = []
   for image in images(light.net):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_train import batch, lines, parameters, parts, toy_config
+from helpers import TOYS, batch, lines, parameters, parts, toy_config
 
 from fdep_jax import evaluate, losses, settings, train
 from fdep_jax import step as step_lib
@@ -79,7 +79,7 @@ def life(config, workdir, compiled, messages, tell_at, stop_at, pace):
   logging.basicConfig(level=logging.INFO, format="%(message)s", force=True, stream=sys.stderr)
   from fdep_jax import backbones
 
-  backbones.__path__.append(str(pathlib.Path(__file__).parent / "toy_backbones"))
+  backbones.__path__.append(str(TOYS))
   jax.config.update("jax_compilation_cache_dir", compiled)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   make_step = step_lib.make_step
@@ -562,7 +562,7 @@ def test_a_run_stops_at_a_step_that_is_not_finite_and_goes_on_without_it(
 # Devices and memory
 
 
-def test_a_run_goes_on_with_another_number_of_devices(
+def test_a_run_goes_on_with_a_different_number_of_devices(
   toy, tmp_path, no_final_evaluation, monkeypatch
 ):
   # Plain gradient descent: Adam turns the rounding in gradients that are zero into whole steps.
@@ -586,7 +586,7 @@ def resident() -> int:
 def grow(config, workdir, messages):
   from fdep_jax import backbones
 
-  backbones.__path__.append(str(pathlib.Path(__file__).parent / "toy_backbones"))
+  backbones.__path__.append(str(TOYS))
   sizes, write = {}, log.Log.write
 
   def measure(log, step, values):

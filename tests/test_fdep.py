@@ -5,27 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import LEVEL_WIDTH, count_parameters, stats, toy_levels, toy_model
 
 from fdep_jax import backbones, losses
 from fdep_jax.fdep import FDEP
-
-DINO = 12  # width of the toy levels
-
-
-def levels(count: int = 4, batch: int = 2) -> list[jax.Array]:
-  keys = jax.random.split(jax.random.key(7), count)
-  return [jax.random.normal(key, (batch, 3, 3, DINO)) for key in keys]
-
-
-def build(**options) -> FDEP:
-  model = FDEP("toy", dino_width=DINO, rngs=nnx.Rngs(0), **options)
-  model.set_attributes(deterministic=True, raise_if_not_found=False)
-  return model
-
-
-def count(model) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
 
 # Parameters in millions with four SAMFs at ViT-L/14: paper, Tab. 1, "+ FDEP" rows; of the networks
 # that have none there, executed parameters and four times 1024·C + 11.5·C² + 7·C.
@@ -54,12 +37,12 @@ def test_every_network_has_its_count_with_fdep_in_the_table():
 def test_parameters_with_fdep_equal_the_papers(name):
   # Shared statistics spare a trace of the decoder; statistics are no parameters.
   model = nnx.eval_shape(lambda: FDEP(name, bn_stats="shared", rngs=nnx.Rngs(0)))
-  assert round(count(model) / 1e6, 2) == WITH_FDEP[name]
+  assert round(count_parameters(model) / 1e6, 2) == WITH_FDEP[name]
 
 
 def test_dino_without_samf_has_the_papers_count():  # Tab. 3, Schemes 1 and 3
   model = nnx.eval_shape(lambda: FDEP("msda", fusion="add", rngs=nnx.Rngs(0)))
-  assert round(count(model) / 1e6, 2) == 5.05
+  assert round(count_parameters(model) / 1e6, 2) == 5.05
 
 
 def two_passes(model: FDEP, image, priors):
@@ -81,13 +64,13 @@ def test_encoding_once_equals_two_full_passes(toy, name):
   size = max(16, 2 * stride)
   true = jax.random.uniform(jax.random.key(3), (2, size, size)) < 0.1
   with jax.enable_x64(True):
-    model = FDEP(name, DINO, 4, rngs=nnx.Rngs(0))
+    model = FDEP(name, LEVEL_WIDTH, 4, rngs=nnx.Rngs(0))
     model.train()
     model.set_attributes(deterministic=True, raise_if_not_found=False)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
     image = toy.image(2, size).astype(jnp.float64)
-    priors = [level.astype(jnp.float64) for level in levels()]
+    priors = [level.astype(jnp.float64) for level in toy_levels()]
 
     def loss(params, run):
       model = nnx.merge(graphdef, params, rest, copy=True)
@@ -104,17 +87,19 @@ def test_encoding_once_equals_two_full_passes(toy, name):
 
 
 def test_the_light_branch_is_the_backbone_alone(toy):
-  model = build()
+  model = toy_model()
   model.eval()
   np.testing.assert_array_equal(model.light(toy.image()).final, model.backbone(toy.image()).final)
-  assert count(model.backbone) == count(backbones.create("toy", rngs=nnx.Rngs(0)))
+  assert count_parameters(model.backbone) == count_parameters(
+    backbones.create("toy", rngs=nnx.Rngs(0))
+  )
 
 
 def test_the_branches_differ_and_only_main_sees_the_levels(toy):
-  model = build()
+  model = toy_model()
   model.eval()
-  main, light = model(toy.image(), levels())
-  other, same = model(toy.image(), [2 * level for level in levels()])
+  main, light = model(toy.image(), toy_levels())
+  other, same = model(toy.image(), [2 * level for level in toy_levels()])
   assert jnp.isfinite(main.final).all() and jnp.isfinite(light.final).all()
   assert not jnp.allclose(main.final, light.final)
   assert not jnp.allclose(main.final, other.final)
@@ -124,17 +109,17 @@ def test_the_branches_differ_and_only_main_sees_the_levels(toy):
 @pytest.mark.parametrize("fusion", ["samf", "add"])
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_any_number_of_levels_is_fused(toy, fusion, number):
-  model = build(num_levels=number, fusion=fusion)
-  assert model.main(toy.image(), levels(number)).final.shape == (2, 16, 16, 1)
+  model = toy_model(num_levels=number, fusion=fusion)
+  assert model.main(toy.image(), toy_levels(number)).final.shape == (2, 16, 16, 1)
   with pytest.raises(ValueError, match=f"the model fuses {number}"):
-    model.main(toy.image(), levels(number + 1))
+    model.main(toy.image(), toy_levels(number + 1))
 
 
 def test_adding_levels_is_progressive_addition(toy):
-  model = build(num_levels=2, fusion="add")
+  model = toy_model(num_levels=2, fusion="add")
   _, top = model.backbone.encode(toy.image())
   fused = top
-  for fuse, level in zip(model.fusion, levels(2), strict=True):
+  for fuse, level in zip(model.fusion, toy_levels(2), strict=True):
     fused = fuse(fused, level)
   expected = top + sum(
     jax.image.resize(
@@ -143,25 +128,20 @@ def test_adding_levels_is_progressive_addition(toy):
       top.shape,
       "bilinear",
     )
-    for fuse, level in zip(model.fusion, levels(2), strict=True)
+    for fuse, level in zip(model.fusion, toy_levels(2), strict=True)
   )
   np.testing.assert_allclose(fused, expected, rtol=1e-5, atol=1e-6)
 
 
-def stats(model) -> dict[str, np.ndarray]:
-  flat = nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
-  return {"/".join(map(str, path)): np.asarray(v[...]) for path, v in flat}
-
-
 def test_per_branch_statistics_are_those_of_each_branch_trained_alone(toy):
-  both, main, light = build(), build(), build(num_levels=0)
+  both, main, light = toy_model(), toy_model(), toy_model(num_levels=0)
   both.train(), main.train(), light.train()
   both.set_attributes(deterministic=True, raise_if_not_found=False)
   main.set_attributes(deterministic=True, raise_if_not_found=False)
   light.set_attributes(deterministic=True, raise_if_not_found=False)
   nnx.update(light.backbone, nnx.state(both.backbone))
-  both(toy.image(), levels())
-  main.main(toy.image(), levels())
+  both(toy.image(), toy_levels())
+  main.main(toy.image(), toy_levels())
   light.light(toy.image())
   ours, of_light = stats(both), stats(light)
   for path, value in of_light.items():
@@ -174,7 +154,7 @@ def test_per_branch_statistics_are_those_of_each_branch_trained_alone(toy):
 
 
 def test_shared_statistics_are_updated_twice_main_first(toy):
-  model = build(bn_stats="shared")
+  model = toy_model(bn_stats="shared")
   model.train()
   model.set_attributes(deterministic=True, raise_if_not_found=False)
   norm = model.backbone.up.norm
@@ -188,18 +168,18 @@ def test_shared_statistics_are_updated_twice_main_first(toy):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(type(norm), "__call__", spy)
-    model(toy.image(), levels())
+    model(toy.image(), toy_levels())
   main, light = seen
   np.testing.assert_allclose(norm.mean[...], 0.9 * (0.1 * main) + 0.1 * light, rtol=1e-5, atol=1e-7)
 
 
 def test_what_runs_once_is_updated_once(toy):
-  model, alone = build(bn_stats="shared"), build(num_levels=0)
+  model, alone = toy_model(bn_stats="shared"), toy_model(num_levels=0)
   nnx.update(alone.backbone, nnx.state(model.backbone))
   for m in (model, alone):
     m.train()
     m.set_attributes(deterministic=True, raise_if_not_found=False)
-  model(toy.image(), levels())
+  model(toy.image(), toy_levels())
   alone.light(toy.image())
   for layer in ("stem", "down", "skip"):
     a, b = (getattr(m.backbone, layer).norm.mean[...] for m in (model, alone))
@@ -208,8 +188,8 @@ def test_what_runs_once_is_updated_once(toy):
 
 def test_unknown_options_are_refused(toy):
   with pytest.raises(ValueError, match="one of samf, add"):
-    build(fusion="sum")
+    toy_model(fusion="sum")
   with pytest.raises(ValueError, match="per_branch or shared"):
-    build(bn_stats="both")
+    toy_model(bn_stats="both")
   with pytest.raises(ValueError, match="No backbone is called 'mdsa'; there are acm"):
     FDEP("mdsa", rngs=nnx.Rngs(0))

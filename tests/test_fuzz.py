@@ -16,13 +16,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import Bright, detector, mapping, scene, whole, write_legacy, write_zip
 from PIL import Image
 from safetensors.numpy import save
-from test_predict import Bright, detector, scene
-from test_torch_file import mapping, whole, write_legacy, write_zip
 
 import converters
-from converters import _rules
+from converters import rules
 from fdep_jax import predict, score
 from fdep_jax.data import frames
 
@@ -194,8 +193,8 @@ def test_broken_checkpoints_are_converted_or_refused(tmp_path, marker, toy, monk
   # The toy stands for the eight, whose tables are longer and nothing else.
   table = types.ModuleType("converters.toy")
   table.rules = lambda net: [
-    *(rule for name in ("stem", "down", "skip", "up") for rule in _rules.conv_norm(name, name)),
-    *((name, name, _rules.CONV) for name in ("side", "head")),
+    *(rule for name in ("stem", "down", "skip", "up") for rule in rules.conv_norm(name, name)),
+    *((name, name, rules.CONV) for name in ("side", "head")),
   ]
   monkeypatch.setitem(sys.modules, "converters.toy", table)
   weights = converters.to_torch(toy.Toy(rngs=nnx.Rngs(0)))

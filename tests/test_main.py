@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one message, nothing half-written."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -13,24 +14,13 @@ import time
 
 import numpy as np
 import pytest
+from helpers import ROOT, command, toy_config
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import base, msda
+from configs import base, msda, tpu
 from fdep_jax import build, settings, train
 from fdep_jax import detector as detector_lib
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-def command(*arguments) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [sys.executable, "main.py", *map(str, arguments)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
 
 
 def make_folder(path: pathlib.Path, count: int = 4) -> pathlib.Path:
@@ -49,22 +39,17 @@ def make_folder(path: pathlib.Path, count: int = 4) -> pathlib.Path:
   return path
 
 
-def toy_config(root, **changes):
-  config = base.get_config()
-  config.update_from_flattened_dict(
-    {
-      "mode": "original",
-      "model.backbone": "toy",
-      "data.root": str(root),
-      "data.crop": 32,
-      "data.val_fraction": 0.5,
-      "train.batch_size": 2,
-      "train.steps": 2,
-      "log.progress": False,
-      **changes,
-    }
-  )
-  return config
+def folder_config(root, **changes):
+  """The toy alone on a folder of pictures."""
+  own = {
+    "mode": "original",
+    "data.root": str(root),
+    "data.val_fraction": 0.5,
+    "dino.checkpoint": base.get_config().dino.checkpoint,
+    "train.batch_size": 2,
+    "train.steps": 2,
+  }
+  return toy_config(**own | changes)
 
 
 def refused(config, workdir, error=ValueError) -> str:
@@ -80,6 +65,24 @@ def test_a_misspelt_setting_gets_the_nearest_names():
   assert done.returncode == 2
   assert "no setting 'train.lrr'" in done.stderr and "train.learning_rate" in done.stderr
   assert "Traceback" not in done.stderr and not (ROOT / "never").exists()
+
+
+def test_a_config_that_takes_an_argument_is_explained_like_the_others():
+  path = ROOT / "configs" / "tpu.py"
+  said = settings.explain_flags([f"--config={path}:msda", "--config.train.lrr=1"], KeyError())
+  assert "no setting 'train.lrr'" in said and "train.learning_rate" in said
+  for argument in ("", ":msad"):
+    said = settings.explain_flags([f"--config={path}{argument}"], ValueError("Traceback"))
+    assert "name one of acm, " in said and "configs/tpu.py:msda" in said
+    assert "Traceback" not in said
+
+
+def test_the_tpu_config_is_the_networks_own_in_bfloat16():
+  for name, remat in tpu.NETWORKS.items():
+    own = settings.flat(importlib.import_module(f"configs.{name}").get_config())
+    found = settings.flat(tpu.get_config(name))
+    wanted = {"train.dtype": "bfloat16", "dino.dtype": "bfloat16", "train.remat": remat}
+    assert found == own | wanted and own["train.dtype"] == "float32"
 
 
 def test_missing_data_and_weights_are_named_together():
@@ -114,7 +117,7 @@ def test_every_bad_value_of_a_config_is_listed():
   assert "mode is 'fdpe'" in message and "original, fdep_wo_coisd, fdep" in message
 
 
-def test_the_settings_that_an_older_run_lacks_are_named(tmp_path):
+def test_settings_that_an_older_run_lacks_are_named(tmp_path):
   values = base.get_config().to_dict()
   del values["dino"]["bank"], values["train"]["remat"]
   (tmp_path / "config.json").write_text(json.dumps(values))
@@ -129,25 +132,27 @@ def test_the_settings_that_an_older_run_lacks_are_named(tmp_path):
 
 
 def test_only_the_quick_start_may_use_a_random_prior(toy, tmp_path):
-  config = toy_config(make_folder(tmp_path / "data"), mode="fdep", **{"dino.checkpoint": "random"})
+  config = folder_config(
+    make_folder(tmp_path / "data"), mode="fdep", **{"dino.checkpoint": "random"}
+  )
   assert "only the quick start" in refused(config, tmp_path / "run")
 
 
 def test_a_missing_split_file_is_refused(toy, tmp_path):
   root = make_folder(tmp_path / "data")
   (root / "splits/train.txt").unlink()
-  assert "train" in refused(toy_config(root), tmp_path / "run")
+  assert "train" in refused(folder_config(root), tmp_path / "run")
 
 
 def test_an_empty_folder_is_refused(toy, tmp_path):
   (tmp_path / "data").mkdir()
-  assert str(tmp_path / "data") in refused(toy_config(tmp_path / "data"), tmp_path / "run")
+  assert str(tmp_path / "data") in refused(folder_config(tmp_path / "data"), tmp_path / "run")
 
 
-def test_a_mask_of_another_size_is_refused(toy, tmp_path):
+def test_a_mask_of_a_different_size_is_refused(toy, tmp_path):
   root = make_folder(tmp_path / "data")
   Image.new("L", (50, 40)).save(root / "masks/1.png")
-  message = refused(toy_config(root), tmp_path / "run")
+  message = refused(folder_config(root), tmp_path / "run")
   assert "1.png" in message and "40" in message and "50" in message
 
 
@@ -158,7 +163,7 @@ def test_the_published_mask_of_misc_111_is_refused(toy, shared, tmp_path):
   shutil.copy(source, root / "images/Misc_111.png")
   shutil.copy(faulty, root / "masks/Misc_111.png")
   (root / "splits/train.txt").write_text("0\nMisc_111\n")
-  message = refused(toy_config(root), tmp_path / "run")
+  message = refused(folder_config(root), tmp_path / "run")
   assert "Misc_111" in message and "592" in message and "325" in message
 
 
@@ -166,18 +171,18 @@ def test_a_truncated_image_is_refused(toy, tmp_path):
   root = make_folder(tmp_path / "data")
   content = (root / "images/1.png").read_bytes()
   (root / "images/1.png").write_bytes(content[: len(content) // 2])
-  assert "1.png" in refused(toy_config(root), tmp_path / "run")
+  assert "1.png" in refused(folder_config(root), tmp_path / "run")
 
 
 def test_masks_without_any_target_are_refused(toy, tmp_path):
   root = make_folder(tmp_path / "data")
   for path in (root / "masks").iterdir():
     Image.new("L", (48, 40)).save(path)
-  assert "masks are empty" in refused(toy_config(root), tmp_path / "run")
+  assert "masks are empty" in refused(folder_config(root), tmp_path / "run")
 
 
 def test_a_crop_that_the_network_cannot_take_is_refused(toy, tmp_path):
-  config = toy_config(make_folder(tmp_path / "data"), **{"data.crop": 30})
+  config = folder_config(make_folder(tmp_path / "data"), **{"data.crop": 30})
   message = refused(config, tmp_path / "run")
   assert "data.crop is 30" in message and "multiple of 4" in message
 
@@ -202,7 +207,7 @@ def test_a_file_that_is_no_dinov2_is_refused(toy, tmp_path, content):
 
     name = "conv.weight" if content == "other" else "blocks.0.norm1.weight"
     save_file({name: np.zeros((16,), np.float32)}, path)
-  config = toy_config(root, mode="fdep", **{"dino.checkpoint": str(path)})
+  config = folder_config(root, mode="fdep", **{"dino.checkpoint": str(path)})
   message = refused(config, tmp_path / "run")
   assert str(path) in message and not marker.exists()
   if content == "attack":
@@ -212,7 +217,7 @@ def test_a_file_that_is_no_dinov2_is_refused(toy, tmp_path, content):
 def test_a_folder_that_cannot_be_written_is_refused(toy, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(ValueError, match="cannot be written"):
-    train.train(toy_config(make_folder(tmp_path / "data")), tmp_path / "file" / "run")
+    train.train(folder_config(make_folder(tmp_path / "data")), tmp_path / "file" / "run")
 
 
 def test_a_terminated_run_saves_and_says_so(tmp_path):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import count_parameters, relative_error
 
 import converters
-from converters import _rules
+from converters.rules import flat_variables
 from fdep_jax import backbones
 
 # PyTorch's executed parameters (YuChuang1205/PAL e89262f and the networks' own repositories); the
@@ -49,21 +50,12 @@ def reference_heads(name: str, logits: backbones.Logits) -> list[jax.Array]:
   return [logits.final, *side] if name in ("uiu", "ilnet") else [*side, logits.final]
 
 
-def relative_error(ours, reference) -> float:
-  """‖ours − reference‖ / ‖reference‖."""
-  return np.linalg.norm(np.asarray(ours, np.float64) - reference) / np.linalg.norm(reference)
-
-
 def nchw(x):
   return x.transpose(0, 3, 1, 2)
 
 
 def shapes_only(name: str):
   return nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0)))
-
-
-def count(module) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +82,8 @@ def test_every_network_has_its_parameter_count_in_the_table():
 def test_parameters_equal_the_executed_ones_of_the_published_network(name):
   net = shapes_only(name)
   constant = [path for path in CONSTANT.get(name, ()) if path.endswith(("scale", "bias"))]
-  assert count(net) + len(constant) == PARAMETERS[name]
-  assert set(constant) <= set(_rules.flat_variables(net))
+  assert count_parameters(net) + len(constant) == PARAMETERS[name]
+  assert set(constant) <= set(flat_variables(net))
 
 
 @pytest.mark.parametrize("name", backbones.names())
@@ -214,7 +206,7 @@ def test_the_wavelet_buffers_of_real_checkpoints_are_accepted_and_written_back(g
   for key, values in buffers.items():
     np.testing.assert_array_equal(back[key], values)
   other = {**state, **buffers, list(buffers)[0]: np.ones((1, 1, 2, 2), np.float32)}
-  with pytest.raises(ValueError, match="another constant"):
+  with pytest.raises(ValueError, match="differs from the network's constant"):
     converters.load_backbone("msda", other)
 
 
@@ -243,7 +235,7 @@ def torch_paths(name: str, net) -> dict[str, str]:
     f"{layer}.{suffix}": f"{path}/{ours}"
     for layer, path, kind in rules
     for suffix, ours in kind.names.items()
-    if f"{path}/{ours}" in _rules.flat_variables(net)
+    if f"{path}/{ours}" in flat_variables(net)
   }
 
 

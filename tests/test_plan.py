@@ -3,8 +3,6 @@
 import importlib
 import importlib.util
 import json
-import subprocess
-import sys
 import types
 
 import jax
@@ -13,27 +11,18 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import command, toy_config
 
-from configs import base
 from fdep_jax import backbones, build, losses, plan
 from fdep_jax import step as step_lib
 from fdep_jax.runtime import hlo, mesh, topology
 
 
-def toy_config(**changes):
-  config = base.get_config()
-  config.update_from_flattened_dict(
-    {
-      "model.backbone": "toy",
-      "data.root": "synthetic",
-      "data.crop": 32,
-      "dino.checkpoint": "random",
-      "train.batch_size": 8,
-      "eval.batch_size": 4,
-      **changes,
-    }
+def slice_config(**changes):
+  """A batch that eight devices can share."""
+  return toy_config(
+    **{"data.synthetic_size": 128, "train.batch_size": 8, "eval.batch_size": 4, **changes}
   )
-  return config
 
 
 def conv(x, kernel, stride=1):
@@ -88,7 +77,7 @@ def test_collectives_have_the_size_of_their_result_and_count_loops():
 
 
 def test_a_plan_for_cpu_devices_reports_every_column(toy, tmp_path, capsys):
-  result = plan.plan(toy_config(), "cpu:4", tmp_path)
+  result = plan.plan(slice_config(), "cpu:4", tmp_path)
   assert result == json.loads((tmp_path / "plan.json").read_text())
   printed = capsys.readouterr().out
   for word in (
@@ -101,7 +90,7 @@ def test_a_plan_for_cpu_devices_reports_every_column(toy, tmp_path, capsys):
     "evaluation",
   ):
     assert word in printed
-  parts = plan.abstract(toy_config())
+  parts = plan.abstract(slice_config())
   floats = sum(leaf.size for leaf in jax.tree.leaves(parts.state["params"]))
   held = result["hbm_by_kind"]
   assert held["parameters"] == 4 * floats
@@ -119,9 +108,9 @@ def test_a_plan_for_cpu_devices_reports_every_column(toy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("thorough", "effort"), [(False, "quick"), (True, "thorough")])
-def test_a_plan_says_with_which_effort_it_compiled(toy, tmp_path, thorough, effort):
+def test_a_plan_records_the_compilers_effort(toy, tmp_path, thorough, effort):
   names = {"topology": "cpu:2", "thorough": thorough, "workdir": None, "out": str(tmp_path)}
-  config = toy_config(mode="original", **{"log.compile_cache": ""})
+  config = slice_config(mode="original", **{"log.compile_cache": ""})
   before = jax.config.jax_exec_time_optimization_effort
   compiled = []
   try:
@@ -143,8 +132,8 @@ def test_a_plan_says_with_which_effort_it_compiled(toy, tmp_path, thorough, effo
 
 @pytest.mark.slow
 def test_twice_the_devices_with_twice_the_batch_cost_the_same_each(toy, tmp_path):
-  small = plan.plan(toy_config(**{"train.batch_size": 4}), "cpu:2", tmp_path)
-  large = plan.plan(toy_config(**{"train.batch_size": 8}), "cpu:4", tmp_path)
+  small = plan.plan(slice_config(**{"train.batch_size": 4}), "cpu:2", tmp_path)
+  large = plan.plan(slice_config(**{"train.batch_size": 8}), "cpu:4", tmp_path)
   for key in ("flops_per_chip", "bytes_per_chip", "hbm_bytes_per_chip"):
     assert large[key] == pytest.approx(small[key], rel=0.05)
 
@@ -158,7 +147,7 @@ def test_saving_memory_does_not_change_the_step(toy, change):
   }
   results, sizes = [], []
   for changes in ({}, change):
-    config = toy_config(**changes)
+    config = slice_config(**changes)
     prior = build.load_prior(config)
     model = build.create_model(config, prior)
     optimizer = optax.sgd(0.1)
@@ -181,7 +170,7 @@ def test_saving_memory_does_not_change_the_step(toy, change):
 
 
 def test_sharing_out_gathers_one_block_at_a_time(toy):
-  config = toy_config(**{"dino.shard": True})
+  config = slice_config(**{"dino.shard": True})
   parts = plan.abstract(config)
   collectives = plan.compile_train(config, parts, mesh.make(4)).collectives
   gathered = [c for c in collectives if c["op"] == "all-gather"]
@@ -193,7 +182,7 @@ def test_sharing_out_gathers_one_block_at_a_time(toy):
 def test_rematerialisation_computes_no_convolution_again(toy):
   flops = []
   for kind in ("none", "products"):
-    config = toy_config(mode="original", **{"train.remat": kind})
+    config = slice_config(mode="original", **{"train.remat": kind})
     flops.append(plan.compile_train(config, plan.abstract(config), mesh.make(1)).flops)
   assert flops[0] == flops[1]
 
@@ -252,19 +241,19 @@ def test_the_vits_size_is_read_from_the_name_of_a_file_that_need_not_exist():
   assert build.vit_arguments("nowhere/dinov2_vitl14_pretrain.pth")["depth"] == 24
   assert build.vit_arguments("dinov2_vits14_reg4_pretrain.pth")["registers"] == 4
   assert build.vit_arguments("dinov2_vitg14_pretrain.pth")["swiglu"]
-  with pytest.raises(ValueError, match="does not tell the ViT's size.*dinov2_vitl14_pretrain.pth"):
+  with pytest.raises(ValueError, match="not contain the ViT's size.*dinov2_vitl14_pretrain.pth"):
     build.vit_arguments("weights/prior.pth")
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:4x4x4", "v4:2x2", "h100:8", "cpu:0", "cpu:2x2", ""])
-def test_a_topology_that_is_none_is_refused(name):
+def test_a_malformed_topology_is_refused(name):
   with pytest.raises(ValueError, match="--topology is .* v5e:4x4"):
     topology.parse(name)
 
 
 def test_a_batch_that_the_slice_cannot_share_is_refused(toy, tmp_path):
   with pytest.raises(ValueError, match="batch_size is 6, which 4 devices cannot share.*Use 8"):
-    plan.plan(toy_config(**{"train.batch_size": 6}), "cpu:4", tmp_path / "out")
+    plan.plan(slice_config(**{"train.batch_size": 6}), "cpu:4", tmp_path / "out")
   assert not (tmp_path / "out").exists()
 
 
@@ -279,8 +268,8 @@ def test_without_the_tpu_compiler_one_sentence_says_how_to_get_it(monkeypatch):
 def test_what_does_not_fit_names_the_options_that_help_and_the_largest_batch(
   toy, tmp_path, monkeypatch
 ):
-  config = toy_config()
-  need = {rows: _needs(toy_config(**{"train.batch_size": rows})) for rows in (4, 8)}
+  config = slice_config()
+  need = {rows: _needs(slice_config(**{"train.batch_size": rows})) for rows in (4, 8)}
   limit = (need[4] + need[8]) / 2
   monkeypatch.setattr(topology, "host_memory", lambda: 4 * limit)
   result = plan.plan(config, "cpu:4", tmp_path)
@@ -308,11 +297,10 @@ def _needs(config) -> int:
 def test_the_tpu_compiler_plans_a_small_network(tmp_path):
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("needs libtpu (requirements-tpu.txt)")
-  command = [sys.executable, "main.py", "--mode", "plan", "--config", "configs/tpu/acm.py",
-             "--topology", "v5e:2x2", "--out", str(tmp_path), "--config.mode=original",
-             "--config.train.batch_size=4", "--config.data.crop=64"]  # fmt: skip
-  root = plan.__file__.rsplit("/", 2)[0]
-  done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+  flags = ["--mode", "plan", "--config", "configs/tpu.py:acm", "--topology", "v5e:2x2"]
+  changes = ("mode=original", "train.batch_size=4", "data.crop=64")
+  flags += ["--out", tmp_path, *(f"--config.{change}" for change in changes)]
+  done = command(*flags, timeout=None)  # the compiler takes minutes
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "plan.json").read_text())
   assert result["fits"] and result["chips"] == 4 and result["roofline"]["images_per_second"] > 0

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import pathlib
 import shutil
 import struct
-import sys
 import zlib
 
 import jax
@@ -13,28 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import Bright, detector, scene, toy_backbone, toy_config
 from PIL import Image
 
-from fdep_jax import backbones, build, predict, tiling, train
-from fdep_jax import detector as detector_lib
+from fdep_jax import build, predict, train
 from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.data import frames
-from fdep_jax.fdep import FDEP
 from fdep_jax.layers import basic, blocks, ops, windows
-
-
-class Bright(Backbone):
-  """Grey levels above 180 are targets."""
-
-  stride = top_stride = 1
-  top_channels = 3
-
-  def encode(self, image):
-    self.check_image(image)
-    return (), image
-
-  def decode(self, skips, top):
-    return Logits(50 * (top.mean(-1, keepdims=True) - 180 / 255))
+from fdep_jax.predict import tiling
 
 
 class Everything(Backbone):
@@ -67,23 +51,9 @@ class Everything(Backbone):
     return Logits(self.head(x + y))
 
 
-def detector(net: Backbone, mean=0.0, std=1.0) -> detector_lib.Detector:
-  model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
-  model.eval()
-  return detector_lib.Detector(model, "light", None, mean, std, None, "a test", None, 0)
-
-
 @pytest.fixture(scope="module")
 def bright():
   return predict.Predictor(detector(Bright()))
-
-
-def scene(height=40, width=48, dtype=np.uint8, spots=((10, 20),)) -> np.ndarray:
-  """Noise around 100 with 3×3 targets of 250."""
-  frame = np.random.default_rng(0).integers(90, 110, (height, width)).astype(dtype)
-  for row, col in spots:
-    frame[row : row + 3, col : col + 3] = 250
-  return frame
 
 
 # Windows of large frames.
@@ -277,7 +247,7 @@ def test_a_dead_pixel_does_not_set_the_range():
 
 
 @pytest.mark.parametrize("text", ["", "1", "2,1", "a,b", "nan,1", "1,2,3", "Auto"])
-def test_a_range_that_is_none_is_refused(text):
+def test_a_malformed_range_is_refused(text):
   with pytest.raises(ValueError, match="LOW,HIGH"):
     frames.parse_range(text)
 
@@ -285,7 +255,7 @@ def test_a_range_that_is_none_is_refused(text):
 # A folder.
 
 
-def test_a_folder_of_everything(tmp_path):
+def test_a_folder_with_every_kind_of_file_is_predicted(tmp_path):
   source, out = tmp_path / "in", tmp_path / "in" / "found"
   (source / "sub").mkdir(parents=True)
   Image.fromarray(scene()).save(source / "a.png")
@@ -375,30 +345,23 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
   """A run of two steps in mode fdep, and its test images as PNG files."""
-  from test_main import toy_config
-
   folder = tmp_path_factory.mktemp("trained")
-  with pytest.MonkeyPatch.context() as patch:
-    toys = str(pathlib.Path(__file__).parent / "toy_backbones")
-    patch.setattr(backbones, "__path__", [*backbones.__path__, toys])
-    settings = {
-      "mode": "fdep",
-      "dino.checkpoint": "random",
-      "data.synthetic_size": 64,
-      "data.synthetic_train": 8,
-      "data.synthetic_test": 5,
-      "eval.save_probs": True,
-      "checkpoint.every_steps": 1,
-      "log.tensorboard": False,
-    }
-    config = toy_config("synthetic", **settings)
+  settings = {
+    "data.val_fraction": 0.5,
+    "data.synthetic_train": 8,
+    "data.synthetic_test": 5,
+    "train.batch_size": 2,
+    "train.steps": 2,
+    "eval.save_probs": True,
+    "checkpoint.every_steps": 1,
+  }
+  config = toy_config(**settings)
+  with toy_backbone():
     train.train(config, folder / "run")
     (folder / "frames").mkdir()
     for sample in build.load_images(config).test:
       Image.fromarray(sample.image).save(folder / "frames" / f"{sample.name}.png")
     yield folder
-  sys.modules.pop("fdep_jax.backbones.toy", None)
-  vars(backbones).pop("toy", None)
 
 
 @pytest.mark.parametrize("branch", ["light", "main"])

@@ -11,7 +11,6 @@ import html.parser
 import itertools
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -21,9 +20,9 @@ import zlib
 
 import numpy as np
 import pytest
+from helpers import command, samples_and_maps, write_report
 
-from configs import base
-from fdep_jax import data, evaluate, report, settings
+from fdep_jax import data, report
 from fdep_jax.metrics import hse
 
 # One image alone may have no target.
@@ -32,51 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 RATES = ("iou", "niou", "pd", "fa", "precision", "recall", "f1")
 COUNTS = ("hits", "targets", "false_alarms")
-
-
-def scene(rng, height=60, width=70):
-  """A map and a mask with targets found, missed, displaced and touching, and false alarms."""
-  mask, prob = np.zeros((height, width), bool), np.zeros((height, width), np.float32)
-  for _ in range(rng.integers(0, 6)):
-    row, col = rng.integers(0, height - 4), rng.integers(0, width - 4)
-    size = rng.integers(1, 5)
-    mask[row : row + size, col : col + size] = True
-    down, right = np.maximum(0, [row, col] + rng.integers(-3, 4, 2))
-    prob[down : down + size, right : right + size] = rng.choice(report.THRESHOLDS)
-  prob = np.maximum(prob, np.float32(0.6) * rng.random((height, width), np.float32) ** 8)
-  return prob, mask
-
-
-def samples_and_maps(count=10, seed=0):
-  rng = np.random.default_rng(seed)
-  samples, maps = [], []
-  for i in range(count):
-    # The last one is crowded: everything touches, also across the ends of rows.
-    prob, mask = scene(rng, 60 + i, 70 - 2 * i)
-    if i == count - 1:
-      prob, mask = rng.random(mask.shape, np.float32), rng.random(mask.shape) < 0.1
-    grey = np.uint8(np.clip(40 + 120 * mask + rng.normal(0, 8, mask.shape), 0, 255))
-    samples.append(data.Sample(f"scene_{i}", np.repeat(grey[..., None], 3, 2), mask))
-    maps.append(prob)
-  return samples, maps
-
-
-def write(folder, samples, maps, **branches) -> pathlib.Path:
-  """A run folder with a report of these maps as its light branch."""
-  config = settings.flat(base.get_config())
-  recorder = report.Recorder(samples)
-  branches = {"light": maps, **branches}
-  probs = [{name: m[i] for name, m in branches.items()} for i in range(len(samples))]
-  totals = evaluate.accumulate(recorder.watch(enumerate(probs)), samples)
-  metrics = evaluate.results({name: total.result() for name, total in totals.items()})
-  for name, total in totals.items():
-    metrics[name]["intervals"] = report.intervals(total)
-  metrics |= {"params": 4_791_041, "deployed": "light", "seconds_per_image": 0.123, "split": "test"}
-  metrics |= {"checkpoint": 7, "selected_on": "val", "flops": float("nan")}
-  folder.mkdir(exist_ok=True)
-  path = folder / "report.html"
-  report.write(path, folder.name, samples, recorder, totals, metrics, config, {"note": "<b>"})
-  return path
 
 
 def unpack(text, shape):
@@ -119,7 +73,7 @@ class Resources(html.parser.HTMLParser):
 def test_a_report_names_nothing_outside_itself_and_holds_the_maps(tmp_path):
   samples, maps = samples_and_maps()
   samples[0] = samples[0]._replace(name="</script><script>alert(1)</script>")
-  path = write(tmp_path / "run", samples, maps)
+  path = write_report(tmp_path / "run", samples, maps)
   text = path.read_text()
   resources = Resources()
   resources.feed(text)
@@ -142,7 +96,7 @@ def test_a_report_names_nothing_outside_itself_and_holds_the_maps(tmp_path):
 def test_a_set_without_targets_has_a_report(tmp_path):
   samples, maps = samples_and_maps(2)
   samples = [sample._replace(mask=np.zeros_like(sample.mask)) for sample in samples]
-  path = write(tmp_path / "run", samples, maps)
+  path = write_report(tmp_path / "run", samples, maps)
   metrics = report._read(path)["runs"][0]["metrics"]["light"]
   assert metrics["hse"] is None and metrics["intervals"]["hse"] == [None, None]
 
@@ -150,9 +104,9 @@ def test_a_set_without_targets_has_a_report(tmp_path):
 def test_reports_of_several_runs_become_one(tmp_path):
   samples, maps = samples_and_maps(3)
   for name in ("a", "b"):
-    write(tmp_path / name, samples, maps)
+    write_report(tmp_path / name, samples, maps)
     (tmp_path / f"sweep_{name}").mkdir()
-    write(tmp_path / f"sweep_{name}/seed0", samples, maps)
+    write_report(tmp_path / f"sweep_{name}/seed0", samples, maps)
   held = report._read(report.of([tmp_path / "a", tmp_path / "b"], tmp_path / "new/both.html"))
   assert [run["name"] for run in held["runs"]] == ["a", "b"] and len(held["images"]) == 3
   seeds = [tmp_path / "sweep_a/seed0", tmp_path / "sweep_b/seed0"]
@@ -162,30 +116,26 @@ def test_reports_of_several_runs_become_one(tmp_path):
 
 def test_runs_that_cannot_share_a_report_are_named(tmp_path):
   samples, maps = samples_and_maps(3)
-  write(tmp_path / "a", samples, maps)
-  write(tmp_path / "b", samples[:2], maps[:2])
-  with pytest.raises(ValueError, match="b: evaluated on other images or masks than .*a"):
+  write_report(tmp_path / "a", samples, maps)
+  write_report(tmp_path / "b", samples[:2], maps[:2])
+  with pytest.raises(ValueError, match="b: evaluated on different images or masks than .*a"):
     report.of([tmp_path / "a", tmp_path / "b"], tmp_path / "out.html")
   with pytest.raises(FileNotFoundError, match="no .*c/report.html.*--mode eval"):
     report.of([tmp_path / "a", tmp_path / "c"], tmp_path / "out.html")
   (tmp_path / "a/report.html").write_text("<html>")
-  with pytest.raises(ValueError, match="damaged or of another version"):
+  with pytest.raises(ValueError, match="damaged or of a different version"):
     report.of([tmp_path / "a"], tmp_path / "out.html")
   assert not (tmp_path / "out.html").exists()
 
 
 def test_the_command_line_makes_one_report_of_several_runs(tmp_path):
   samples, maps = samples_and_maps(3)
-  runs = [write(tmp_path / name, samples, maps).parent for name in ("a", "b")]
-  main = pathlib.Path(__file__).resolve().parents[1] / "main.py"
+  runs = [write_report(tmp_path / name, samples, maps).parent for name in ("a", "b")]
   arguments = ["--mode", "report", "--runs", ",".join(map(str, runs))]
-  run = lambda *more: subprocess.run(  # noqa: E731
-    [sys.executable, main, *arguments, *more], capture_output=True, text=True, timeout=300
-  )
-  done = run("--out", tmp_path / "out.html")
+  done = command(*arguments, "--out", tmp_path / "out.html")
   assert done.returncode == 0, done.stderr
   assert len(report._read(tmp_path / "out.html")["runs"]) == 2
-  done = run()
+  done = command(*arguments)
   assert done.returncode == 2 and "--out" in done.stderr
 
 
@@ -198,7 +148,7 @@ def test_a_report_of_the_real_test_set_is_small(shared, tmp_path):
     grey = sample.image[..., 0] / np.float32(255)
     contrast = grey - (grey.mean(0, keepdims=True) + grey.mean(1, keepdims=True)) / 2
     maps.append(1 / (1 + np.exp(np.float32(30) * (np.float32(0.3) - contrast))))
-  path = write(tmp_path / "run", samples, maps)
+  path = write_report(tmp_path / "run", samples, maps)
   assert path.stat().st_size <= 15e6
 
 
@@ -247,7 +197,7 @@ def test_the_pages_rules_are_those_of_the_metrics(tmp_path):
   mask[5, 5] = mask[5, 11] = mask[15, 3] = mask[15, 5] = prob[5, 8] = prob[15, 4] = True
   samples.append(data.Sample("near", np.zeros((20, 20, 3), np.uint8), mask))
   maps.append(prob.astype(np.float32) * np.float32(0.7))
-  path = write(tmp_path / "run", samples, maps)
+  path = write_report(tmp_path / "run", samples, maps)
   thresholds = (0.005, 0.05, 0.1, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 0.995)
   for found, threshold in zip(judged_by_node(path, thresholds), thresholds, strict=True):
     check_equal(found, samples, maps, threshold)
@@ -365,15 +315,17 @@ def chromium(folder):
     os.close(send), os.close(receive)
 
 
+# Expressions of the page: the rows of its table, the images that its gallery shows.
+ROWS = "[...document.querySelectorAll('#at tr')].map(r => [...r.cells].map(c => c.innerText))"
+CARDS = "[...document.querySelectorAll('.card')].map(c => +c.dataset.image)"
+
+
 def test_the_report_works_in_a_browser(tmp_path):
   samples, maps = samples_and_maps(30)
   other = [np.float32(0.5) * (prob + m[::-1]) for prob, m in zip(maps, maps, strict=True)]
-  path = write(tmp_path / "run", samples, maps, main=other)
+  path = write_report(tmp_path / "run", samples, maps, main=other)
   with chromium(tmp_path / "profile") as page:
     page.open(path)
-    table = "[...document.querySelectorAll('#at tr')].map(r => [...r.cells].map(c => c.innerText))"
-    cards = "[...document.querySelectorAll('.card')].map(c => +c.dataset.image)"
-
     # The slider, moved as a user moves it: metrics of the set, and of an image.
     page.evaluate("document.getElementById('threshold').focus()")
     page.press("ArrowRight", 39)
@@ -384,11 +336,11 @@ def test_the_report_works_in_a_browser(tmp_path):
         check_equal(page.evaluate(f"totals.get(chosen[{d}])"), samples, of_branch, threshold)
         wanted = expected(samples, of_branch, threshold)
         factors = [("iou", 100), ("niou", 100), ("pd", 100), ("fa", 1e6)]
-        shown = page.evaluate(table)[1 + d]
+        shown = page.evaluate(ROWS)[1 + d]
         assert shown[1:5] == [f"{wanted[k] * f:.2f}" for k, f in factors]
         assert shown[8:] == [str(wanted["hits"]), str(wanted["targets"] - wanted["hits"]),
                              str(wanted["false_alarms"])]  # fmt: skip
-      first = page.evaluate(cards)[0]
+      first = page.evaluate(CARDS)[0]
       alone = expected([samples[first]], [maps[first]], threshold)
       caption = page.evaluate("document.querySelector('.card figcaption').innerText")
       assert f"hits {alone['hits']}, misses {alone['targets'] - alone['hits']}" in caption
@@ -409,16 +361,16 @@ def test_the_report_works_in_a_browser(tmp_path):
     page.set("threshold", "0.5")
     alone = [expected([s], [m], 0.5) for s, m in zip(samples, maps, strict=True)]
     wrong = [a["targets"] - a["hits"] + a["false_alarms"] for a in alone]
-    shown = page.evaluate(cards)
+    shown = page.evaluate(CARDS)
     assert len(shown) == 24 and [wrong[i] for i in shown] == sorted(wrong, reverse=True)[:24]
     page.evaluate("document.getElementById('more').click()")
-    assert sorted(page.evaluate(cards)) == list(range(30))
+    assert sorted(page.evaluate(CARDS)) == list(range(30))
     page.set("filter", "with misses")
     missed = [i for i, a in enumerate(alone) if a["hits"] < a["targets"]]
-    assert sorted(page.evaluate(cards)) == missed and 0 < len(missed) < 30
+    assert sorted(page.evaluate(CARDS)) == missed and 0 < len(missed) < 30
     page.set("filter", "all")
     page.set("search", "SCENE_2")
-    assert sorted(page.evaluate(cards)) == [2, *range(20, 30)]
+    assert sorted(page.evaluate(CARDS)) == [2, *range(20, 30)]
     page.set("search", "")
     page.evaluate("document.querySelectorAll('#detectors input')[1].click()")
     page.wait("chosen.length === 1 && document.querySelectorAll('#at tr').length === 2")
@@ -455,7 +407,7 @@ def test_four_runs_stand_side_by_side_in_a_browser(tmp_path):
   runs = []
   for k in range(5):
     scaled = [prob ** np.float32(1 + k / 2) for prob in maps]
-    runs.append(write(tmp_path / f"run{k}", samples, scaled, main=maps).parent)
+    runs.append(write_report(tmp_path / f"run{k}", samples, scaled, main=maps).parent)
   with chromium(tmp_path / "profile") as page:
     page.open(report.of(runs, tmp_path / "all.html"))
     labels = page.evaluate("chosen.map((d) => d.label)")
@@ -469,5 +421,5 @@ def test_four_runs_stand_side_by_side_in_a_browser(tmp_path):
       scaled = [prob ** np.float32(1 + k / 2) for prob in maps]
       check_equal(page.evaluate(f"totals.get(chosen[{k}])"), samples, scaled, 0.5)
     page.set("order", "largest difference")
-    page.set("filter", "where they differ")
+    page.set("filter", "with differences")
     assert page.errors() == [] and page.requests()[0] <= {"file", "data"}

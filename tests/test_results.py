@@ -40,7 +40,7 @@ def test_every_run_is_of_todays_config_and_in_the_table(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_written_about_them_is_in_them(name):
+def test_every_number_in_the_text_is_in_its_table(name):
   """Every number of two decimals in the chapter on a table is a number of the table."""
   chapter = TEXT.split(f"## `{name}`")[1].split("\n## ")[0].split("### What came out")[1]
   committed = (ROOT / "results" / name / "table.json").read_text()

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import sweeping
-import test_report
+from helpers import command, samples_and_maps, write_report
 from ml_collections import ConfigDict
 
 from fdep_jax import forward, settings
@@ -118,6 +118,7 @@ def six(tmp_path, toy) -> list[sweep.Run]:
 
 def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_path):
   run = six(tmp_path, toy)[0]
+  crop = run.config.data.crop
   assert sweep.state(run).word == "missing"
   settings.claim_workdir(run.folder, run.config)
   (run.folder / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
@@ -126,7 +127,7 @@ def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_pa
   assert str(sweep.state(run)) == "finished HSE 50.00"
   for change, state in (
     ({"train.steps": 13}, "begun step 4 of 13"),  # its schedule is constant: it can go on
-    ({"data.crop": 64}, f"of another config (data.crop: {run.config.data.crop} there, 64 here)"),
+    ({"data.crop": 64}, f"of a different config (data.crop: {crop} there, 64 here)"),
   ):
     other = ConfigDict(run.config.to_dict())
     other.update_from_flattened_dict(change)
@@ -153,7 +154,7 @@ def test_the_end_of_a_run_by_epochs_is_what_its_evaluation_says(toy, tmp_path):
   assert sweep.state(run).word == "begun"
 
 
-def test_results_of_another_config_are_kept(toy, tmp_path):
+def test_results_of_a_different_config_are_kept(toy, tmp_path):
   found = sweeping.table()._replace(seeds=(0,), rows=sweeping.table().rows[:1])
   base = sweeping.config(tmp_path / "compiled")
   base.model.backbone = "acm"  # the process does not know the toy
@@ -162,7 +163,7 @@ def test_results_of_another_config_are_kept(toy, tmp_path):
   before = {p.name: p.read_bytes() for p in run.folder.iterdir()}
   base.data.crop *= 2
   (failed,) = sweep.sweep(found, base, tmp_path / "runs")
-  assert "holds a run of another config" in sweep.failed(failed)["error"]
+  assert "contains a run of a different config" in sweep.failed(failed)["error"]
   assert before.items() <= {p.name: p.read_bytes() for p in run.folder.iterdir()}.items()
 
 
@@ -365,7 +366,7 @@ def test_rows_with_maps_are_compared_on_the_same_images(toy, tmp_path):
   assert "Paired over test images" in table.markdown(sweeping.table(), results)
 
 
-def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_told_and_compared(toy, tmp_path):
+def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_listed_and_compared(toy, tmp_path):
   with_maps(tmp_path, toy)
   for run in six(tmp_path, toy):
     if run.row.name == "toy-fdep":  # the other branch finds nothing
@@ -386,7 +387,7 @@ def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_told_and_compare
   assert table.as_json(sweeping.table(), results)["rows"][2]["main_branch"]["hse"] == [5.0, 5.0]
 
 
-def test_figures_are_written_of_what_there_is(toy, tmp_path):
+def test_figures_show_the_runs_that_exist(toy, tmp_path):
   results = results_of(tmp_path / "bare", toy)
   assert [p.name for p in figures.write(results, tmp_path)] == ["training.png"]
   results = with_maps(tmp_path / "full", toy)
@@ -399,17 +400,17 @@ def test_a_table_leaves_a_report_of_its_first_rows(toy, tmp_path):
   results = results_of(tmp_path, toy)
   out = tmp_path / "tables"
   assert table.write_report(results, out) == []
-  samples, maps = test_report.samples_and_maps(3)
+  samples, maps = samples_and_maps(3)
   for result in results:
     for run in result.runs:
-      test_report.write(run.folder, samples, maps)
+      write_report(run.folder, samples, maps)
   assert table.write_report(results, out) == [out / "report.html"]
   page = (out / "report.html").read_text()
   first = [result.runs[0].folder.name for result in results if result.runs]
   assert len(first) > 1 and all(name in page for name in first)
 
 
-def test_hits_misses_and_false_alarms_are_told_apart():
+def test_hits_misses_and_false_alarms_are_distinguished():
   mask, prob = np.zeros((20, 20), bool), np.zeros((20, 20), np.float32)
   mask[3:5, 3:5] = mask[15, 15] = True
   prob[3:5, 3:5] = prob[3, 16] = 0.8
@@ -417,12 +418,15 @@ def test_hits_misses_and_false_alarms_are_told_apart():
   assert marks == [("hit", (3.5, 3.5)), ("miss", (15, 15)), ("false alarm", (3, 16))]
 
 
-def test_settings_that_tell_rows_apart_are_not_for_the_command_line():
-  done = subprocess.run(
-    [sys.executable, "main.py", "--mode", "sweep", "--config", "configs/tables/table1.py",
-     "--workdir", "never", "--config.mode=fdep"],
-    cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=120,
-  )  # fmt: skip
+def test_a_config_of_one_run_is_no_table_also_if_it_takes_an_argument():
+  done = command("--mode", "sweep", "--config", "configs/tpu.py:acm", "--workdir", "never")
+  assert done.returncode == 2 and "configs/tpu.py is the config of one run" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_settings_that_rows_vary_are_refused_on_the_command_line():
+  config = "configs/tables/table1.py"
+  done = command("--mode", "sweep", "--config", config, "--workdir", "never", "--config.mode=fdep")
   assert done.returncode == 2 and "set mode themselves" in done.stderr
   assert "Traceback" not in done.stderr
   assert not experiments.pathlib.Path("never").exists()

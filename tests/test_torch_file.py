@@ -15,88 +15,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers import (
+  KINDS,
+  call,
+  mapping,
+  name,
+  tensor,
+  value,
+  whole,
+  write_legacy,
+  write_zip,
+)
 
 import converters
-from converters import _torch_file
+from converters import torch_file
 
 read_torch = converters.read_torch
-KINDS = {
-  "DoubleStorage": np.float64,
-  "FloatStorage": np.float32,
-  "HalfStorage": np.float16,
-  "BFloat16Storage": ml_dtypes.bfloat16,
-  "LongStorage": np.int64,
-  "IntStorage": np.int32,
-  "ShortStorage": np.int16,
-  "CharStorage": np.int8,
-  "ByteStorage": np.uint8,
-  "BoolStorage": np.bool_,
-  "ComplexFloatStorage": np.complex64,
-}
-
-
 # Opcodes. A program is what stands between PROTO and STOP.
-
-
-def value(x) -> bytes:
-  return pickle.dumps(x, 2)[2:-1]
-
-
-def name(dotted: str) -> bytes:
-  module, attribute = dotted.rsplit(".", 1)
-  return f"c{module}\n{attribute}\n".encode()
-
-
-def call(function: str, *args: bytes) -> bytes:
-  return name(function) + b"(" + b"".join(args) + b"tR"
-
-
-def mapping(entries: dict[str, bytes]) -> bytes:
-  return b"}(" + b"".join(value(key) + entry for key, entry in entries.items()) + b"u"
-
-
-def storage(kind: str, key: str, count: int, view=None, *, legacy=False) -> bytes:
-  parts = [value("storage"), name(f"torch.{kind}"), value(key), value("cpu"), value(count)]
-  return b"(" + b"".join(parts) + (value(view) if legacy else b"") + b"tQ"
-
-
-def tensor(kind, key, count, offset, shape, strides, **options) -> bytes:
-  return call(
-    "torch._utils._rebuild_tensor_v2",
-    storage(kind, key, count, **options),
-    *map(value, (offset, shape, strides, False)),
-    call("collections.OrderedDict"),
-  )
-
-
-def whole(array: np.ndarray, key: str, **options) -> bytes:
-  """A tensor that is its storage."""
-  kind = next(kind for kind, dtype in KINDS.items() if array.dtype == dtype)
-  strides = tuple(stride // array.itemsize for stride in array.strides)
-  return tensor(kind, key, array.size, 0, array.shape, strides, **options)
-
-
-def write_zip(path, program: bytes, storages=None, byteorder=b"little", compression=0):
-  with zipfile.ZipFile(path, "w", compression) as archive:
-    archive.writestr("archive/data.pkl", b"\x80\x02" + program + b".")
-    archive.writestr("archive/byteorder", byteorder)
-    for key, array in (storages or {}).items():
-      archive.writestr(f"archive/data/{key}", np.asarray(array).tobytes())
-    archive.writestr("archive/version", b"3\n")
-  return path
-
-
-def write_legacy(path, program: bytes, storages=None, little_endian=True):
-  system = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {}}
-  with open(path, "wb") as file:
-    for head in (0x1950A86A20F9469CFC6C, 1001, system):
-      pickle.dump(head, file, 2)
-    file.write(b"\x80\x02" + program + b".")
-    pickle.dump(sorted(storages or {}), file, 2)
-    for key in sorted(storages or {}):
-      array = np.asarray(storages[key])
-      file.write(struct.pack("<q", array.size) + array.tobytes())
-  return path
 
 
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -205,7 +140,7 @@ def test_a_numpy_array_in_a_checkpoint_is_an_array_too(tmp_path):
   assert state["big"].dtype == np.int32
 
 
-def test_safetensors_are_told_by_content_and_bfloat16_survives(tmp_path):
+def test_safetensors_are_recognised_by_content_and_bfloat16_survives(tmp_path):
   arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, ml_dtypes.bfloat16)}
   safetensors.numpy.save_file(arrays, tmp_path / "w.bin")
   state = read_torch(tmp_path / "w.bin")
@@ -294,7 +229,7 @@ def test_whatever_builds_something_other_than_tensors_is_refused(
   for function in ("eval", "__import__"):
     monkeypatch.setattr(builtins, function, never)
   try:
-    _torch_file.read_torch(path)
+    torch_file.read_torch(path)
   except ValueError as error:
     message = str(error)
   finally:
@@ -321,7 +256,7 @@ def test_a_stored_module_is_refused(tmp_path):
     (struct.pack("<q", 2**60) + b'{"a": 1}  ', "neither"),
   ],
 )
-def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, content, message):
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, message):
   path = tmp_path / "w.pth"
   path.write_bytes(content)
   with pytest.raises(ValueError, match=message) as error:

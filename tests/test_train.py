@@ -9,49 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import batch, lines, parameters, parts, toy_config
 
 from configs import base
 from fdep_jax import build, evaluate, report, settings, train
 from fdep_jax import step as step_lib
 from fdep_jax.runtime import checkpoint, mesh
-
-
-def toy_config(**changes):
-  """Synthetic 64×64 scenes, a small random prior, a few steps."""
-  config = base.get_config()
-  config.update_from_flattened_dict(
-    {
-      "model.backbone": "toy",
-      "data.root": "synthetic",
-      "data.crop": 32,
-      "data.synthetic_size": 64,
-      "data.synthetic_train": 12,
-      "data.synthetic_test": 3,
-      "data.val_fraction": 0.25,
-      "dino.checkpoint": "random",
-      "train.batch_size": 4,
-      "train.steps": 8,
-      "checkpoint.every_steps": 4,
-      "log.tensorboard": False,
-      "log.progress": False,
-      **changes,
-    }
-  )
-  return config
-
-
-def parameters(workdir, config) -> dict[str, np.ndarray]:
-  prior = build.load_prior(config)
-  model = build.create_model(config, prior)
-  optimizer = step_lib.make_optimizer(config, 1)
-  checkpoints = checkpoint.Checkpoints(workdir)
-  state, _ = checkpoints.restore(step_lib.init_state(model, optimizer))
-  checkpoints.close()
-  return {k: np.asarray(v) for k, v in checkpoint.flatten(state).items()}
-
-
-def lines(workdir) -> list[dict]:
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_same_seed_and_an_interruption_give_identical_parameters(toy, tmp_path, monkeypatch):
@@ -114,19 +77,6 @@ def test_the_flops_of_a_deployed_main_branch_hold_every_block_of_the_prior(toy, 
   tokens = 1 + math.ceil(config.data.crop / prior.patch) ** 2
   block = 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
   assert flops[1] - flops[0] == 4 * block
-
-
-def parts(config):
-  prior = build.load_prior(config)
-  model = build.create_model(config, prior)
-  optimizer = step_lib.make_optimizer(config, 1)
-  return prior, model, optimizer, step_lib.init_state(model, optimizer)
-
-
-def batch(size: int = 4, crop: int = 32):
-  rng = np.random.default_rng(0)
-  image = rng.integers(0, 256, (size, crop, crop, 3), np.uint8)
-  return {"image": image, "mask": rng.random((size, crop, crop)) < 0.05}
 
 
 def test_the_prior_is_neither_trained_nor_saved_nor_differentiated(toy):

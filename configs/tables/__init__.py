@@ -48,7 +48,7 @@ def numbers(row: dict) -> dict[str, float | None]:
 
 
 def network(name: str, mode: str, **changes) -> dict[str, object]:
-  """What `configs/<name>.py` changes in the base config, the mode, and more."""
+  """The settings that `configs/<name>.py` changes in the base config, the mode, and `changes`."""
   ours = settings.flat(importlib.import_module(f"configs.{name}").get_config())
   theirs = settings.flat(base.get_config())
   changed = {key: value for key, value in ours.items() if value != theirs[key]}

@@ -1,4 +1,4 @@
-"""What two choices do to ACM with FDEP on NUAA-SIRST: the edge weight and the running statistics.
+"""Two choices of ours in ACM with FDEP on NUAA-SIRST: the edge weight and the running statistics.
 
   python main.py --mode sweep --config configs/tables/nuaa_cpu_choices.py --workdir runs/nuaa_cpu
   python main.py --mode table --config configs/tables/nuaa_cpu_choices.py --workdir runs/nuaa_cpu \

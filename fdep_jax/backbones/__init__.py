@@ -1,6 +1,6 @@
-"""Detectors, found by file name: `create("msda", rngs=nnx.Rngs(0))`.
+"""Detectors, created by file name: `create("msda", rngs=nnx.Rngs(0))`.
 
-Each is an encoder-decoder: `encode` gives the skips and the top feature, `decode` the logits.
+Each is an encoder-decoder: `encode` returns the skips and the top feature, `decode` the logits.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from flax import nnx
 class Logits(NamedTuple):
   """Raw scores before the sigmoid, all at the image's size.
 
-  `final` is the prediction, B×H×W×1; `side` holds the further supervised heads, B×H×W×1 each, in
+  `final` is the prediction, B×H×W×1. `side` contains the other supervised heads, B×H×W×1 each, in
   the published code's order. RPCANet's side head is no score but the image that it rebuilds.
   """
 
@@ -29,12 +29,12 @@ class Logits(NamedTuple):
 
 
 class Backbone(nnx.Module):
-  """An encoder-decoder detector. A new one is one file in this folder with one subclass.
+  """An encoder-decoder detector. To add one, write one subclass in a new file of this folder.
 
-  FDEP changes only `top`, and decodes twice a step. So `encode` computes everything that does not
-  depend on `top`, decoder blocks on the skips included, and hands it over in `skips` (any pytree).
+  FDEP changes only `top` and decodes twice a step. So `encode` computes everything that does not
+  depend on `top`, including decoder blocks on the skips, and returns it in `skips` (any pytree).
 
-  A network without a top feature sets `top_channels` and `top_stride` to 0 and says why in
+  A network without a top feature sets `top_channels` and `top_stride` to 0 and gives the reason in
   `no_top`. Its `encode` returns None for `top`, and FDEP cannot be attached to it.
   """
 
@@ -51,14 +51,14 @@ class Backbone(nnx.Module):
   standardised: ClassVar[bool] = True
 
   def encode(self, image: jax.Array) -> tuple[Any, jax.Array]:
-    """Skips and top feature.
+    """Computes skips and top feature.
 
     Args:
       image: B×H×W×in_channels, normalised; H and W multiples of `stride`.
 
     Returns:
-      `skips`, whatever `decode` needs, and `top`, B×H/top_stride×W/top_stride×top_channels, or
-      None for a network without one.
+      `skips`, all that `decode` needs besides `top`, and `top`,
+      B×H/top_stride×W/top_stride×top_channels, or None for a network without one.
 
     Raises:
       ValueError: the image's size or channels do not fit.
@@ -66,7 +66,7 @@ class Backbone(nnx.Module):
     raise NotImplementedError
 
   def decode(self, skips: Any, top: jax.Array) -> Logits:
-    """Logits from the skips and a top feature, fused with a prior or not."""
+    """Computes logits from the skips and a top feature, with or without a fused prior."""
     raise NotImplementedError
 
   def __call__(self, image: jax.Array) -> Logits:
@@ -98,7 +98,7 @@ class Backbone(nnx.Module):
 
   @classmethod
   def caution(cls, size: tuple[int, int], crop: int) -> str:
-    """Why results at this size are doubtful after training on crops, for a warning; "": they are not.
+    """Says why results at this size are doubtful after training on crops; "": they are not.
 
     Args:
       size: rows and columns of an image, padded.
@@ -108,7 +108,7 @@ class Backbone(nnx.Module):
     return ""
 
   def check_image(self, image: jax.Array) -> None:
-    """Refuses an image that the network cannot take, with the way out in the message."""
+    """Raises a ValueError that says what to do if the network cannot take the image."""
     name = type(self).__module__
     if image.ndim != 4 or image.shape[-1] != self.in_channels:
       advice = "repeat its grey channel" if self.in_channels > 1 else "give its grey channel alone"
@@ -131,13 +131,13 @@ class Backbone(nnx.Module):
 
 
 def names() -> list[str]:
-  """Every network's name: the files of this folder that do not start with an underscore."""
+  """Lists the networks' names: the files of this folder that do not start with an underscore."""
   found = (module.name for module in pkgutil.iter_modules(__path__))
   return sorted(name for name in found if not name.startswith("_"))
 
 
 def network_class(name: str) -> type[Backbone]:
-  """The one `Backbone` that `backbones/<name>.py` defines."""
+  """Returns the one `Backbone` that `backbones/<name>.py` defines."""
   if name not in names():
     raise ValueError(f"No backbone is called {name!r}; there are {', '.join(names())}.")
   module = importlib.import_module(f"{__name__}.{name}")
@@ -154,5 +154,5 @@ def network_class(name: str) -> type[Backbone]:
 
 
 def create(name: str, *, rngs: nnx.Rngs, **options) -> Backbone:
-  """A freshly initialised network; `options` are the keywords of its class."""
+  """Creates a network with initial weights; `options` are the keywords of its class."""
   return network_class(name)(rngs=rngs, **options)

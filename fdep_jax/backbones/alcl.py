@@ -14,7 +14,7 @@ _BLOCKS = 3  # residual blocks a level
 
 
 class ALCLNet(Backbone):
-  """Five residual levels; local contrast on each; the skips gate what comes from below."""
+  """Five residual levels with local contrast on each; the skips gate the deeper features."""
 
   stride = 16
   top_stride = 16
@@ -31,7 +31,7 @@ class ALCLNet(Backbone):
     self.head = blocks.Head(16, **kaiming)
 
   def encode(self, image: jax.Array) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array]:
-    """Skips: for levels 1 to 4 the local contrast and its gate, both B×H×W×C of the level."""
+    """Returns the top and, for levels 1 to 4, the local contrast and its gate, both B×H×W×C."""
     self.check_image(image)
     x = self.stem(image)
     skips = []

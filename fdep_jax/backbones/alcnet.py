@@ -1,8 +1,8 @@
 """ALCNet as the paper's comparison runs it (0.43 M parameters, top feature 64 @ 1/16).
 
-An FPN with ACM's encoder and fusion; the local contrast of the publication that gave the name is
-not in this code. Source: YuChuang1205/PAL model/ALC; with 1 input channel and BatchNorm in the
-fusion blocks it is the ALCNet of XinyiYing/BasicIRSTD and LESPS.
+An FPN with ACM's encoder and fusion. Unlike the ALCNet publication, this code has no local
+contrast. Source: YuChuang1205/PAL model/ALC; with 1 input channel and BatchNorm in the fusion
+blocks it is the ALCNet of XinyiYing/BasicIRSTD and LESPS.
 """
 
 import jax

@@ -15,10 +15,10 @@ _DEEPEST = 4
 
 
 class DNANet(Backbone):
-  """A triangle of nodes x(i, j), row i and column j; column 0 is the encoder, x(4, 0) the top.
+  """Triangle of nodes x(i, j), row i and column j; column 0 is the encoder, x(4, 0) the top.
 
-  x(i, j) takes the earlier nodes of its row, x(i+1, j−1) doubled and x(i−1, j) halved, so it
-  depends on the top only where i + j = 4: `encode` does every diagonal before that one.
+  x(i, j) takes the earlier nodes of its row, x(i+1, j−1) doubled and x(i−1, j) halved. So it
+  depends on the top only if i + j = 4; `encode` computes all earlier diagonals.
   """
 
   stride = 16
@@ -30,7 +30,7 @@ class DNANet(Backbone):
     self.nodes = nnx.List(
       [nnx.List([_node(i, j, rngs) for j in range(_DEEPEST + 1 - i)]) for i in range(_DEEPEST + 1)]
     )
-    # What rows 4 to 1 give to the last node; `squeeze[i]` belongs to row i + 1.
+    # From rows 4 to 1 to the last node; `squeeze[i]` belongs to row i + 1.
     self.squeeze = nnx.List([basic.Conv(c, 16, 1, rngs=rngs) for c in _CHANNELS[1:]])
     self.merge = AttentionBlock(16 * 5, 16, rngs=rngs)
     self.heads = nnx.List([basic.Conv(16, 1, 1, rngs=rngs) for _ in range(4)])
@@ -58,7 +58,7 @@ class DNANet(Backbone):
     return Logits(self.heads[3](x), side)
 
   def _add_diagonal(self, rows: tuple, halved: tuple, deepest: jax.Array) -> tuple:
-    """Rows of nodes with i + j < d -> with i + j ≤ d.
+    """Extends the rows of nodes from i + j < d to i + j ≤ d.
 
     `halved` are the last nodes of rows 0 to d − 2 at the next row's size, `deepest` is x(d, 0).
     """
@@ -100,12 +100,12 @@ def _halve(x: jax.Array) -> jax.Array:
 
 
 def _node(i: int, j: int, rngs: nnx.Rngs) -> nnx.List:
-  """One block in row 0, two in the others."""
+  """Makes a node: one block in row 0, two in the others."""
   if j == 0:
     in_channels = _CHANNELS[i - 1] if i else 3
   else:
     in_channels = _CHANNELS[i] * j + _CHANNELS[i + 1] + (_CHANNELS[i - 1] if i else 0)
-  blocks = [AttentionBlock(in_channels, _CHANNELS[i], rngs=rngs)]
+  stages = [AttentionBlock(in_channels, _CHANNELS[i], rngs=rngs)]
   if i > 0:
-    blocks.append(AttentionBlock(_CHANNELS[i], _CHANNELS[i], rngs=rngs))
-  return nnx.List(blocks)
+    stages.append(AttentionBlock(_CHANNELS[i], _CHANNELS[i], rngs=rngs))
+  return nnx.List(stages)

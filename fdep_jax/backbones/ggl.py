@@ -41,7 +41,7 @@ class GGLNet(Backbone):
     self.head = blocks.Head(16, init="kaiming", rngs=rngs)
 
   def encode(self, image: jax.Array) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array]:
-    """Skips: for levels 1 to 4 the local contrast, B×H×W×C, and its spatial gate, B×H×W×1."""
+    """Returns the top and, for levels 1 to 4, the local contrast B×H×W×C and its gate B×H×W×1."""
     self.check_image(image)
     gradient = gradient_magnitude(image)
     x = self.stem(image)
@@ -67,10 +67,10 @@ class GGLNet(Backbone):
 
 
 def gradient_magnitude(image: jax.Array) -> jax.Array:
-  """√(∂x² + ∂y²) of every channel by central differences; zeros lie outside the image.
+  """Computes √(∂x² + ∂y²) of every channel by central differences, with zeros outside the image.
 
-  The zeros give strong false edges at the border, as in the published network. No gradient: the
-  square root has none at 0, and the image needs none.
+  The zeros give strong false edges at the border, as in the published network. Backpropagation
+  stops here: the square root has no gradient at 0, and the image needs none.
   """
   padded = jnp.pad(jax.lax.stop_gradient(image), [(0, 0), (1, 1), (1, 1), (0, 0)])
   before, inside, after = slice(None, -2), slice(1, -1), slice(2, None)
@@ -102,7 +102,7 @@ class GatedBlock(GatedConvs):
 
 
 class GradientBlock(nnx.Module):
-  """Adds to a level what it and the image's gradient say together; residual."""
+  """Adds to a level a residual computed from the level and the image's gradient."""
 
   def __init__(self, gradient_channels: int, channels: int, *, rngs: nnx.Rngs):
     self.gradient = GatedConvs(gradient_channels, channels, rngs=rngs)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdep_jax.backbones import Backbone, Logits
-from fdep_jax.layers import basic, ops
+from fdep_jax.layers import basic, blocks, ops
 
 _CHANNELS = (16, 32, 64)  # levels 1 to 3, at 1/1, 1/2 and 1/4
 
@@ -26,11 +26,11 @@ class MLCLNet(Backbone):
   paper_name = "MLCL-Net"
 
   def __init__(self, *, small: bool = False, rngs: nnx.Rngs):
-    blocks = 2 if small else 3
+    depth = 2 if small else 3
     self.stem = blocks.Stem(3, 16, init="torch", rngs=rngs)
     self.stages = nnx.List(
       [
-        nnx.List([first] + [blocks.ResidualBlock(c, rngs=rngs) for _ in range(blocks - 1)])
+        nnx.List([first] + [blocks.ResidualBlock(c, rngs=rngs) for _ in range(depth - 1)])
         for first, c in (
           (blocks.ResidualBlock(16, rngs=rngs), 16),
           (blocks.DownBlock(16, 32, rngs=rngs), 32),
@@ -59,7 +59,7 @@ class MLCLNet(Backbone):
     return Logits(self.head(x))
 
   def _widened(self, level: int, x: jax.Array) -> jax.Array:
-    """The local contrast of one level, B×h×w×64."""
+    """Computes the local contrast of one level, B×h×w×64."""
     return nnx.relu(self.widen[level](self.contrast[level](x)))
 
 

@@ -11,7 +11,7 @@ from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.layers import basic, blocks, ops
 
 _CHANNELS = (16, 32, 64, 64, 64)  # levels 1 to 5
-_SUMMARY = 16  # channels each of levels 1 to 4 adds to the top feature
+_SUMMARY = 16  # channels that each of levels 1 to 4 adds to the top feature
 
 
 class MSDANet(Backbone):
@@ -124,7 +124,7 @@ class ContextBlock(nnx.Module):
 
 
 class Fusion(nnx.Module):
-  """Doubles the deeper feature and adds to the skip what both say together."""
+  """Doubles the deeper feature's size and adds a residual computed from both to the skip."""
 
   def __init__(self, high_channels: int, low_channels: int, *, rngs: nnx.Rngs):
     options = {"init": "kaiming", "rngs": rngs}
@@ -145,7 +145,7 @@ def _conv(in_channels, out_channels, size, dilation, rngs) -> basic.ConvNormRelu
 
 
 def _branches(channels: int, fields, rngs) -> nnx.List:
-  """Chains of convolutions, each given by its layers' (kernel size, dilation)."""
+  """Makes chains of convolutions, each given by its layers' (kernel size, dilation)."""
   return nnx.List(
     [
       nnx.List([_conv(channels, channels, size, dilation, rngs) for size, dilation in layers])
@@ -155,7 +155,7 @@ def _branches(channels: int, fields, rngs) -> nnx.List:
 
 
 def _parallel(branches, x: jax.Array) -> jax.Array:
-  """Every chain of layers applied to x, concatenated over channels."""
+  """Applies every chain of layers to x and concatenates the results over channels."""
   outputs = []
   for branch in branches:
     y = x

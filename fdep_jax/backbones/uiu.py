@@ -10,8 +10,8 @@ from flax import nnx
 from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.layers import basic, ops
 
-# (inside, out) channels of levels 1 to 6 and of the decoder's levels 1 to 5, and how many levels
-# the small U-Net inside has. Levels 5 and 6 dilate instead of pooling.
+# (inside, out) channels of the encoder's levels 1 to 6 and of the decoder's levels 1 to 5, then the
+# depth of the U-Net inside each level. Levels 5 and 6 dilate instead of pooling.
 _ENCODER = ((32, 64), (32, 128), (64, 256), (128, 512), (256, 512), (256, 512))
 _DECODER = ((16, 64), (32, 64), (64, 128), (128, 256), (256, 512))
 _DEPTHS = (7, 6, 5, 4, 4, 4)
@@ -19,10 +19,10 @@ _POOLED = (True, True, True, True, False, False)
 
 
 class UIUNet(Backbone):
-  """A U-Net of U-Nets with cross attention on four of its five skips; seven supervised heads.
+  """U-Net of U-Nets with cross attention on four of its five skips; seven supervised heads.
 
-  The published network also takes sizes that are not multiples of 32, by rounding every pooling
-  up; this one refuses them, so that `top` is the image divided by 32 here as in every backbone.
+  The published network also takes sizes that are not multiples of 32, because its poolings round
+  up. This one refuses them, so that `top` has exactly 1/32 of the image's size.
   """
 
   stride = 32
@@ -79,8 +79,8 @@ class ResidualU(nnx.Module):
   Args:
     in_channels, inside, out_channels: channels; `inside` those of the inner levels.
     depth: levels of the inner U-Net.
-    pooled: whether the inner levels but the last halve the size (RSU-L), the last dilating by 2;
-      otherwise level i dilates by 2^i at full size (RSU-4F).
+    pooled: True: all inner levels but the last halve the size, and the last dilates by 2 (RSU-L).
+      False: level i dilates by 2^i at full size (RSU-4F).
   """
 
   def __init__(
@@ -126,7 +126,7 @@ class ResidualU(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-  """Weights the skip by channels chosen on the deeper feature, and that by the skip's positions."""
+  """Gates the skip's channels by the deeper feature, and that feature's positions by the skip."""
 
   def __init__(self, channels: int, *, rngs: nnx.Rngs):
     self.high = ConvGroup(channels, channels, 1, rngs=rngs)
@@ -142,7 +142,7 @@ class CrossAttention(nnx.Module):
     low = low * nnx.sigmoid(self.channel2(channels))
     positions = ops.mean_and_max(nnx.relu(self.spatial1(low)))
     high = high * nnx.sigmoid(self.spatial2(positions))
-    # One set of weights for both.
+    # Both share one set of weights.
     return nnx.relu(self.out(2 * low)), nnx.relu(self.out(2 * high))
 
 

@@ -1,4 +1,4 @@
-"""Datasets from folders, TFDS or thin air, their augmentation, and batches of them."""
+"""Datasets (folders, TFDS, synthetic scenes), their augmentation, and batches."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def read_tfds(
   data_dir: str | Path | None = None,
   manual_dir: str | Path | None = None,
 ) -> list[Sample]:
-  """See `tfds_builders.read_tfds`; imports tensorflow_datasets only when called."""
+  """Calls `tfds_builders.read_tfds`; tensorflow_datasets is imported only then."""
   from fdep_jax.data import tfds_builders
 
   return tfds_builders.read_tfds(name, split, data_dir, manual_dir)
@@ -44,7 +44,7 @@ def load(
   data_dir: str | Path | None = None,
   manual_dir: str | Path | None = None,
 ) -> list[Sample]:
-  """`read(root, split)`, or `read_tfds` where `root` is "tfds:<name>", such as "tfds:sirst3"."""
+  """Reads a dataset from a folder, or by `read_tfds` if `root` is "tfds:<name>" (tfds:sirst3)."""
   if str(root).startswith("tfds:"):
     return read_tfds(str(root).removeprefix("tfds:"), split, data_dir, manual_dir)
   return read(root, split)

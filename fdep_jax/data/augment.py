@@ -1,7 +1,7 @@
 """Random crop and the training recipe's augmentation, in numpy and scipy.
 
-All functions take an image H×W×3 uint8 and its mask H×W bool and give the same again. Every random
-number comes from the generator that is passed in.
+Every function takes and returns an image (H×W×3 uint8) and its mask (H×W bool). All random numbers
+come from the generator passed in.
 
 Source of the recipe: YuChuang1205/PAL train_model.py (albumentations 1.3.0).
 """
@@ -13,14 +13,15 @@ from scipy import ndimage
 def random_crop(
   image, mask, size: int, rng: np.random.Generator, target_prob: float = 0.0, margin: int = 0
 ):
-  """A size×size window, uniform over all positions; zeros at the right and bottom where it ends.
+  """Cuts a size×size window at a uniformly random position.
+
+  A smaller image is first extended by zeros at the right and bottom.
 
   Args:
-    margin: pixels of zeros beyond the right and bottom border that every window may reach into;
-      the recipe's is 0.
-    target_prob: probability of placing the window so that it holds a target pixel, which is then
-      drawn uniformly from the mask (uniformly placed where the mask is empty). The recipe's is 0:
-      many of its crops have no target.
+    margin: a window may reach this many pixels beyond the right and bottom border, into zeros; 0
+      in the recipe.
+    target_prob: probability of choosing a window that contains a target pixel drawn uniformly from
+      the mask (any window if the mask is empty). 0 in the recipe: many of its crops have no target.
   """
   bottom, right = (max(size - side, margin) for side in mask.shape)
   image = np.pad(image, ((0, bottom), (0, right), (0, 0)))
@@ -39,13 +40,13 @@ def random_crop(
 def warp(image, mask, matrix: np.ndarray, shift: np.ndarray):
   """Samples both at `matrix` @ (p − centre) + centre + `shift` for every output pixel p = (y, x).
 
-  Bilinear for the image, nearest for the mask. Beyond the border both are mirrored about the
-  border pixel (reflect-101), so that targets near it may appear twice, in image and mask alike.
+  The image is interpolated bilinearly, the mask by nearest neighbour. Beyond the border both are
+  mirrored about the border pixel (reflect-101), so a target near it may appear twice in both.
   """
   centre = (np.array(mask.shape) - 1) / 2
   offset = centre + shift - matrix @ centre
   if matrix[0, 1] == matrix[1, 0] == 0:
-    matrix = np.diag(matrix)  # scipy's faster way where the axes do not mix
+    matrix = np.diag(matrix)  # scipy is faster with the diagonal alone
   grey = (image == image[..., :1]).all()
   channels = [
     ndimage.affine_transform(
@@ -61,7 +62,7 @@ def warp(image, mask, matrix: np.ndarray, shift: np.ndarray):
 
 
 def _round(values: np.ndarray) -> np.ndarray:
-  # OUR CHOICE: rounds where the recipe's library cuts off, which darkens by half a grey level.
+  # OUR CHOICE: rounds. The recipe's library truncates, which darkens by half a grey level.
   return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
@@ -83,19 +84,19 @@ def rotate90(image, mask, rng):
 
 
 def rotate(image, mask, rng):
-  """By up to ±45°, about the centre."""
+  """Rotates by up to ±45° about the centre."""
   angle = np.deg2rad(rng.uniform(-45, 45))
   cos, sin = np.cos(angle), np.sin(angle)
   return warp(image, mask, np.array([[cos, -sin], [sin, cos]]), np.zeros(2))
 
 
 def shift(image, mask, rng):
-  """By up to ±10 % of the height and, independently, of the width; fractions of pixels count."""
+  """Shifts by up to ±10 % of the height and, independently, of the width; not in whole pixels."""
   return warp(image, mask, np.eye(2), rng.uniform(-0.1, 0.1, 2) * mask.shape)
 
 
 def scale(image, mask, rng):
-  """By a factor of 0.8 to 1.2 about the centre."""
+  """Scales by a factor of 0.8 to 1.2 about the centre."""
   return warp(image, mask, np.eye(2) / rng.uniform(0.8, 1.2), np.zeros(2))
 
 
@@ -104,12 +105,12 @@ def brightness(image, mask, rng):
 
 
 def contrast(image, mask, rng):
-  """Times 0.7 to 1.3; about zero, not about the mean."""
+  """Multiplies the grey levels by 0.7 to 1.3; zero stays, not the mean."""
   return _round(image * np.float32(rng.uniform(0.7, 1.3))), mask
 
 
 def noise(image, mask, rng):
-  """Gaussian, of variance 10 to 50 grey levels²; independent per channel, as the recipe's."""
+  """Adds Gaussian noise of variance 10 to 50 grey levels², per channel as in the recipe."""
   deviation = np.float32(np.sqrt(rng.uniform(10, 50)))
   return _round(image + deviation * rng.standard_normal(image.shape, np.float32)), mask
 
@@ -118,8 +119,8 @@ def unchanged(image, mask, rng):
   return image, mask
 
 
-# The recipe gives each transform a probability, but its library only draws with these as weights
-# and then always applies what was drawn.
+# The recipe gives each transform a probability. Its library uses them only as weights to draw a
+# transform, and always applies the drawn one.
 WEIGHTS = {
   vertical_flip: 0.5,
   horizontal_flip: 0.5,
@@ -139,21 +140,21 @@ _PROBABILITIES = np.array(list(WEIGHTS.values())) / sum(WEIGHTS.values())
 
 
 def draw(rng: np.random.Generator) -> list:
-  """The transforms for one sample: none in half the cases, else three with replacement."""
+  """Draws the transforms for one sample: none in half the cases, else three with replacement."""
   if rng.random() >= 0.5:
     return []
   return [_TRANSFORMS[i] for i in rng.choice(len(_TRANSFORMS), size=3, p=_PROBABILITIES)]
 
 
 def recipe(image, mask, rng):
-  """The paper's augmentation; transforms are applied one after the other, in the order drawn."""
+  """Applies the paper's augmentation: the drawn transforms, in the order drawn."""
   for transform in draw(rng):
     image, mask = transform(image, mask, rng)
   return image, mask
 
 
 def geometric(image, mask, rng):
-  """The recipe without brightness, contrast and noise."""
+  """Applies the recipe without brightness, contrast and noise."""
   for transform in draw(rng):
     if transform not in _PHOTOMETRIC:
       image, mask = transform(image, mask, rng)
@@ -161,7 +162,7 @@ def geometric(image, mask, rng):
 
 
 def photometric(image, mask, rng):
-  """Of the recipe only brightness, contrast and noise."""
+  """Applies only the recipe's brightness, contrast and noise."""
   for transform in draw(rng):
     if transform in _PHOTOMETRIC:
       image, mask = transform(image, mask, rng)
@@ -169,7 +170,7 @@ def photometric(image, mask, rng):
 
 
 def dihedral(image, mask, rng):
-  """One of the square's eight symmetries, uniformly; changes no pixel value."""
+  """Applies one of the square's eight symmetries, drawn uniformly; changes no pixel value."""
   turns, mirrored = int(rng.integers(4)), rng.integers(2)
   if mirrored:
     image, mask = image[:, ::-1], mask[:, ::-1]
@@ -178,7 +179,7 @@ def dihedral(image, mask, rng):
 
 AUGMENTATIONS = {"recipe": recipe, "dihedral": dihedral, "none": unchanged}
 
-# With a prior bank: what is drawn once for a crop, and what anew at every use (see `CropBank`).
+# With a prior bank: (drawn once per crop, drawn anew at every use); see `CropBank`.
 BANKED = {
   "recipe": (geometric, photometric),
   "dihedral": (dihedral, unchanged),

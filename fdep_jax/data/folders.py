@@ -1,14 +1,14 @@
-"""Reads datasets from the folder layouts in use, and refuses bad ones in one message.
+"""Reads datasets from the common folder layouts; one error lists all problems of a bad one.
 
-Accepted, NAME being the folder's own name:
+Accepted layouts, with NAME for the folder's own name:
 
   NAME/{images,masks}/  NAME/img_idx/{train,test}_NAME.txt      BasicIRSTD, LESPS, DNANet
   NAME/{images,masks}/  NAME/splits/{train,test}.txt            (or the two files in NAME/ itself)
   NAME/{train,val}/{img,mask}/  or  NAME/{origin,val}/{img,mask}/     PAL; its "val" is the test set
   NAME/<one of the above>/ ...                                  a union, such as SIRST3
 
-IRSTD-1K's own IRSTD1k_Img and IRSTD1k_Label stand for images and masks, and NUAA-SIRST's masks
-may end in _pixels0.
+IRSTD-1K's own folders IRSTD1k_Img and IRSTD1k_Label are accepted as images and masks. The names of
+NUAA-SIRST's masks may end in _pixels0.
 """
 
 import logging
@@ -24,8 +24,8 @@ from fdep_jax.data.samples import Sample
 
 SPLITS = ("train", "test")
 
-# Pairs in train and test, counted on the full public copies. The order is the one in which a
-# union is read, and the paper's order of SIRST3.
+# Numbers of train and test pairs, counted on the full public copies. Unions are read in this order,
+# the paper's order of SIRST3's parts.
 KNOWN_COUNTS = {
   "NUAA-SIRST": (213, 214),
   "NUDT-SIRST": (663, 664),
@@ -44,17 +44,17 @@ _LAYOUTS = (
 
 
 class DataError(ValueError):
-  """A dataset that cannot be used; the message lists everything that is wrong with it."""
+  """An unusable dataset; the message lists all its problems."""
 
 
 class MissingDataError(DataError, FileNotFoundError):
-  """A `DataError` where all that is wrong is that files or folders are not there."""
+  """A `DataError` whose only problems are missing files or folders."""
 
 
 class _Problem(NamedTuple):
   text: str
-  split: str | None = None  # None: matters whichever split is read
-  missing: bool = False  # all that is wrong is that something does not exist
+  split: str | None = None  # None: concerns both
+  missing: bool = False  # whether the problem is only that something does not exist
 
 
 class _Pair(NamedTuple):
@@ -64,11 +64,11 @@ class _Pair(NamedTuple):
 
 
 def read(root: str | Path, split: str) -> list[Sample]:
-  """Every pair of a split, decoded, in the order of its split file.
+  """Reads and decodes every pair of a split, in the order of its split file.
 
   A union is read in the order NUAA-SIRST, NUDT-SIRST, IRSTD-1K, then the others by name
-  (OUR CHOICE: the paper's order of SIRST3's parts). Names that occur in two parts get the part's
-  name in front: `NUDT-SIRST_000001`. PAL's folders have no split files and are read in natural
+  (OUR CHOICE: the paper's order of SIRST3's parts). A name that occurs in two parts gets the part's
+  name as a prefix: `NUDT-SIRST_000001`. PAL's folders have no split files and are read in natural
   order of the names (Misc_2 before Misc_10).
 
   Args:
@@ -77,9 +77,10 @@ def read(root: str | Path, split: str) -> list[Sample]:
 
   Raises:
     DataError: a ValueError listing all problems at once: images and masks of different size,
-      undecodable files, masks of 0 and 1, only empty masks, names twice in a split or in both.
-    MissingDataError: the same, and a FileNotFoundError, where the only problems are folders,
-      split files, images or masks that do not exist.
+      undecodable files, masks of 0 and 1, a split of empty masks only, a name listed twice or in
+      both splits.
+    MissingDataError: a DataError and FileNotFoundError, if the only problems are folders, split
+      files, images or masks that do not exist.
   """
   if split not in (*SPLITS, "all"):
     raise ValueError(f"split is {split!r}; it must be 'train', 'test' or 'all'")
@@ -107,7 +108,7 @@ def read(root: str | Path, split: str) -> list[Sample]:
 
 
 def validate(root: str | Path) -> dict[str, int]:
-  """Checks both splits as `read` does, decoding everything; {"train": pairs, "test": pairs}."""
+  """Checks and decodes both splits as `read` does; returns the numbers of pairs by split."""
   read(root, "all")
   parts, _ = _survey(Path(root))
   return {split: sum(len(pairs[split]) for pairs in parts.values()) for split in SPLITS}
@@ -117,7 +118,7 @@ def validate(root: str | Path) -> dict[str, int]:
 
 
 def _child(folder: Path, names: Iterable[str]) -> Path | None:
-  """The first sub folder whose name is one of `names`, whatever its case."""
+  """Finds the subfolder of the first of `names` that exists, ignoring case."""
   found = {p.name.lower(): p for p in sorted(folder.iterdir()) if p.is_dir()}
   return next((found[n] for n in names if n in found), None)
 
@@ -134,13 +135,13 @@ def _key(name: str) -> str:
 
 
 def known_name(folder: Path) -> str | None:
-  """The dataset that a folder's name means: irstd_1k and IRSTD-1k are IRSTD-1K."""
+  """Returns the dataset that a folder's name means: irstd_1k and IRSTD-1k are IRSTD-1K."""
   names = {_key(n): n for n in KNOWN_COUNTS} | {"sirst": "NUAA-SIRST"}
   return names.get(_key(folder.name))
 
 
 def _survey(root: Path) -> tuple[dict[Path, dict[str, list[_Pair]]], list[_Problem]]:
-  """The pairs of both splits of every part, in reading order, without opening an image."""
+  """Lists the pairs of both splits of every part, in reading order, without opening an image."""
   if not root.is_dir():
     raise MissingDataError(f"{root}: there is no such folder. A dataset is {_LAYOUTS}")
   problems: list[_Problem] = []
@@ -175,7 +176,7 @@ def _natural(name: str) -> list:
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
-  """Image files by their name without extension."""
+  """Lists a folder's image files by name without extension."""
   result: dict[str, list[Path]] = {}
   for path in sorted(folder.iterdir()):
     if _SUFFIX.search(path.name) and not path.name.startswith("."):
@@ -184,7 +185,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _show(part: Path, root: Path) -> str:
-  """Which part of a union a problem is in."""
+  """Returns a problem's prefix: the part's name, if the dataset is a union."""
   return "" if part == root else f"{part.name}: "
 
 
@@ -207,7 +208,7 @@ def _list_by_split_files(part: Path) -> tuple[dict[str, list[_Pair]], list[_Prob
 
 
 def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
-  """The names in a split's file, without extension; [] and a problem where there is none."""
+  """Reads the names in a split's file, without extension; [] and a problem if there is none."""
   index = part / "img_idx"
   looked_for = [
     index / f"{split}_{part.name}.txt",
@@ -216,11 +217,11 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
   ]
   found = [p for p in looked_for if p.is_file()]
   if not found:
-    # A renamed folder still holds its old img_idx file; taking one of several would be a guess.
+    # A renamed folder still has the img_idx file of its old name. Of several, none is guessed.
     found = sorted(index.glob(f"{split}_*.txt"))
     if len(found) > 1:
-      text = f"img_idx: {', '.join(p.name for p in found)}: which one is meant? Name it after the"
-      problems.append(_Problem(f"{text} folder, {split}_{part.name}.txt", split))
+      text = f"img_idx has {', '.join(p.name for p in found)}; rename the right one to"
+      problems.append(_Problem(f"{text} {split}_{part.name}.txt", split))
       return []
   if not found:
     tried = " or ".join(str(p.relative_to(part)) for p in looked_for)
@@ -240,12 +241,12 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
       problems.append(_Problem(f"{path.relative_to(part)}: lists no names", split))
   if any(set(names) != set(listed[0]) for names in listed):
     both = " and ".join(str(p.relative_to(part)) for p in found)
-    problems.append(_Problem(f"{both} list different names; keep the one that you mean", split))
+    problems.append(_Problem(f"{both} list different names; keep only the right one", split))
   return listed[0]
 
 
 def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
-  """PAL keeps a folder per split: train (or origin, its copy of the train set) and val."""
+  """Lists the pairs of PAL's layout: a folder per split, train (or its copy, origin) and val."""
   problems, files = [], {}
   for split, choices in (("train", ("train", "origin")), ("test", ("val",))):
     halves = [h for h in (_child(part, [c]) for c in choices) if h and _child(h, ["img"])]
@@ -290,8 +291,11 @@ def _match(
   split: str,
   problems: list[_Problem],
 ) -> list[_Pair]:
-  """Image and mask of each name. Where both exist, NAME wins over NAME_pixels0 (OUR CHOICE: the
-  suffix marks NUAA-SIRST's original masks, one of which has the wrong size)."""
+  """Finds image and mask of each name.
+
+  If both exist, NAME is preferred to NAME_pixels0 (OUR CHOICE: the suffix marks NUAA-SIRST's
+  original masks, one of which has the wrong size).
+  """
   pairs = []
   for name in dict.fromkeys(names):
     files = {
@@ -312,7 +316,10 @@ def _match(
 
 
 def _prefix_colliding_names(parts: dict[Path, dict[str, list[_Pair]]]) -> None:
-  """Over both splits, so that a name does not depend on which split is read."""
+  """Prefixes names that occur in two parts with the part's name.
+
+  Both splits are searched, so that a name does not depend on which split is read.
+  """
   owners: dict[str, set[Path]] = {}
   for part, splits in parts.items():
     for pair in (pair for pairs in splits.values() for pair in pairs):
@@ -364,5 +371,5 @@ def _compare_counts(root: Path, split: str, counts: dict[Path, int]) -> None:
     name = known_name(part)
     expected = KNOWN_COUNTS[name][SPLITS.index(split)] if name else number
     if number != expected:
-      message = "%s: %d %s pairs, but %s has %d: results will not compare with published ones"
+      message = "%s: %d %s pairs, but %s has %d; results are not comparable with published ones"
       _LOG.warning(message, part, number, split, name, expected)

@@ -1,8 +1,8 @@
-"""Frames as cameras and tools write them, at any bit depth, as the grey levels that networks know.
+"""Reads frames of any bit depth and converts them to the grey levels of 8-bit pictures.
 
-Read are PNG, BMP, TIFF and JPEG pictures, whatever their suffix, and NumPy's NPY; 8 to 32 bits,
-integers or floats, grey, palette or colour (transparency is dropped). Every page of a TIFF is a
-frame, and so is every H×W part of an N×H×W array.
+The files are PNG, BMP, TIFF and JPEG pictures, with any suffix, and NumPy's NPY: 8 to 32 bits,
+integers or floats, grey, palette or colour (transparency is dropped). Every page of a TIFF and
+every H×W part of an N×H×W array is a frame.
 """
 
 import re
@@ -14,31 +14,31 @@ import numpy as np
 from PIL import Image
 
 SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".npy")
-MAX_PIXELS = 2**27  # of one frame, 11585²: more is a mistake or an attack
+MAX_PIXELS = 2**27  # of one frame (11585²); a larger one is a mistake or an attack
 
-# Percentiles that become black and white. OUR CHOICE: a target fills about 1e-4 of a frame, and a
-# few dead or glaring pixels must not set the range.
+# Percentiles mapped to black and white. OUR CHOICE: a target fills about 1e-4 of a frame, and a few
+# dead or glaring pixels must not set the range.
 BLACK, WHITE = 0.1, 99.99
 
 Range = str | tuple[float, float]
 
 _FORMATS = ("PNG", "BMP", "TIFF", "JPEG")
-_REDUCED = 254  # TIFF's NewSubfileType; bit 0: a smaller copy of another page
+_REDUCED = 254  # TIFF's NewSubfileType; bit 0 marks a reduced copy of a page
 
 
 class FrameError(ValueError):
-  """A file that cannot be used; the message is the reason."""
+  """An unusable file; the message is the reason."""
 
 
 def read(path: str | Path) -> Iterator[np.ndarray]:
-  """The frames of a file, one after the other: H×W, or H×W×3 for colour, as they are stored.
+  """Yields the frames of a file as they are stored: H×W, or H×W×3 for colour.
 
   Yields:
     uint8, uint16, int32 or other integers; float32 or float64, finite.
 
   Raises:
-    FrameError: a ValueError with the reason in a phrase: no picture, damaged, empty, complex, not
-      finite, too large. Nothing in a file is ever executed.
+    FrameError: a ValueError with the reason in a phrase: not a picture, damaged, empty, complex,
+      not finite, too large. Nothing in a file is ever executed.
   """
   path = Path(path)
   try:
@@ -48,14 +48,14 @@ def read(path: str | Path) -> Iterator[np.ndarray]:
     yield from map(checked, frames)
   except FrameError:
     raise
-  except Exception as error:  # whatever decoders raise on these bytes, it is about the file
+  except Exception as error:  # decoders raise many types; each means a bad file
     reason = re.sub(r" *<_io[^>]*>|'?" + re.escape(str(path)) + "'?", "", str(error))
     reason = " ".join(reason.split())[:200] or type(error).__name__
-    raise FrameError(f"cannot be decoded ({reason}); is it a picture, and whole?") from None
+    raise FrameError(f"cannot be decoded ({reason}); is it a complete picture?") from None
 
 
 def checked(frame: np.ndarray) -> np.ndarray:
-  """The frame in native byte order, or a FrameError."""
+  """Returns the frame in native byte order, or raises a FrameError."""
   if frame.dtype.kind not in "uif" or frame.dtype.itemsize > 8:
     raise FrameError(f"holds {frame.dtype}; save integers or floats")
   if frame.ndim not in (2, 3) or frame.shape[2:] not in ((), (3,)) or not frame.size:
@@ -76,7 +76,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _read_array(path: Path) -> Iterator[np.ndarray]:
-  # Mapped, not read: a header that promises more than the file holds is refused before it costs.
+  # Mapped, not read: a header that claims more than the file has is refused before memory is taken.
   array = np.load(path, mmap_mode="r", allow_pickle=False)
   if array.ndim == 2:
     frames = [array]
@@ -100,7 +100,7 @@ def _read_array(path: Path) -> Iterator[np.ndarray]:
 
 def _read_picture(path: Path) -> Iterator[np.ndarray]:
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of Pillow, about size (checked here) and damaged metadata
+    warnings.simplefilter("ignore")  # Pillow's, about size (checked here) and damaged metadata
     with Image.open(path, formats=_FORMATS) as picture:
       pages = picture.n_frames if picture.format == "TIFF" else 1
   for page in range(pages):
@@ -112,7 +112,7 @@ def _read_picture(path: Path) -> Iterator[np.ndarray]:
 
 
 def _read_page(path: Path, page: int) -> np.ndarray | None:
-  """One page, or None for a smaller copy of another."""
+  """Reads one page; None if it is a reduced copy of a page."""
   with Image.open(path, formats=_FORMATS) as picture:
     if page:
       picture.seek(page)
@@ -128,14 +128,14 @@ def _read_page(path: Path, page: int) -> np.ndarray | None:
 
 
 def _layout(picture: Image.Image) -> str:
-  """Pillow's name for how the file stores a pixel, such as RGB;16B; "" where it has none."""
+  """Returns Pillow's name for the file's pixel layout, such as RGB;16B; "" if it has none."""
   arguments = picture.tile[0][3] if picture.tile else ""
   layout = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
   return layout if isinstance(layout, str) else ""
 
 
 def _read_deep_colour(path: Path, page: int, layout: str) -> np.ndarray:
-  """16 bits a channel, of which Pillow keeps the high byte: decode once for each byte."""
+  """Decodes 16 bits a channel, once for each byte, because Pillow keeps only the high one."""
   high, low = (_decode_as(path, page, layout, swap) for swap in (False, True))
   if layout.startswith("LA"):
     return high[..., 0].astype(np.uint16) * 256 + high[..., 1]
@@ -146,7 +146,7 @@ def _decode_as(path: Path, page: int, layout: str, swap: bool) -> np.ndarray:
   with Image.open(path, formats=_FORMATS) as picture:
     if page:
       picture.seek(page)
-    if layout.startswith("LA"):  # two 16-bit channels are four bytes, as RGBA's
+    if layout.startswith("LA"):  # two 16-bit channels take four bytes, like RGBA
       picture._mode, new = "RGBA", "RGBA"
     else:
       order = {"B": "L", "L": "B", "N": "B"}[layout[-1]] if swap else layout[-1]
@@ -159,7 +159,7 @@ def _decode_as(path: Path, page: int, layout: str, swap: bool) -> np.ndarray:
 
 
 def parse_range(text: str) -> Range:
-  """ "auto", "full" or "LOW,HIGH", as a flag gives it."""
+  """Parses a flag's value: "auto", "full" or "LOW,HIGH"."""
   if text in ("auto", "full"):
     return text
   try:
@@ -172,19 +172,18 @@ def parse_range(text: str) -> Range:
 
 
 def grey_levels(frame: np.ndarray, values: Range = "auto") -> np.ndarray:
-  """A frame in the grey levels of 8-bit pictures, which networks are trained on.
+  """Converts a frame to the grey levels of 8-bit pictures, which networks are trained on.
 
   Args:
     frame: H×W or H×W×3, any type.
-    values: how they become grey levels.
-      "auto". OUR CHOICE: 8 bits are taken as they are, and so are floats in [0, 1] (times 255)
-      and 16 bits that only widen 8 (all values multiples of 257). Everything else is stretched
-      linearly from the frame's 0.1th to its 99.99th percentile: thermal cameras write 14 bits, of
-      which a scene fills a few hundred counts; divided by 65535 it would be black.
-      "full": integers are divided by their type's maximum, floats are taken to be in [0, 1].
-      (low, high): this range is stretched, in the frame's own unit; the same for every frame, for
-      sequences and where counts mean temperatures.
-      What lies outside becomes black or white.
+    values: the range that becomes [0, 255]; values outside it become black or white.
+      "auto" (OUR CHOICE): 8 bits stay as they are. Floats in [0, 1] are multiplied by 255. 16 bits
+      that only widen 8 (all values multiples of 257) are divided by 257. Everything else is
+      stretched linearly from the frame's 0.1th to its 99.99th percentile: thermal cameras write 14
+      bits, of which a scene fills a few hundred counts; divided by 65535 it would be black.
+      "full": the whole range of an integer type; [0, 1] for floats.
+      (low, high): in the frame's own unit, the same for every frame; for sequences, and if counts
+      mean temperatures.
 
   Returns:
     The same shape, float32 in [0, 255]; not rounded.
@@ -207,10 +206,10 @@ def grey_levels(frame: np.ndarray, values: Range = "auto") -> np.ndarray:
   low, high = float(low), float(high)
   if not low < high:
     return np.zeros(frame.shape, np.float32)  # one value everywhere
-  # float64 where float32 would lose the frame's own steps; row by row, to stay small.
+  # float64, because float32 would lose fine steps of the frame; row by row, to save memory.
   out = np.empty(frame.shape, np.float32)
   for row, line in zip(out, frame, strict=True):
-    # Halves: the difference of two finite floats can be infinite.
+    # Halved first: the difference of two finite floats can be infinite.
     part = (line.astype(np.float64) / 2 - low / 2) / (high / 2 - low / 2)
     row[:] = np.clip(part, 0, 1) * 255
   return out

@@ -12,18 +12,17 @@ from fdep_jax.data.samples import Sample
 
 @dataclasses.dataclass(frozen=True)
 class CropBank:
-  """A fixed number of augmented crops of every image, each a function of its number alone.
+  """A fixed set of augmented crops of every image; each crop depends on its number alone.
 
-  OUR CHOICE, not the paper's recipe, which crops afresh at every step: a frozen network's levels of
-  such a crop can be computed once (`fdep_jax.bank`). A crop's place and geometry are drawn once;
-  brightness, contrast and noise anew at every use, so that the detector's input keeps the
-  recipe's distribution while the frozen network sees the crop without them.
+  OUR CHOICE; the paper's recipe crops afresh at every step. A frozen network's levels of a fixed
+  crop need computing only once (`fdep_jax.priors.bank`). Place and geometry of a crop are drawn once.
+  Brightness, contrast and noise are drawn anew at every use: the detector's input keeps the
+  recipe's distribution, and the frozen network sees the crop without them.
 
   Args:
-    samples: N of them.
-    per_image: K; crop number g·K·N + i is crop i // N of sample i % N, i < K·N, drawn for the g-th
-      time.
-    refresh_steps: steps after which all crops are drawn anew; 0 for never.
+    samples: N samples.
+    per_image: K. Crop number g·K·N + i, i < K·N, is crop i // N of sample i % N in generation g.
+    refresh_steps: steps after which a new generation of crops is drawn; 0: never.
     size, augment, target_crop_prob, crop_margin, seed: as `train_iterator`.
   """
 
@@ -40,13 +39,13 @@ class CropBank:
     return len(self.samples) * self.per_image
 
   def generation(self, step: int) -> int:
-    """How often the crops had been drawn anew when step `step`, from 0, takes its batch."""
+    """Returns how often the crops have been drawn anew before `step` (0-based)."""
     return step // self.refresh_steps if self.refresh_steps else 0
 
   def crop(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """size×size×3 uint8 and size×size bool."""
+    """Returns a crop's image, size×size×3 uint8, and mask, size×size bool."""
     sample = self.samples[number % len(self) % len(self.samples)]
-    # The word keeps these numbers apart from all others that are drawn with the seed.
+    # 0xBA17 keeps these random numbers apart from all others that are drawn with the seed.
     rng = np.random.default_rng([0xBA17, self.seed, number])
     pair = augment_lib.random_crop(
       sample.image, sample.mask, self.size, rng, self.target_crop_prob, self.crop_margin
@@ -69,45 +68,33 @@ def train_iterator(
   threads: int = 1,
   bank: CropBank | None = None,
 ):
-  """Endless batches {"image": b×crop×crop×3 uint8, "mask": b×crop×crop bool}.
+  """Returns endless batches {"image": b×crop×crop×3 uint8, "mask": b×crop×crop bool}.
 
   One global stream of records is shuffled anew each epoch, cropped, augmented and cut into
-  batches of `batch_size`; a record's random numbers depend on `seed` and on its place in the
-  stream only. Process p of n gets rows [p·b/n, (p+1)·b/n) of every batch, so that any number of
-  processes trains on the same global batches. The stream runs over the end of an epoch within a
-  batch (OUR CHOICE: no short last batch, which would compile a second time, and none dropped), so
-  each image occurs exactly once in every `len(samples)` records.
+  batches of `batch_size`. A record's random numbers depend only on `seed` and on its place in the
+  stream. Process p of n gets rows [p·b/n, (p+1)·b/n) of every batch, so any number of processes
+  trains on the same global batches. A batch may span two epochs, so each image occurs exactly once
+  in every `len(samples)` records (OUR CHOICE: a short last batch would compile a second time, and a
+  dropped one would lose images).
 
   Args:
     crop: side of the training window, pixels.
-    batch_size: of the global batch; must be divisible by `process_count`.
+    batch_size: images in the global batch; must be divisible by `process_count`.
     augment: "recipe" (the paper's), "dihedral" or "none".
     target_crop_prob, crop_margin: see `augment.random_crop`; the paper's are 0.
-    prefetch: batches made ahead; 0 makes each when it is asked for.
-    threads: that make them; does not change what is in them.
-    bank: the crops to draw from, each once in K epochs; its settings are used where it has them.
-      Batches then also hold "crop", b int64: the crops' numbers.
+    prefetch: batches made ahead; 0: each is made on request.
+    threads: threads that make batches; their number does not change the batches.
+    bank: the crops to draw from, each once in K epochs; its own settings replace those given here.
+      Batches then also contain "crop", b int64: the crops' numbers.
 
   Returns:
-    A grain iterator. `get_state()` gives {"next_index": step}, `set_state` continues at any step
-    with bit-identical batches, whatever `prefetch`, `threads` and `process_count` were or are.
+    A grain iterator. `get_state()` returns {"next_index": step}; `set_state` continues at any step
+    with bit-identical batches, even if `prefetch`, `threads` and `process_count` have changed.
     `close()` ends its threads.
   """
   if not samples:
     raise ValueError("no samples to train on")
-  if augment not in augment_lib.AUGMENTATIONS:
-    known = ", ".join(repr(name) for name in augment_lib.AUGMENTATIONS)
-    raise ValueError(f"augment is {augment!r}; it must be one of {known}")
-  if crop < 1 or batch_size < 1:
-    raise ValueError(f"crop is {crop} and batch_size {batch_size}; both must be at least 1")
-  if batch_size % process_count:
-    raise ValueError(
-      f"batch_size is {batch_size}, which {process_count} processes cannot share equally"
-    )
-  if not 0 <= target_crop_prob <= 1:
-    raise ValueError(f"target_crop_prob is {target_crop_prob}; it must be in [0, 1]")
-  if crop_margin < 0:
-    raise ValueError(f"crop_margin is {crop_margin}; it must not be negative")
+  _check(augment, crop, batch_size, process_count, target_crop_prob, crop_margin)
   import grain
 
   augment_pair = augment_lib.AUGMENTATIONS[augment]
@@ -119,8 +106,8 @@ def train_iterator(
     image, mask = augment_pair(*pair, rng)
     return {"image": image, "mask": mask}
 
-  # grain reseeds by adding the epoch to the shuffle's seed: hashed seeds keep run 1 from
-  # repeating the second epoch of run 0.
+  # grain adds the epoch to the shuffle's seed. Seeds are hashed, or seed 1 would begin with the
+  # second epoch of seed 0.
   shuffle_seed, record_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
   if bank:
     jitter = augment_lib.BANKED[bank.augment][1]
@@ -137,7 +124,7 @@ def train_iterator(
   else:
     stream = grain.MapDataset.source(samples).shuffle(seed=shuffle_seed).repeat()
     stream = stream.random_map(record, seed=record_seed)
-  # Batches of one process's size: number step·n + p holds process p's rows of that step. (An
+  # Batches have one process's size: number step·n + p contains process p's rows of that step. (An
   # endless stream has no remainder, but grain's count of it overflows for batches of one.)
   batches = stream.batch(batch_size // process_count, drop_remainder=True)
   batches = batches[process_index::process_count]
@@ -147,14 +134,31 @@ def train_iterator(
   return iter(batches.to_iter_dataset(options))
 
 
+def _check(augment, crop, batch_size, process_count, target_crop_prob, crop_margin) -> None:
+  """Raises if `train_iterator` cannot work with these arguments."""
+  if augment not in augment_lib.AUGMENTATIONS:
+    known = ", ".join(repr(name) for name in augment_lib.AUGMENTATIONS)
+    raise ValueError(f"augment is {augment!r}; it must be one of {known}")
+  if crop < 1 or batch_size < 1:
+    raise ValueError(f"crop is {crop} and batch_size {batch_size}; both must be at least 1")
+  if batch_size % process_count:
+    raise ValueError(
+      f"batch_size is {batch_size}, which {process_count} processes cannot share equally"
+    )
+  if not 0 <= target_crop_prob <= 1:
+    raise ValueError(f"target_crop_prob is {target_crop_prob}; it must be in [0, 1]")
+  if crop_margin < 0:
+    raise ValueError(f"crop_margin is {crop_margin}; it must not be negative")
+
+
 def padded_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-  """(height, width) rounded up to multiples."""
+  """Rounds (height, width) up to multiples."""
   height, width = (-(-side // multiple) * multiple for side in size)
   return height, width
 
 
 def canvas_size(samples: Sequence[Sample], multiple: int = 32) -> tuple[int, int]:
-  """The smallest (height, width), in multiples, that holds every sample."""
+  """Returns the smallest (height, width), in multiples, that every sample fits into."""
   heights, widths = zip(*(s.mask.shape for s in samples), strict=True)
   return padded_size((max(heights), max(widths)), multiple)
 
@@ -167,18 +171,20 @@ def eval_batches(
   canvas: tuple[int, int] | None = None,
   row_multiple: int = 1,
 ) -> Iterator[dict[str, Any]]:
-  """Whole images, zero-padded at the right and bottom, grouped by padded shape; never resized.
+  """Yields whole images, zero-padded at the right and bottom and grouped by padded shape.
+
+  Images are never resized.
 
   Args:
-    multiple: each side is padded to a multiple of it. Reported numbers use 32, as the reference.
+    multiple: each side is padded to a multiple of this. Reported numbers use 32, as the reference.
     batch_size: the most images in a batch.
-    canvas: pad all images to this one (height, width) instead (during training).
+    canvas: pads all images to this (height, width) instead (used during training).
     row_multiple: batches have a multiple of this many rows (the number of devices).
 
   Yields:
     {"image": B×H×W×3 uint8, "sizes": [(height, width), …], "indices": [place in `samples`, …]}.
-    All batches of a shape have the same B, so that each shape compiles once: the last one is
-    filled up with black images, and `sizes` and `indices` are then shorter than B. Shapes come in
+    All batches of a shape have the same B, so that each shape compiles once. The last one is
+    filled up with black images; its `sizes` and `indices` are then shorter than B. Shapes come in
     the order of their first image, images of a shape in the given order.
   """
   if batch_size < 1 or batch_size % row_multiple:

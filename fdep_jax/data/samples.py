@@ -1,4 +1,4 @@
-"""One labelled infrared frame: decoding its files, and numbers taken over many of them."""
+"""Labelled infrared frames: decoding, statistics, and the validation split."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 class Sample(NamedTuple):
-  """A frame and its targets, decoded.
+  """A decoded frame and the mask of its targets.
 
   `image` is H×W×3 uint8 (grey replicated, palette resolved, alpha dropped), `mask` H×W bool.
   """
@@ -47,14 +47,14 @@ def _open(content: bytes) -> Image.Image:
   bits = content[24] if content[:8] == _PNG else 8
   if bits == 16 or picture.mode not in _EIGHT_BIT:
     raise ValueError(
-      f"holds more than 8 bits per channel (mode {picture.mode}); 8 bits are needed: scale it "
-      "yourself, the right range depends on the sensor"
+      f"holds more than 8 bits per channel (mode {picture.mode}). Scale it to 8 bits; the right "
+      "range depends on the sensor"
     )
   return picture
 
 
 def decode_image(content: bytes) -> np.ndarray:
-  """The bytes of a PNG, BMP, JPEG or TIFF file as H×W×3 uint8.
+  """Decodes the bytes of a PNG, BMP, JPEG or TIFF file to H×W×3 uint8.
 
   Raises:
     ValueError: damaged or cut short, or more than 8 bits per channel (scaling 16 bits down
@@ -64,20 +64,20 @@ def decode_image(content: bytes) -> np.ndarray:
 
 
 def decode_grey(content: bytes) -> np.ndarray:
-  """The bytes of a mask file as H×W uint8, not yet binarised; raises like `decode_image`."""
+  """Decodes the bytes of a mask file to H×W uint8, not binarised; raises like `decode_image`."""
   return np.array(_open(content).convert("L"))
 
 
 def binarise(grey: np.ndarray) -> np.ndarray:
-  """Target pixels of a mask: > 127. 85 of IRSTD-1K's masks hold grey values in between."""
+  """Marks the target pixels of a mask: > 127. 85 of IRSTD-1K's masks have values in between."""
   return grey > 127
 
 
 def statistics(samples: Sequence[Sample]) -> tuple[float, float]:
-  """Mean and standard deviation for normalising, as fractions of 255.
+  """Computes mean and standard deviation for normalising, as fractions of 255.
 
-  The mean of the images' means and the mean of the images' standard deviations (not the pooled
-  one), each over the image as luma. Both are scalars, used for all three channels.
+  Both are averages over the images: of the luma's mean, and of its standard deviation (not the
+  pooled one). Both are scalars, used for all three channels.
 
   Source: YuChuang1205/PAL components/cal_mean_std.py.
   """
@@ -90,10 +90,10 @@ def statistics(samples: Sequence[Sample]) -> tuple[float, float]:
 def split_validation(
   samples: Sequence[Sample], fraction: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-  """(train, validation): `fraction` of the samples held out at random, both in the given order.
+  """Holds out a random `fraction`; returns (train, validation), both in the given order.
 
-  The choice depends on `seed` and on the number of samples only. At least one sample is held out
-  where `fraction` > 0.
+  The choice depends only on `seed` and the number of samples. At least one sample is held out if
+  `fraction` > 0.
   """
   if not 0 <= fraction < 1:
     raise ValueError(f"validation fraction is {fraction}; it must be in [0, 1)")

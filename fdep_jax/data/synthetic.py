@@ -11,15 +11,15 @@ from fdep_jax.data.samples import Sample
 
 TARGETS = (1, 5)  # per scene
 AREA = (2, 80)  # pixels of a target's mask; the paper's range of small targets
-CONTRAST = (2.0, 8.0)  # signal over local noise, both as mean over the mask and at the peak
-RING = (2, 8)  # pixels around a mask that count as local: nearer ones belong to its halo
+CONTRAST = (2.0, 8.0)  # signal / local noise, for the mean over the mask and for the peak
+RING = (2, 8)  # distances from a mask, in pixels, that count as local; nearer ones are its halo
 _GAP = 4  # pixels between targets, and to the border
 
 
 def scenes(count: int, size: int | tuple[int, int], seed: int) -> list[Sample]:
-  """`count` scenes of size×size (or height × width) pixels, at least 64 each way.
+  """Makes `count` scenes of size×size (or height × width) pixels, at least 64 each way.
 
-  Scene i depends on `seed`, i and `size` only, so a longer list starts with the shorter one.
+  Scene i depends only on `seed`, i and `size`, so a longer list starts with the shorter one.
   """
   height, width = (size, size) if isinstance(size, int) else size
   if min(height, width) < 64:
@@ -28,7 +28,7 @@ def scenes(count: int, size: int | tuple[int, int], seed: int) -> list[Sample]:
 
 
 def scene(seed: int, index: int, height: int, width: int) -> tuple[Sample, np.ndarray]:
-  """One scene, and what it would be without targets (H×W float32, grey levels)."""
+  """Makes one scene; also returns its background without targets (H×W float32, grey levels)."""
   rng = np.random.default_rng([seed, index])
   make = (_clouds, _sea, _hot_edges)[rng.integers(3)]
   background = _sensor(make(rng, height, width), rng)
@@ -39,7 +39,7 @@ def scene(seed: int, index: int, height: int, width: int) -> tuple[Sample, np.nd
 
 
 def local_noise(background: np.ndarray, mask: np.ndarray) -> float:
-  """Standard deviation of the background in the ring `RING` around a target's mask."""
+  """Computes the background's standard deviation in the ring `RING` around a target's mask."""
   inner, outer = (ndimage.binary_dilation(mask, np.ones((3, 3)), n) for n in RING)
   return float(background[outer & ~inner].std())
 
@@ -48,8 +48,10 @@ def local_noise(background: np.ndarray, mask: np.ndarray) -> float:
 
 
 def _noise(rng, height, width, slope, stretch=1.0):
-  """Noise with amplitude ∝ 1/frequency^slope, mean 0, deviation 1; `stretch` > 1 draws it out
-  along x."""
+  """Makes noise with amplitude ∝ 1/frequency^slope, mean 0, deviation 1.
+
+  `stretch` > 1 elongates it along x.
+  """
   frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None] * stretch)
   frequency[0, 0] = np.inf
   spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency**slope
@@ -128,13 +130,13 @@ def _sensor(scene_, rng):
 
 
 def _targets(background, rng):
-  """Signal (H×W float32, grey levels) and mask (H×W bool) of 1 to 5 separate targets."""
+  """Draws signal (H×W float32, grey levels) and mask (H×W bool) of 1 to 5 separate targets."""
   height, width = background.shape
   signal = np.zeros_like(background)
   mask = np.zeros(background.shape, bool)
   wanted = rng.integers(*TARGETS, endpoint=True)
   placed = attempts = 0
-  # A target that would saturate or touch another is drawn again; a scene has at least one.
+  # A target that would saturate or touch an earlier one is drawn again; a scene has at least one.
   while placed < wanted and (attempts < 200 or not placed):
     attempts += 1
     profile, shape = _blob(rng)
@@ -145,7 +147,7 @@ def _targets(background, rng):
     here[y : y + side_y, x : x + side_x] = shape
     if (ndimage.binary_dilation(here, np.ones((3, 3)), _GAP) & mask).any():
       continue
-    mean = profile[shape].mean()  # of a profile whose peak is 1
+    mean = profile[shape].mean()  # the profile's peak is 1
     noise = local_noise(background, here)
     peak = noise * rng.triangular(CONTRAST[0] / mean, CONTRAST[1], CONTRAST[1])
     if peak + background[here].max() > 250 or noise == 0:
@@ -157,10 +159,10 @@ def _targets(background, rng):
 
 
 def _blob(rng):
-  """Profile with peak 1 and its mask, on a patch that just holds both.
+  """Draws a target's profile, with peak 1, and its mask, on the smallest patch for both.
 
-  An ellipse, or an ellipse smeared along a line, with Gaussian to nearly flat profile. Its
-  brightest pixels are the mask; their number is log-uniform within `AREA`.
+  The shape is an ellipse, sometimes smeared along a line. Its profile is between Gaussian and
+  nearly flat. The brightest pixels are the mask; their number is log-uniform within `AREA`.
   """
   while True:
     area = int(np.rint(np.exp(rng.uniform(np.log(AREA[0] - 0.49), np.log(AREA[1] + 0.49)))))

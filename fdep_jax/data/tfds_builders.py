@@ -1,10 +1,12 @@
-"""The datasets as TFDS builders that need no TensorFlow: nuaa_sirst, nudt_sirst, irstd1k, sirst3.
+"""TFDS builders that need no TensorFlow: nuaa_sirst, nudt_sirst, irstd1k, sirst3.
 
-The images are fetched by hand into the manual directory, each dataset in a folder of its name
-(NUAA-SIRST, NUDT-SIRST, IRSTD-1K, SIRST3; irstd_1k and the like are understood) and in any layout
-of `folders.py`; SIRST3 may be a folder of the other three. Files are ArrayRecord, the one format
-that TFDS reads and writes without TensorFlow. Examples keep the order of the split files and hold
-the decoded pair as PNG (RGB, and 0 or 255), so that other programs can read them too.
+Fetch the images by hand into the manual directory: a folder per dataset, named NUAA-SIRST,
+NUDT-SIRST, IRSTD-1K or SIRST3 (also irstd_1k and the like), in any layout of `folders.py`. SIRST3
+may be a folder of the other three.
+
+Files are ArrayRecord, the only format that TFDS reads and writes without TensorFlow. Examples keep
+the order of the split files. Each contains the decoded pair as PNG (RGB image; mask of 0 and 255),
+so that other programs can read it too.
 """
 
 import io
@@ -23,7 +25,7 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   VERSION = tfds.core.Version("1.0.0")
   MANUAL_DOWNLOAD_INSTRUCTIONS = __doc__
-  # TFDS 4.9.10 looks its own path up through importlib_resources, which it does not declare.
+  # TFDS 4.9.10 finds this path with importlib_resources, a dependency that it does not declare.
   code_path = epath.Path(__file__)
   FOLDER: str  # one of folders.KNOWN_COUNTS
 
@@ -74,7 +76,7 @@ BUILDERS = {builder.name: builder for builder in (NuaaSirst, NudtSirst, Irstd1k,
 
 
 def find_folder(manual_dir: str | Path, name: str) -> Path:
-  """The sub folder that holds the dataset `name`; MissingDataError where there is none."""
+  """Finds the subfolder of the dataset `name`; raises MissingDataError if there is none."""
   manual_dir = Path(manual_dir)
   children = sorted(p for p in manual_dir.glob("*") if p.is_dir())
   found = [p for p in children if folders.known_name(p) == name]
@@ -92,14 +94,14 @@ def read_tfds(
   data_dir: str | Path | None = None,
   manual_dir: str | Path | None = None,
 ) -> list[samples.Sample]:
-  """The same samples in the same order as `folders.read`, from a TFDS dataset.
+  """Reads the same samples in the same order as `folders.read`, from a TFDS dataset.
 
-  Prepared on first use, and not again when the folder changes: delete <data_dir>/<name> then.
+  The dataset is prepared on first use only. If the folder changes, delete <data_dir>/<name>.
 
   Args:
     name: a key of `BUILDERS`.
     split: "train", "test" or "all" (train, then test).
-    data_dir: where TFDS keeps its files; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    data_dir: TFDS's own folder; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     manual_dir: see the top of this file; None: <data_dir>/downloads/manual.
 
   Raises:

@@ -1,14 +1,14 @@
-"""`--mode export`: the light branch of a run as files for those who do not have this package.
+"""Exports the light branch of a run for use elsewhere (`--mode export`).
 
-`light.safetensors` (for `detector.load_light`), `light.stablehlo` (for `jax.export.deserialize`),
-`light.onnx`, `light_torch.safetensors` (the published PyTorch network's state_dict) and
-`manifest.json`. The light branch is the original detector: neither DINOv2 nor SAMF is in them.
+Writes `light.safetensors` (for `detector.load_light`), `light.stablehlo` (for
+`jax.export.deserialize`), `light.onnx`, `light_torch.safetensors` (the published PyTorch network's
+state_dict) and `manifest.json`. The light branch is the original detector, without DINOv2 and SAMF.
 
 OUR CHOICE, since the paper deploys nothing: programs take float32 grey levels in [0, 1], so that a
 camera's bit depth does not matter, and return probabilities. They compute in float32 on every
-platform: the defaults (TF32 on GPUs, bfloat16 on TPUs) would not give the numbers that were
-verified. They hold the operations of `ops` as written: these cost no more multiply-adds than the
-plain ones, which CPUs run slowly.
+platform, since the defaults (TF32 on GPUs, bfloat16 on TPUs) would change the verified numbers.
+They contain the operations of `ops` as written there: these need no more multiply-adds than the
+plain ones and are faster on CPUs.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ from fdep_jax.runtime import checkpoint, files, hlo
 
 FILES = ("light.safetensors", "light.stablehlo", "light.onnx", "light_torch.safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
-TOLERANCE = 1e-4  # of probabilities on random images, before a file gets its name
-THRESHOLD = 0.5  # of masks in the paper's IoU, nIoU, Pd and Fa; exclusive
+TOLERANCE = 1e-4  # largest difference of a file's probabilities from the run's
+THRESHOLD = 0.5  # masks of the paper's IoU, nIoU, Pd and Fa are above it
 
 
 class Absent(Exception):
-  """Why a file cannot be written here, in a sentence; the others can."""
+  """One file cannot be written; the message says why. The others are written."""
 
 
 def command(flags) -> None:
-  """`--mode export`."""
+  """Runs `--mode export`."""
   export(flags.workdir, flags.out, flags.checkpoint)
 
 
@@ -53,36 +53,38 @@ def export(
   out: str | os.PathLike | None = None,
   which: str | int | None = None,
 ) -> dict:
-  """Writes the light branch of a run; every file is verified against the run before it appears.
+  """Exports the light branch of a run; checks every file against the run before keeping it.
 
   Args:
-    workdir, which: as `detector.load` (default: the selected checkpoint).
-    out: folder to write; default `export` in the run.
+    workdir, which: as for `detector.load` (default: the selected checkpoint).
+    out: folder to write; default `export` in the run's folder.
 
   Returns:
-    What `manifest.json` holds. A file that cannot be written (ONNX without its packages, PyTorch
-    without a converter) is null there, with the reason under "absent".
+    The content of `manifest.json`. A file that cannot be written (ONNX without its packages,
+    PyTorch without a converter) is null, with the reason under "absent".
 
   Raises:
     ValueError, FileNotFoundError: no such run or checkpoint, it has no light branch, or `out`
       cannot be written.
-    RuntimeError: a written file gives other numbers than the run.
+    RuntimeError: a written file gives different numbers than the run.
   """
   detector = detector_lib.load(workdir, which, "light")
   if detector.folder.is_file():
-    raise ValueError(f"{detector.folder} is an exported file. Export from the run it came from.")
+    raise ValueError(f"{detector.folder} is an exported file. Export from the run instead.")
   out = pathlib.Path(out if out is not None else detector.folder / "export").expanduser()
   try:
     out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise ValueError(f"{out} cannot be written ({error.strerror}). Choose another.") from None
+    raise ValueError(
+      f"{out} cannot be written ({error.strerror}). Choose a different folder."
+    ) from None
 
   about = _about(detector)
   light = make_light(detector)
   apply = jax.jit(light.apply)
   images = list(_random_images(light.net))
   expected = [np.asarray(apply(light.weights, image)) for image in images]
-  writers = (_write_light, _write_stablehlo, _write_onnx, _write_torch)
+  writers = (_write_light, _write_stablehlo, write_onnx, _write_torch)
   found, absent = {}, {}
   with files.replacing_all([out / name for name in FILES]) as partial:
     for name, path, write in zip(FILES, partial, writers, strict=True):
@@ -101,14 +103,14 @@ def export(
       if not difference <= TOLERANCE:
         raise RuntimeError(
           f"{name} gives probabilities that differ from the run's by {difference:.1e} on random "
-          f"images (at most {TOLERANCE} is right). It is not written."
+          f"images; at most {TOLERANCE} is allowed. It is not written."
         )
       found[name] = {
         "bytes": path.stat().st_size,
         "sha256": _sha256(path),
         "largest_difference": difference,
       }
-    (out / "manifest.json").unlink(missing_ok=True)  # an earlier one fits its own files only
+    (out / "manifest.json").unlink(missing_ok=True)  # an earlier one describes other files
   manifest = {**about, "files": found, "absent": absent, "versions": _versions()}
   files.write_json(out / "manifest.json", manifest)
   for name, facts in found.items():
@@ -127,12 +129,12 @@ class Light(NamedTuple):
   apply: Callable[[nnx.State, jax.Array], jax.Array]  # weights, B×H×W×C -> B×H×W
 
   def probability(self, image: jax.Array) -> jax.Array:
-    """B×H×W×C float32 grey levels in [0, 1] -> B×H×W float32; H and W multiples of the stride."""
+    """Maps B×H×W×C float32 grey levels in [0, 1] to B×H×W float32; H, W multiples of the stride."""
     return self.apply(self.weights, image)
 
 
 def make_light(detector: Detector) -> Light:
-  """The exported function of a trained light branch."""
+  """Makes the exported function of a trained light branch."""
   net = detector.model.backbone
   graphdef, weights, rest = nnx.split(net, nnx.Any(nnx.Param, nnx.BatchStat), ...)
 
@@ -145,7 +147,7 @@ def make_light(detector: Detector) -> Light:
 
 
 def symbolic_sizes(net) -> tuple:
-  """Batch, height and width as symbols: multiples of the stride, and no more than fit."""
+  """Returns batch, height and width as symbols: multiples of the stride, and no more than fit."""
   limit = []
   if net.max_pixels is not None:
     limit = [f"h*w <= {net.max_pixels // net.stride**2}"]
@@ -153,14 +155,14 @@ def symbolic_sizes(net) -> tuple:
 
 
 def flops(net: Backbone, size: int) -> float:
-  """Of one forward pass of a size×size image: two for every multiply-add, as `evaluate.cost`."""
+  """Counts the FLOPs of one size×size image, two for a multiply-add, as `evaluate.cost`."""
   graphdef, state = nnx.split(net)
   image = jax.ShapeDtypeStruct((1, size, size, net.in_channels), jnp.float32)
   forward = jax.jit(lambda state, image: nnx.merge(graphdef, state)(image).final)
   return hlo.flops(forward.lower(state, image).as_text("hlo"), "none")["outside"]
 
 
-# Each writes a file and returns the function from images to probabilities that the file holds.
+# Each writes a file, reads it back and returns its function from images to probabilities.
 
 
 def _write_light(detector, light: Light, forward, path, about) -> Callable:
@@ -181,7 +183,7 @@ def _write_stablehlo(detector, light: Light, forward, path, about) -> Callable:
   return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
 
 
-def _write_onnx(detector, light: Light, forward, path, about) -> Callable:
+def write_onnx(detector, light: Light, forward, path, about) -> Callable:
   needed = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
   if needed:
     raise Absent(
@@ -208,14 +210,14 @@ def _write_torch(detector, light: Light, forward, path, about) -> Callable:
 
   name = about["network"]
   if importlib.util.find_spec(f"converters.{name}") is None:
-    raise Absent(f"there is no converters/{name}.py, which would know the PyTorch names.")
+    raise Absent(f"there is no converters/{name}.py, which would map the PyTorch names.")
   save_file(converters.to_torch(light.net), path, {"fdep_jax": json.dumps(about)})
   reread = nnx.state(converters.load_backbone(name, path), nnx.Any(nnx.Param, nnx.BatchStat))
   return lambda image: forward(reread, image)
 
 
 def _random_images(net) -> Iterator[np.ndarray]:
-  """Two sizes and two batch sizes."""
+  """Yields random images of two sizes and two batch sizes."""
   rng = np.random.default_rng(0)
   for batch, rows, columns in ((1, 2, 3), (2, 3, 2)):
     shape = (batch, rows * net.stride, columns * net.stride, net.in_channels)
@@ -223,7 +225,7 @@ def _random_images(net) -> Iterator[np.ndarray]:
 
 
 def _about(detector: Detector) -> dict:
-  """The manifest's part that does not depend on the files."""
+  """Makes the part of the manifest that does not depend on the files."""
   net, config = detector.model.backbone, detector.config
   size = config.data.crop
   multiple = f"height and width multiples of {net.stride}"
@@ -243,8 +245,8 @@ def _about(detector: Detector) -> dict:
         "light.stablehlo": ["batch", "height", "width", net.in_channels],
         "light.onnx": ["batch", net.in_channels, "height", "width"],
       },
-      "sizes": f"any batch; {multiple}: pad frames with 0 at the right and the bottom, as the "
-      f"evaluation does to multiples of {evaluate.PAD}, and cut the result",
+      "sizes": f"any batch; {multiple}: pad frames with 0 at the right and the bottom (the "
+      f"evaluation pads to multiples of {evaluate.PAD}) and crop the result",
       "mean": detector.mean,
       "std": detector.std,
     },
@@ -263,7 +265,7 @@ def _about(detector: Detector) -> dict:
 
 
 def _metrics(folder: pathlib.Path, step: int) -> dict | None:
-  """The light branch's on the test split, where the run was evaluated at this step."""
+  """Reads the light branch's test metrics if the run was evaluated at this step."""
   try:
     metrics = json.loads((folder / "metrics.json").read_text())
   except (FileNotFoundError, ValueError):

@@ -1,8 +1,8 @@
-"""A traced detector as an ONNX graph: NCHW, any batch, height and width; needs the package onnx.
+"""Converts a traced detector to an ONNX graph: NCHW, any batch size, height and width.
 
-The traced program (NHWC) is read operation by operation. Arrays with a batch become rank-4 NCHW
-tensors whatever their rank, reduced axes staying behind with size 1, so that no transposition is
-left; arithmetic on constants is done here, and per-channel factors go into the convolutions.
+Needs the package onnx. Translates the traced program (NHWC) operation by operation. Arrays with a
+batch axis become rank-4 NCHW tensors; reduced axes stay with size 1, so that no transposition is
+needed. Arithmetic on constants is done here, and per-channel factors go into the convolutions.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from fdep_jax.layers import ops
 
 OPSET, IR_VERSION = 18, 8  # onnxruntime ≥ 1.14
 
-_NCHW = (0, 3, 1, 2)  # NHWC axis of every NCHW axis
+_NCHW = (0, 3, 1, 2)  # for every NCHW axis its NHWC axis
 _RANK4 = (0, 1, 2, 3)
 _TO_THE_END = np.iinfo(np.int64).max
 
@@ -29,7 +29,7 @@ _ELEMENTWISE = {
   "sqrt": "Sqrt", "sub": "Sub", "tanh": "Tanh",
 }  # fmt: skip
 _CALLS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
-# Functions of `ops` that ONNX has operations for.
+# Functions of `ops` that become ONNX operations as a whole.
 _WHOLE = (
   "add_positions", "channel_attention", "conv_transpose", "embed_patches", "embed_phases",
   "grouped_conv", "haar", "max_pool2", "max_pool3_stride2", "pixel_attention", "resize",
@@ -38,11 +38,11 @@ _WHOLE = (
 
 
 class Tensor(NamedTuple):
-  """A value of the graph, rank 4 and NCHW there."""
+  """A value of the graph, where it has rank 4 and NCHW order."""
 
   name: str
-  shape: tuple  # NHWC; 1 where an axis is reduced
-  axes: tuple[int, ...]  # NHWC axis of every axis that the traced array has
+  shape: tuple  # NHWC; a reduced axis has size 1
+  axes: tuple[int, ...]  # for every axis of the traced array its NHWC axis
 
 
 @dataclasses.dataclass
@@ -56,29 +56,31 @@ class Node:
 
 
 def convert(function: Callable, batch, height, width, channels: int, metadata: dict[str, str]):
-  """The ONNX model of a function from B×H×W×C to B×H×W×1, or B×H×W, float32.
+  """Converts a float32 function from B×H×W×C to B×H×W×1 or B×H×W to an ONNX model.
 
   Args:
+    function: to trace.
     batch, height, width: symbolic sizes (`jax.export.symbolic_shape`).
-    metadata: strings that the file carries.
+    channels: C.
+    metadata: strings to store in the file.
 
   Returns:
     An `onnx.ModelProto`: input "image" B×C×H×W, output "probability" B×1×H×W.
 
   Raises:
-    NotImplementedError: the network does something that has no counterpart here.
+    NotImplementedError: the network uses an operation that is not supported here.
   """
   shape = (batch, height, width, channels)
   with _whole_operations():
     traced = jax.jit(function).trace(jax.ShapeDtypeStruct(shape, np.float32)).jaxpr
   graph = _Graph()
-  (result,) = graph.run(traced.jaxpr, traced.consts, [Tensor("image", shape, _RANK4)])
+  (result,) = graph.translate(traced.jaxpr, traced.consts, [Tensor("image", shape, _RANK4)])
   return _model(_tidy(graph.nodes, result.name), result.name, channels, metadata)
 
 
 @contextlib.contextmanager
 def _whole_operations():
-  """Meanwhile, programs are traced with the functions of `_WHOLE` as single calls."""
+  """Makes traces within the block keep the functions of `_WHOLE` as single calls."""
   plain = {name: getattr(ops, name) for name in _WHOLE}
 
   def marked(function):
@@ -104,14 +106,14 @@ def _whole_operations():
 
 
 class _Graph:
-  """Nodes in order of evaluation, as `run` writes them."""
+  """Nodes in order of evaluation; `translate` adds them."""
 
   def __init__(self):
     self.nodes: list[Node] = []
     self._sums: dict[str, tuple] = {}  # name of a sum -> (summed tensor, NCHW axes, number)
 
-  def run(self, jaxpr, consts, arguments) -> list:
-    """Values of the outputs: tensors, arrays, or symbolic sizes."""
+  def translate(self, jaxpr, consts, arguments) -> list:
+    """Adds a program's nodes; returns its outputs: tensors, arrays or symbolic sizes."""
     values = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -147,7 +149,7 @@ class _Graph:
     return [method(equation, *inputs)]
 
   def add(self, op: str, inputs: list, shape, axes=_RANK4, **attributes) -> Tensor:
-    """A new node with one output."""
+    """Adds a node with one output."""
     name = f"{op}_{len(self.nodes)}"
     inputs = [value.name if isinstance(value, Tensor) else value for value in inputs]
     self.nodes.append(Node(op, inputs, [name], attributes))
@@ -160,7 +162,7 @@ class _Graph:
       shapes = [variable.aval.shape for variable in equation.outvars]
       return getattr(self, f"_{name}")(*inputs, shapes, **json.loads(options))
     jaxpr = getattr(closed, "jaxpr", closed)
-    return self.run(jaxpr, getattr(closed, "consts", ()), inputs)
+    return self.translate(jaxpr, getattr(closed, "consts", ()), inputs)
 
   # Elementwise operations
 
@@ -279,7 +281,7 @@ class _Graph:
 
   def _check_full(self, x: Tensor, variable) -> None:
     if x.axes != _RANK4 or x.shape != tuple(variable.aval.shape):
-      raise _unknown("an array of other than four axes")
+      raise _unknown("an array without exactly four axes")
 
   # Reductions
 
@@ -334,14 +336,14 @@ class _Graph:
   def _dot_general(self, equation, x, matrix) -> Tensor:
     contracted, batched = equation.params["dimension_numbers"]
     if isinstance(matrix, Tensor) or contracted != ((3,), (0,)) or batched != ((), ()):
-      raise _unknown("a product other than of B×H×W×C with a constant matrix")
+      raise _unknown("a matrix product that is not B×H×W×C with a constant matrix")
     self._check_full(x, equation.invars[0])
     kernel = np.asarray(matrix).T[:, :, None, None]
     strides, node = [1, 1], self.nodes[-1] if self.nodes else None
     if node and node.op == "Slice" and node.outputs == [x.name]:
       starts, ends, axes, steps = node.inputs[1:]
       if not starts.any() and (ends == _TO_THE_END).all() and axes.tolist() == [2, 3]:
-        x, strides = node.inputs[0], steps.tolist()  # B×C×H×W: what a convolution skips itself
+        x, strides = node.inputs[0], steps.tolist()  # the convolution strides instead
     return self.add("Conv", [x, kernel], equation.outvars[0].aval.shape, strides=strides)
 
   def _max_pool2(self, x: Tensor, shapes) -> list[Tensor]:
@@ -467,7 +469,7 @@ class _Graph:
     signs = {"hh": (1, -1, -1, 1), "hl": (1, -1, 1, -1), "lh": (1, 1, -1, -1), "ll": (1, 1, 1, 1)}
     pad = 1 if stride == 1 else 0
     results = []
-    for band in sorted(signs):  # the order in which a traced dictionary is returned
+    for band in sorted(signs):  # the order of a traced dictionary
       kernel = 0.5 * np.array(signs[band], np.float32).reshape(1, 1, 2, 2)
       results.append(
         self.add(
@@ -489,7 +491,7 @@ def _unknown(what: str) -> NotImplementedError:
 
 
 def _tidy(nodes: list[Node], result: str) -> list[Node]:
-  """Affine functions of channels become part of the convolution before; unused nodes go."""
+  """Merges affine functions of channels into the convolution before; drops unused nodes."""
   uses = {result: 1}
   kept = []
   for node in reversed(nodes):
@@ -505,7 +507,7 @@ def _tidy(nodes: list[Node], result: str) -> list[Node]:
       name, factor, offset = affine
       source = last = producer.get(name)
       alone = last is not None and uses[name] == 1
-      # The weights of an interpolation sum to 1, so it does not matter which comes first.
+      # Commutes with a resize, whose weights sum to 1.
       while alone and source.op == "Resize":
         alone, source = uses[source.inputs[0]] == 1, producer.get(source.inputs[0])
         alone = alone and source is not None
@@ -519,7 +521,7 @@ def _tidy(nodes: list[Node], result: str) -> list[Node]:
 
 
 def _affine(node: Node) -> tuple[str, np.ndarray, np.ndarray] | None:
-  """(input, factor, offset), float64, of an arithmetic operation with a constant per channel."""
+  """Returns (input, factor, offset), float64, if a node is affine in each channel, else None."""
   constants = [v for v in node.inputs if isinstance(v, np.ndarray)]
   names = [v for v in node.inputs if isinstance(v, str)]
   if len(constants) != 1 or len(names) != 1 or node.op not in ("Add", "Sub", "Mul", "Div"):
@@ -539,7 +541,7 @@ def _affine(node: Node) -> tuple[str, np.ndarray, np.ndarray] | None:
 
 
 def _absorb(node: Node, factor: np.ndarray, offset: np.ndarray) -> bool:
-  """Lets a convolution, or another affine function, apply factor·y + offset to its result y."""
+  """Applies factor·y + offset to the result y of a convolution or affine node, if possible."""
   if node.op == "Affine":
     name, before, shift = node.inputs
     node.inputs = [name, factor * before, factor * shift + offset]

@@ -13,11 +13,11 @@ Init = Literal["torch", "kaiming", "xavier"]
 
 
 class NormParam(nnx.Param):
-  """A norm's scale or bias: stays float32 when the rest computes in bfloat16."""
+  """A norm's scale or bias; stays float32 when the rest computes in bfloat16."""
 
 
 class Conv(nnx.Module):
-  """Convolution with zero "same" padding as PyTorch pads: dilation·(k−1)/2 on every side.
+  """Convolution with PyTorch's zero "same" padding: dilation·(k−1)/2 on every side.
 
   Args:
     in_channels, out_channels: channels.
@@ -100,7 +100,7 @@ def _bias(channels, bound, init: Init, rngs: nnx.Rngs) -> jax.Array:
 
 
 class BatchNorm(nnx.Module):
-  """BatchNorm over B, H and W; the running variance is the unbiased one, as PyTorch keeps it.
+  """BatchNorm over B, H and W; the running variance is the unbiased one, as in PyTorch.
 
   flax's own BatchNorm keeps the biased variance, which differs by n/(n−1). Under `jit` with a
   sharded batch the statistics are those of the global batch.
@@ -131,23 +131,24 @@ class BatchNorm(nnx.Module):
     for stat, new in ((self.mean, mean), (self.var, unbiased)):
       old = stat[...]
       new = jax.lax.stop_gradient(new).astype(old.dtype)
-      # Not `stat[...] =`: it asks tracers for their sharding, 9/10 of the time to trace MSDA-Net.
+      # `stat[...] =` would query the tracers' sharding: 9/10 of the time to trace MSDA-Net.
       stat.set_value(self.momentum * old + (1 - self.momentum) * new)
     return y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def batch_norm(x, scale, bias, near, epsilon):
-  """Batch normalisation with the statistics of the batch, and those: normalised x, mean, variance.
+  """Normalises x by the statistics of its batch; returns normalised x, mean and variance.
 
-  One reduction in each direction, so that a batch split over devices meets twice for every norm;
-  differentiating the formula itself meets six times. No gradient flows into the statistics.
+  Each direction takes one reduction, so devices that share a batch exchange data twice per norm.
+  Differentiating the formula itself would take six exchanges. The returned statistics pass no
+  gradient back.
 
   Args:
     x: B×H×W×C.
     scale, bias: C.
-    near: C, not differentiated: anything near the mean, such as the running mean. The variance is
-      that of x − near, whose squares do not cancel as those of x would.
+    near: C, not differentiated: values near the mean, such as the running mean. The variance is
+      computed from x − near, which avoids the cancellation of large squares.
     epsilon: added to the variance.
   """
   return _batch_norm(x, scale, bias, near, epsilon)[0]
@@ -175,7 +176,7 @@ def _batch_norm_backward(epsilon, residuals, cotangents):
 
 
 def _sums(*maps):
-  """Sums over B, H and W of B×H×W×C maps, one row each; over the batch together."""
+  """Sums B×H×W×C maps over B, H and W, one row each, in one reduction over the batch."""
   return jnp.stack([x.sum((1, 2)) for x in maps], 1).sum(0)
 
 
@@ -183,7 +184,7 @@ batch_norm.defvjp(_batch_norm, _batch_norm_backward)
 
 
 class GroupNorm(nnx.Module):
-  """GroupNorm with one group: each sample is normalised over H, W and C; affine per channel."""
+  """GroupNorm with one group: normalises each sample over H, W and C; affine per channel."""
 
   def __init__(self, channels: int, *, epsilon: float = 1e-5):
     self.scale = NormParam(jnp.ones(channels))
@@ -199,7 +200,7 @@ class GroupNorm(nnx.Module):
 
 
 def _mean(x: jax.Array) -> jax.Array:
-  """B×1×1×1; of the whole frame where x is a window of it."""
+  """Returns the mean, B×1×1×1; of the whole frame if x is a window of it."""
   if windows.current(x) is None:
     return x.mean((1, 2, 3), keepdims=True)
   return ops.spatial_mean(x).mean(-1, keepdims=True)

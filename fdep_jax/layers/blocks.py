@@ -86,9 +86,9 @@ class LocalContrast(nnx.Module):
 class UpConvNormRelu(basic.ConvNormRelu):
   """Bilinear ×2 with aligned corners, conv1, BN, ReLU; Kaiming initialisation (ALCL, GGL).
 
-  The convolution runs first: a 1×1 convolution and an interpolation whose weights sum to 1 commute,
-  and it is a quarter of the work. The BatchNorm does not commute: its statistics are those of the
-  doubled feature.
+  The convolution runs before the interpolation, at a quarter of the work: the two commute, because
+  the kernel is 1×1 and the interpolation's weights sum to 1. The BatchNorm runs after it, because
+  its statistics are those of the doubled feature.
   """
 
   def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
@@ -98,8 +98,8 @@ class UpConvNormRelu(basic.ConvNormRelu):
     return nnx.relu(self.norm(ops.upsample2(self.conv(x), align_corners=True)))
 
 
-# Weight of the old value in most BatchNorms of ACM and ALCNet. Their MXNet original keeps 0.9 of
-# it; the published PyTorch port hands the same 0.9 to PyTorch, where it weighs the new value.
+# Weight of the old value in most BatchNorms of ACM and ALCNet. It is 0.9 in their MXNet original;
+# the published port passes the same 0.9 to PyTorch, where it is the weight of the new value.
 _PORTED_MOMENTUM = 0.1
 
 FusionNorm = Literal["group", "batch"]
@@ -124,10 +124,10 @@ class BasicBlock(nnx.Module):
 
 
 class ResNetEncoder(nnx.Module):
-  """A stem to 1/4 of the size and three stages of basic blocks (ACM, ALCNet).
+  """Stem to 1/4 of the size and three stages of basic blocks (ACM, ALCNet).
 
-  Image B×H×W×in_channels, not necessarily normalised (it passes a BatchNorm first) -> features
-  B×H/4×W/4×16, B×H/8×W/8×32 and B×H/16×W/16×64.
+  Image B×H×W×in_channels -> features B×H/4×W/4×16, B×H/8×W/8×32 and B×H/16×W/16×64. The image need
+  not be normalised, because a BatchNorm comes first.
   """
 
   def __init__(self, in_channels: int, blocks: int, *, rngs: nnx.Rngs):
@@ -180,9 +180,9 @@ class BottleneckGate(nnx.Module):
 class AsymmetricFusion(nnx.Module):
   """Asymmetric contextual modulation of a deep and a shallow feature of one size (ACM, ALCNet).
 
-  The deep one gates the shallow one's channels (from its global mean), the shallow one gates the
-  deep one's pixels. The second gate, `bottomup(low)`, does not depend on the deep feature, so
-  `encode` computes it.
+  The deep feature's global mean gates the channels of the shallow feature. The shallow feature
+  gates the pixels of the deep one; this gate, `bottomup(low)`, does not depend on the deep feature,
+  so `encode` computes it.
 
   Args:
     channels: C of both features and of the result.
@@ -224,9 +224,10 @@ class DropoutHead(nnx.Module):
 
 
 class ChannelAttention(nnx.Module):
-  """Channel gate B×1×1×C in (0, 1): C → C/reduction, ReLU, → C on the mean and on the maximum.
+  """Channel gate B×1×1×C in (0, 1) from the mean and the maximum over space (DNA-Net, GGL-Net).
 
-  The two results are summed before the sigmoid; no biases (DNA-Net, GGL-Net).
+  Both pass the same layers, C → C/reduction, ReLU, → C, without biases. Their sum is the sigmoid's
+  input.
   """
 
   def __init__(self, channels: int, reduction: int, *, rngs: nnx.Rngs):

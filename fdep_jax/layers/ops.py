@@ -1,7 +1,7 @@
 """Parameter-free operations of the backbones, NHWC, in forms that are fast on CPU, GPU and TPU.
 
-Every rewritten form equals the plain operation exactly up to rounding (tests/test_ops.py, float64)
-and costs no more multiply-adds.
+Every rewritten form equals the plain operation up to rounding (tests/test_ops.py, float64) and
+costs no more multiply-adds.
 """
 
 import functools
@@ -16,7 +16,7 @@ WAVELETS = ("ll", "lh", "hl", "hh")
 
 
 def window(x: jax.Array, rows: slice, columns: slice) -> jax.Array:
-  """x[:, rows, columns]; unlike indexing, a plain slice where sizes are symbolic, too."""
+  """Returns x[:, rows, columns]; unlike indexing, a plain slice for symbolic sizes, too."""
   starts, limits, strides = [0] * 4, list(x.shape), [1] * 4
   for axis, part in ((1, rows), (2, columns)):
     starts[axis], strides[axis] = part.start or 0, part.step or 1
@@ -26,7 +26,7 @@ def window(x: jax.Array, rows: slice, columns: slice) -> jax.Array:
 
 
 def max_pool2(x: jax.Array) -> jax.Array:
-  """2×2 max-pool, stride 2; an odd last row or column is pooled alone (PyTorch's ceil_mode)."""
+  """Applies a 2×2 max-pool, stride 2; an odd last row or column is pooled alone (ceil_mode)."""
   pad = [(0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)]
   if any(after for _, after in pad):
     x = jnp.pad(x, pad, constant_values=-jnp.inf)
@@ -39,7 +39,7 @@ def max_pool2(x: jax.Array) -> jax.Array:
 
 
 def max_pool3_stride2(x: jax.Array) -> jax.Array:
-  """3×3 max-pool, stride 2, padded with −∞ by 1; H and W even."""
+  """Applies a 3×3 max-pool, stride 2, padded with −∞ by 1; H and W must be even."""
   x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=-jnp.inf)
   everything, thirds = slice(None), (slice(0, -2, 2), slice(1, -1, 2), slice(2, None, 2))
   first, second, third = (window(x, part, everything) for part in thirds)
@@ -49,10 +49,10 @@ def max_pool3_stride2(x: jax.Array) -> jax.Array:
 
 
 def resize_matrix(size: int, new_size: int, align_corners: bool):
-  """new_size×size weights of a 1-D linear interpolation (PyTorch's, no antialiasing).
+  """Returns the new_size×size weights of PyTorch's 1-D linear interpolation (not antialiased).
 
-  float64 of numpy; float32 of jax where a size is symbolic, known only when an exported program
-  runs. Positions are exact: ratios of integers.
+  A float64 numpy array; a float32 jax array if a size is symbolic (known only when an exported
+  program runs). Positions are exact: ratios of integers.
   """
   xp = np if isinstance(size, int) and isinstance(new_size, int) else jnp
   row, column = xp.arange(new_size)[:, None], xp.arange(size)[None]
@@ -67,7 +67,7 @@ def resize_matrix(size: int, new_size: int, align_corners: bool):
 
 
 def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.Array:
-  """Bilinear resize of B×H×W×C to `size` (rows, columns), as PyTorch's `interpolate`.
+  """Resizes B×H×W×C bilinearly to `size` (rows, columns), as PyTorch's `interpolate` does.
 
   Exact doubling and, with align_corners, halving are sums of shifted rows; other sizes are two
   small matrix products.
@@ -78,7 +78,7 @@ def resize(x: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.A
 
 
 def upsample2(x: jax.Array, *, align_corners: bool) -> jax.Array:
-  """Bilinear ×2."""
+  """Doubles H and W bilinearly."""
   return resize(x, (2 * x.shape[1], 2 * x.shape[2]), align_corners=align_corners)
 
 
@@ -86,7 +86,7 @@ def _resize_axis(x: jax.Array, axis: int, new_size: int, align_corners: bool) ->
   size = x.shape[axis]
   if new_size == size:
     return x
-  # With aligned corners the sampling points of a window are its frame's.
+  # With aligned corners, a window has the sampling points of its frame.
   length, offset = size, 0
   window = windows.current(x) if align_corners else None
   if window is not None:
@@ -113,13 +113,13 @@ def _resize_axis(x: jax.Array, axis: int, new_size: int, align_corners: bool) ->
 
 
 def _window_matrix(size: int, new_size: int, length, offset) -> jax.Array:
-  """`resize_matrix` with aligned corners for a window of a longer axis.
+  """Returns `resize_matrix` with aligned corners for a window of a longer axis.
 
   Args:
-    size, new_size: of the window before and after.
-    length, offset: the whole axis before, and the window's place in it.
+    size, new_size: the window's size before and after.
+    length, offset: the size of the whole axis before, and the window's first position in it.
   """
-  # Output i samples i·(n−1)/(N−1), in integers: float32 would lose its fraction in large frames.
+  # Output i samples i·(n−1)/(N−1), in integers: in large frames float32 would lose the fraction.
   whole = length * new_size // size - 1
   place = (offset * new_size // size + jnp.arange(new_size)) * (length - 1)
   low = (place // whole - offset).reshape(-1, 1)
@@ -147,7 +147,7 @@ def _double(x: jax.Array, axis: int, align_corners: bool, length, offset) -> jax
 
 
 def _arange(size: int):
-  """0 to size − 1, as numpy's where the size is known."""
+  """Returns 0 to size − 1; a numpy array if the size is known."""
   return np.arange(size) if isinstance(size, int) else jnp.arange(size)
 
 
@@ -158,11 +158,11 @@ def _along(weights: np.ndarray | jax.Array, axis: int, dtype) -> jax.Array:
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Transposed convolution, stride 2, padding 1: B×H×W×C → B×2H×2W×O.
+  """Applies a transposed convolution, stride 2, padding 1: B×H×W×C → B×2H×2W×O.
 
-  Every output parity is a 2×2 convolution of the input, so one 2×2 convolution to 4·O channels
-  and an interleave give the same numbers for the same multiply-adds; XLA runs the dilated form an
-  order of magnitude slower on a CPU.
+  Every output parity is a 2×2 convolution of the input. So one 2×2 convolution to 4·O channels,
+  interleaved, gives the same numbers for the same multiply-adds. On a CPU, XLA runs the usual
+  dilated form an order of magnitude slower.
 
   Args:
     kernel: 4×4×C×O, indexed as PyTorch's (not flipped).
@@ -170,25 +170,25 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
   batch, height, width, _ = x.shape
   out_channels = kernel.shape[-1]
   # Output row 2k takes input rows k−1 and k with kernel rows 3 and 1; row 2k+1 takes k and k+1
-  # with 2 and 0. Columns alike.
+  # with 2 and 0. Columns follow the same rule.
   taps = ((3, 1), (2, 0))
   parities = [kernel[jnp.array(r)][:, jnp.array(c)] for r in taps for c in taps]
-  # A product with the four neighbours side by side rather than a convolution, whose weight gradient
-  # is slow on a CPU.
+  # A matrix product with the four neighbours side by side, because the weight gradient of a
+  # convolution is slow on a CPU.
   x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
   first, second = slice(None, -1), slice(1, None)
   corners = [window(x, rows, columns) for rows in (first, second) for columns in (first, second)]
   weights = jnp.concatenate(parities, -1).reshape(-1, 4 * out_channels)
-  windows = (jnp.concatenate(corners, -1) @ weights).reshape(
+  products = (jnp.concatenate(corners, -1) @ weights).reshape(
     batch, height + 1, width + 1, 2, 2, out_channels
   )
-  rows = _interleave(windows, 1, 3)  # B×H×2×(W+1)×2×O
+  rows = _interleave(products, 1, 3)  # B×H×2×(W+1)×2×O
   y = _interleave(rows, 3, 4)  # B×H×2×W×2×O
   return y.reshape(batch, 2 * height, 2 * width, out_channels)
 
 
 def _interleave(parts: jax.Array, axis: int, parity: int) -> jax.Array:
-  """All but the last of parity 0 and all but the first of parity 1, stacked behind `axis`."""
+  """Stacks behind `axis` all but the last of parity 0 and all but the first of parity 1."""
   size = parts.shape[axis] - 1
   before = jax.lax.slice_in_dim(jax.lax.index_in_dim(parts, 0, parity, False), 0, size, 1, axis)
   after = jax.lax.slice_in_dim(jax.lax.index_in_dim(parts, 1, parity, False), 1, size + 1, 1, axis)
@@ -196,7 +196,7 @@ def _interleave(parts: jax.Array, axis: int, parity: int) -> jax.Array:
 
 
 def haar(x: jax.Array, *, stride: int) -> dict[str, jax.Array]:
-  """The four 2×2 Haar bands of every channel.
+  """Computes the four 2×2 Haar bands of every channel.
 
   Args:
     x: B×H×W×C.
@@ -204,8 +204,8 @@ def haar(x: jax.Array, *, stride: int) -> dict[str, jax.Array]:
       or 2, decimated without padding (B×H/2×W/2×C).
 
   Returns:
-    Bands by name: "lh" differs from row to row, "hl" from column to column, "hh" on the diagonal;
-    every kernel has entries ±0.5.
+    Bands by name: "ll" sums, "lh" differences of rows, "hl" of columns, "hh" of diagonals; every
+    kernel has entries ±0.5.
 
   Source: YuChuang1205/PAL model/MSDA, `FrequencyAttention` and the stage's high-frequency branch.
   """
@@ -232,11 +232,11 @@ def haar(x: jax.Array, *, stride: int) -> dict[str, jax.Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """Maximum over axes, which are kept; the gradient goes in equal parts to what equals it.
+  """Returns the maximum over axes, which are kept; equal maxima share the gradient equally.
 
-  JAX's own gradient divides by the number of elements that equal the maximum, which is 0 where the
-  compiler computes `x` twice with different rounding: seen as NaN on DNA-Net, compiled without
-  optimisation.
+  JAX's own gradient divides by the number of elements that equal the maximum. That number is 0 if
+  the compiler computes `x` twice with different rounding; DNA-Net, compiled without optimisation,
+  then gave NaN.
   """
   return x.max(axes, keepdims=True)
 
@@ -251,24 +251,24 @@ def _(axes, primals, tangents):
 
 
 def max_and_mean(x: jax.Array) -> jax.Array:
-  """B×H×W×2: maximum, then mean over channels."""
+  """Returns B×H×W×2: maximum, then mean over channels."""
   return jnp.concatenate([largest(x, (-1,)), x.mean(-1, keepdims=True)], -1)
 
 
 def spatial_mean(x: jax.Array) -> jax.Array:
-  """B×1×1×C; of the whole frame where x is a window of it."""
+  """Returns the mean over H and W, B×1×1×C; of the whole frame if x is a window of it."""
   window = windows.current(x)
   return x.mean((1, 2), keepdims=True) if window is None else window.mean(x)
 
 
 def spatial_max(x: jax.Array) -> jax.Array:
-  """B×1×1×C; of the whole frame where x is a window of it."""
+  """Returns the maximum over H and W, B×1×1×C; of the whole frame if x is a window of it."""
   window = windows.current(x)
   return largest(x, (1, 2)) if window is None else window.max(x)
 
 
 def mean_and_max(x: jax.Array) -> jax.Array:
-  """B×H×W×2: mean, then maximum over channels (DNA-Net, UIU-Net)."""
+  """Returns B×H×W×2: mean, then maximum over channels (DNA-Net, UIU-Net)."""
   return jnp.concatenate([x.mean(-1, keepdims=True), largest(x, (-1,))], -1)
 
 

@@ -1,11 +1,13 @@
-"""A network on a window of a frame as on a part of the whole, for frames too large for one pass.
+"""Runs a network on one window with the whole frame's statistics, if a frame is too large for one.
 
 Two things in the networks depend on more than a neighbourhood: statistics of a whole feature
 (channel gates, GroupNorm), and resizing with aligned corners, whose sampling points depend on the
 place in the frame and on its size. While a `Window` is active, `ops` and GroupNorm take both from
-the frame. Its statistics come from earlier passes over all windows: `found` holds a window's
-share of each, and those of all windows together are the next pass's `known`. A pass makes at least
-one more layer exact, so that repeating them ends, and in practice after a few.
+the frame.
+
+The frame's statistics come from earlier passes over all windows. `found` contains one window's
+share of each; the shares of all windows, put together, are `known` in the next pass. Every pass
+makes at least one more layer exact, so the passes end; in practice, a few are enough.
 """
 
 import contextlib
@@ -21,17 +23,17 @@ Statistics = tuple[list[jax.Array], list[jax.Array]]
 
 
 class Window:
-  """Where the image of one forward pass (batch of 1) lies in its frame.
+  """The place in its frame of one forward pass's image (batch of 1).
 
-  All places and sizes are pixels in multiples of the network's stride, rows then columns.
+  All places and sizes are in pixels, multiples of the network's stride, rows before columns.
 
   Args:
-    size: of the window; static.
+    size: size of the window; static.
     frame: 2 int32, size of the frame.
     offset: 2 int32, the window's first pixel in the frame.
-    core: 2×2 int32, first and last-plus-one row, and column, of the part of the window that counts
-      in statistics; the cores of all windows cover the frame once.
-    known: the frame's statistics, NaN where not known yet; None: none is.
+    core: 2×2 int32, first and last-plus-one row, then column, of the part of the window that counts
+      in statistics. The cores of all windows cover the frame exactly once.
+    known: the frame's statistics, NaN if not known yet; None: none is known.
   """
 
   def __init__(self, size, frame, offset, core, known: Statistics | None = None):
@@ -40,12 +42,12 @@ class Window:
     self.found: Statistics = ([], [])
 
   def place(self, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Along an axis (1 or 2) of the feature x: the frame's length and the window's offset."""
+    """Returns the frame's length and the window's offset along axis 1 or 2 of the feature x."""
     scale = self._scale(x, axis)
     return self.frame[axis - 1] // scale, self.offset[axis - 1] // scale
 
   def mean(self, x: jax.Array) -> jax.Array:
-    """B×1×1×C over the frame's feature, of which x is a window."""
+    """Returns the mean, B×1×1×C, over the frame's feature, of which x is a window."""
     number = self.place(x, 1)[0] * self.place(x, 2)[0]
     share = jnp.where(self._in_core(x), x, 0).sum((1, 2), keepdims=True) / number.astype(x.dtype)
     return self._statistic(0, share, x.mean((1, 2), keepdims=True))
@@ -61,7 +63,7 @@ class Window:
     return self._statistic(0, share, total(x) / (x.shape[1] * x.shape[2]))
 
   def max(self, x: jax.Array) -> jax.Array:
-    """B×1×1×C over the frame's feature, of which x is a window."""
+    """Returns the maximum, B×1×1×C, over the frame's feature, of which x is a window."""
     share = jnp.where(self._in_core(x), x, -jnp.inf).max((1, 2), keepdims=True)
     return self._statistic(1, share, x.max((1, 2), keepdims=True))
 
@@ -86,7 +88,7 @@ class Window:
 
 @contextlib.contextmanager
 def active(window: Window):
-  """What is traced inside sees its image as this window."""
+  """Makes networks traced inside treat their image as this window."""
   token = _ACTIVE.set(window)
   try:
     yield window
@@ -95,5 +97,5 @@ def active(window: Window):
 
 
 def current(x: jax.Array) -> Window | None:
-  """The window that the feature x is one of; None in ordinary passes, and for 1×1 features."""
+  """Returns the active window for the feature x; None in ordinary passes and for 1×1 features."""
   return None if x.shape[1:3] == (1, 1) else _ACTIVE.get()

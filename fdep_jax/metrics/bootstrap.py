@@ -1,4 +1,4 @@
-"""How sure a score is: bootstrap over images from their counts, with nothing labelled again."""
+"""Confidence intervals by bootstrap over images, from their counts, without labelling again."""
 
 import numpy as np
 
@@ -6,29 +6,29 @@ from fdep_jax.metrics import hse, pixels
 
 METRICS = (*hse.PAPER, "precision", "recall", "f1", "roc_auc", "ap")
 LOWER_IS_BETTER = ("fa",)
-# The pixel curve of a resample is taken at about so many groups of scores, with equally many
-# positives in each, joined by trapezoids: far finer than any interval.
+# The pixel curve of a resample has about this many points, with equally many positives between two,
+# joined by trapezoids. The error is far below the width of any interval.
 _POINTS = 1024
 
 
 def intervals(total, resamples=1000, level=0.95, seed=0):
-  """Percentile intervals of every metric.
+  """Computes percentile intervals of every metric.
 
   Args:
     total: an `hse.Accumulator`.
-    resamples: how many sets of as many images are drawn, with replacement.
-    level: of the interval.
-    seed: same seed, same intervals.
+    resamples: number of sets drawn; each has as many images as `total`, with replacement.
+    level: probability of the interval.
+    seed: the same seed gives the same intervals.
 
   Returns:
-    {metric: (low, high)}; NaN where no resample has the metric.
+    {metric: (low, high)}; NaN if no resample has the metric.
   """
   values = samples(total, draw(len(total), resamples, seed))
   return {name: _interval(value, level) for name, value in values.items()}
 
 
 def compare(a, b, resamples=1000, level=0.95, seed=0):
-  """Paired comparison: the same images are drawn for both.
+  """Compares two detectors in pairs: the same images are drawn for both.
 
   Args:
     a, b: two `hse.Accumulator` of the same images in the same order, with the same options.
@@ -68,13 +68,13 @@ def compare(a, b, resamples=1000, level=0.95, seed=0):
 
 
 def draw(images, resamples, seed):
-  """How often each image is in each resample: resamples × images."""
+  """Draws how often each image is in each resample: resamples × images."""
   rng = np.random.default_rng(seed)
   return rng.multinomial(images, np.full(images, 1 / images), size=resamples).astype(np.float64)
 
 
 def samples(total, weights):
-  """{metric: one value per row of `weights` (resamples × images)} of an `hse.Accumulator`."""
+  """Computes {metric: one value per row of `weights` (resamples × images)} of an `Accumulator`."""
   counts, options = total.counts(), total.options
   summed = {n: weights @ getattr(counts, n) for n in vars(counts)}
   at, _ = options.of_grid()
@@ -94,9 +94,13 @@ def samples(total, weights):
 
 
 def _pixel_counts(total):
-  """Images × groups of scores, highest first: positives in it, negatives reaching and above it."""
+  """Counts positives in, negatives reaching and negatives above each group of scores, per image.
+
+  Returns:
+    Three arrays, images × groups, the highest scores first.
+  """
   scores, number = np.unique(np.concatenate(total.positives), return_counts=True)
-  # A score that many positives share (a saturated 1.0) is its own group: the curve bends there.
+  # A score that many positives share (a saturated 1.0) is its own group, as the curve bends there.
   group = (np.cumsum(number) - number) * _POINTS // max(number.sum(), 1)
   heavy = number * _POINTS > number.sum()
   new = np.ones(len(scores), bool)

@@ -1,21 +1,21 @@
-"""Connected components of thresholded maps, and which of them each target claims (paper §3.4).
+"""Finds connected components of thresholded maps and matches them with targets (paper §3.4).
 
-Targets are sparse and thresholds nested, so only the pixels above the lowest threshold are looked
+Targets are sparse and thresholds nested. So only the pixels above the lowest threshold are looked
 at: their neighbour pairs are found once, and each threshold keeps the pairs whose weaker end
-exceeds it. Maps that are mostly active (an untrained
-network's) are labelled densely instead; the result is the same.
+exceeds it. Maps that are mostly active (an untrained network's) are labelled densely instead, with
+the same result.
 """
 
 import dataclasses
 
 import numpy as np
 
-DENSE = 1 / 4  # active fraction from which maps are labelled densely, which needs less memory
+DENSE = 1 / 4  # maps with a larger active fraction are labelled densely, which needs less memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-  """Components at one threshold, by image, then in raster order of their first pixel."""
+  """Components at one threshold, sorted by image, then in raster order of their first pixel."""
 
   image: np.ndarray  # int64
   area: np.ndarray  # pixels
@@ -27,16 +27,16 @@ class Components:
 
 
 def active_pixels(value, floor):
-  """Flat indices of the pixels of one map above `floor`, in raster order."""
+  """Returns the flat indices of the pixels of one map above `floor`, in raster order."""
   return np.flatnonzero(value.ravel() > floor)
 
 
 def find(indices, levels, sizes, num_levels, connectivity=8):
-  """Components of every image at every threshold.
+  """Finds the components of every image at every threshold.
 
   Args:
     indices: per image, flat indices of its active pixels, ascending.
-    levels: per image, how many of the ascending thresholds each of these pixels exceeds (≥ 1).
+    levels: per image, how many of the thresholds each of these pixels exceeds (≥ 1).
     sizes: per image, (height, width).
     num_levels: number of thresholds.
     connectivity: 8 or 4.
@@ -78,8 +78,8 @@ def _find_sparse(indices, levels, sizes, num_levels, connectivity):
   height, width = np.array(sizes, np.int64).T
   index, level = np.concatenate(indices).astype(np.int64), np.concatenate(levels)
   row, col = np.divmod(index, width[image])
-  # One running number per pixel over all images. A gap of one column and two rows keeps the ends of
-  # rows, and images, from touching.
+  # A number for each pixel of all images. A gap of one column and two rows keeps the ends of rows,
+  # and different images, from touching.
   pitch = (width + 1)[image]
   base = np.concatenate([[0], np.cumsum((height + 2) * (width + 1))[:-1]])[image]
   key = base + row * pitch + col
@@ -100,7 +100,7 @@ def _find_sparse(indices, levels, sizes, num_levels, connectivity):
   weight = np.minimum(level[start], level[end])
 
   # From the highest threshold down, components only grow and join. So the nodes of each step are
-  # the components of the step before and the new pixels, and its edges only the new pairs.
+  # the components of the previous step and the new pixels; its edges are the new pairs.
   out = []
   node = np.zeros(len(key), np.int64)  # of each pixel that is active so far
   first = area = rows = cols = np.zeros(0, np.int64)  # of each component; first: its first pixel
@@ -154,17 +154,17 @@ def _find_dense(index, level, size, num_levels, connectivity):
 
 
 def near(targets, found, max_distance):
-  """Pairs (target, component) of the same image with centroids nearer than `max_distance` pixels.
+  """Finds pairs (target, component) of one image with centroids nearer than `max_distance` pixels.
 
   Returns:
-    (target, component, distance): pairs sorted by target, then by component.
+    (target, component, distance): arrays over pairs, sorted by target, then by component.
   """
   # Sort the components by image and row; each target then sees one window of them.
   order = np.lexsort((found.row, found.image))
   top = 2 * max_distance + 2 + max((x.max() for x in (found.row, targets.row) if len(x)), default=0)
   height = found.image[order] * top + found.row[order]
   centre = targets.image * top + targets.row
-  # The window is one pixel too wide on purpose: rounding in `height` must not drop a pair.
+  # The window is one pixel wider than needed, so that rounding in `height` drops no pair.
   low = np.searchsorted(height, centre - max_distance - 1)
   number = np.searchsorted(height, centre + max_distance + 1, side="right") - low
   target = np.repeat(np.arange(len(targets)), number)
@@ -179,7 +179,7 @@ def near(targets, found, max_distance):
 
 
 def match(targets, found, max_distance=3.0, rule="first"):
-  """Which component each target claims; −1 where none.
+  """Returns the index of the component that each target claims, −1 for none.
 
   Args:
     targets: true `Components`.
@@ -187,7 +187,7 @@ def match(targets, found, max_distance=3.0, rule="first"):
     max_distance: pixels between centroids, exclusive.
     rule: "first": each target, in raster order, claims the first unclaimed component in raster
       order (PAL's and DNANet's rule). "nearest": the nearest unclaimed one. "optimal": as many
-      pairs as possible, of these the least sum of distances.
+      pairs as possible, and of these the least sum of distances.
   """
   target, component, distance = near(targets, found, max_distance)
   claimed = np.full(len(targets), -1)
@@ -211,7 +211,7 @@ def _match_optimal(claimed, target, component, distance):
     return claimed
   targets, row = np.unique(target, return_inverse=True)
   components, col = np.unique(component, return_inverse=True)
-  # One more pair is worth more than any sum of distances.
+  # The constant makes one more pair outweigh any sum of distances.
   cost = np.zeros((len(targets), len(components)))
   cost[row, col] = distance - (distance.sum() + 1)
   chosen = linear_sum_assignment(cost)

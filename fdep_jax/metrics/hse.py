@@ -3,7 +3,7 @@
 HSE = HSE-P × HSE-T. HSE-P is the area under the pixel precision-recall curve of all pixels of all
 images, HSE-T the area under the target-level curve over thresholds.
 
-  score = hse.score(probs, masks)        # lists of H×W float32 in [0, 1] and H×W bool
+  score = hse.score(probs, masks)  # floats in [0, 1] and bools; numpy, jax or torch
   print(score.hse, score.hse_p, score.hse_t)
 """
 
@@ -15,26 +15,26 @@ import numpy as np
 
 from fdep_jax.metrics import components, pixels
 
-# 0.05, 0.10 … 0.95 as float32, so that a score that was written as 0.15 is not above 0.15.
+# 0.05, 0.10 … 0.95 as float32, so that a score saved as 0.15 is not above the threshold 0.15.
 THRESHOLDS = (np.arange(1, 20) / 20).astype(np.float32)
 THRESHOLDS.setflags(write=False)
 HALF = np.float32(0.5)  # IoU, nIoU, Pd and Fa are taken at prob > 0.5
 PAPER = ("iou", "niou", "pd", "fa", "hse_p", "hse_t", "hse")  # the columns of the paper's tables
-_PENDING = 1 << 18  # active pixels that an accumulator gathers before it labels them together
+_PENDING = 1 << 18  # active pixels that are gathered before they are labelled together
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Everything the paper leaves open about its metrics, with our reading as the default.
+  """Options for everything that the paper leaves open about its metrics.
 
-  OUR CHOICE, all of them: with these a public ACM scores within 1 of the paper's own on NUAA-SIRST.
+  The defaults are OUR CHOICE: with them a public ACM scores within 1 of the paper's on NUAA-SIRST.
 
   Attributes:
-    thresholds: of HSE-T, in [0, 1); compared as float32, `prob > τ`.
-    max_distance: pixels between centroids, exclusive, up to which a prediction finds a target.
+    thresholds: thresholds τ of HSE-T, in [0, 1); compared as float32, `prob > τ`.
+    max_distance: a prediction finds a target if their centroids are nearer than this, in pixels.
     extend: start the target-level curve at recall 0 with the precision of its lowest-recall point.
     area: "trapezoid" or "step" (Σ ΔR·P) for the target-level curve.
-    connectivity: 8 or 4 neighbours make a component.
+    connectivity: 8 or 4, the neighbours that connect pixels to a component.
     matching: "first", "nearest" or "optimal"; see `components.match`.
     empty_niou: IoU of an image with neither target nor prediction; None leaves it out of the mean.
     false_alarm: "unclaimed" counts the pixels of components that no target claims. "area" is
@@ -80,7 +80,7 @@ class Options:
     return np.unique(np.append(np.asarray(self.thresholds, np.float32), HALF))
 
   def of_grid(self):
-    """Where in `grid` the thresholds are, and where 0.5 is."""
+    """Returns the indices in `grid` of the thresholds and of 0.5."""
     grid = self.grid
     return np.searchsorted(grid, np.asarray(self.thresholds, np.float32)), int(
       np.searchsorted(grid, HALF)
@@ -89,9 +89,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """Integers from which every threshold metric follows; arrays over images, so that they add up.
+  """Integers that determine every threshold metric; arrays over images, which may be summed.
 
-  `predicted` and `hits` have a second axis, over `Options.grid`. The rest is at prob > 0.5.
+  `predicted` and `hits` have a second axis, over `Options.grid`. The others are at prob > 0.5.
   """
 
   pixels: np.ndarray
@@ -100,7 +100,7 @@ class Counts:
   intersection: np.ndarray
   targets: np.ndarray  # components of the mask
   predicted: np.ndarray  # images × grid: components of the thresholded map
-  hits: np.ndarray  # images × grid: targets that claimed one of them
+  hits: np.ndarray  # images × grid: targets that claimed a component
   false_alarm_pixels: np.ndarray  # of components that no target claims
   false_alarm_pixels_by_area: np.ndarray  # the same by DNANet's rule
 
@@ -133,11 +133,11 @@ class Score:
   targets: int
   hits: int  # targets found at prob > 0.5
   false_alarms: int  # components that no target claims at prob > 0.5
-  hse_p_error: float  # the exact HSE-P is this near for certain; 0 from `score`
+  hse_p_error: float  # an upper bound of |hse_p − exact HSE-P|; 0 from `score`
   curves: dict = dataclasses.field(repr=False, compare=False)  # arrays of both curves
 
   def as_dict(self):
-    """The numbers as JSON takes them: NaN becomes None. The curves are left out."""
+    """Returns the numbers for JSON, NaN as None, without the curves."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "curves"}
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
 
@@ -146,9 +146,11 @@ def score(probs, masks, thresholds=THRESHOLDS, max_distance=3.0, **options):
   """Scores probability maps against masks.
 
   Args:
-    probs: H×W floats in [0, 1], one per image; sizes may differ. Compared as float32.
-    masks: H×W bool, one per map.
-    thresholds: of HSE-T, in [0, 1).
+    probs: floats in [0, 1], compared as float32: one H×W map, a B×H×W, B×1×H×W or B×H×W×1 batch,
+      or a list of maps and batches, whose sizes may differ. Arrays may be numpy's, jax's or
+      torch's, of any float type, on any device, with or without gradients.
+    masks: bools, the same.
+    thresholds: thresholds of HSE-T, in [0, 1).
     max_distance: pixels between centroids, exclusive.
     **options: see `Options`.
 
@@ -159,7 +161,7 @@ def score(probs, masks, thresholds=THRESHOLDS, max_distance=3.0, **options):
     ValueError: listing every map and mask that cannot be scored.
   """
   options = Options(thresholds=thresholds, max_distance=max_distance, **options)
-  probs, masks = list(probs), list(masks)
+  probs, masks = images(probs), images(masks)
   if len(probs) != len(masks) or not probs:
     raise ValueError(
       f"{len(probs)} probability maps and {len(masks)} masks were given; "
@@ -180,15 +182,15 @@ def score(probs, masks, thresholds=THRESHOLDS, max_distance=3.0, **options):
 
 
 class Accumulator:
-  """The same as `score`, fed image by image, and mergeable over devices, hosts or files.
+  """Computes what `score` does, batch by batch; may be merged over devices, hosts or files.
 
-  Keeps per image the counts at every threshold, the scores of its target pixels and at most
-  2·`pixels.EXACT` groups of the other pixels: below 100 KB whatever the image's size. HSE-P is then
-  within `Score.hse_p_error` of the exact value, for certain; it is 0 or below 1e-6 unless a set has
-  thousands of target pixels in each image.
+  Keeps for each image the counts at every threshold, the scores of its target pixels and at most
+  2·`pixels.EXACT` groups of the other pixels: below 100 KB for any size of image. HSE-P is then
+  within `Score.hse_p_error` of the exact value. That bound is 0 or below 1e-6 unless each image of
+  a set has thousands of target pixels.
 
     total = hse.Accumulator()
-    total.update(prob, mask)      # or .update_counts(...) with what the jitted route gives
+    total.update(prob, mask)  # or .update_counts(...) with counts from `jitted`
     total.merge(other)
     total.result().hse
   """
@@ -203,23 +205,41 @@ class Accumulator:
     return len(self.positives)
 
   def update(self, prob, mask):
-    """Adds one image: `prob` H×W floats in [0, 1], `mask` H×W bool."""
-    prob, mask, problems = check(prob, mask)
+    """Adds one image or a batch.
+
+    Args:
+      prob: floats in [0, 1], H×W, B×H×W, B×1×H×W or B×H×W×1; any array that `score` takes.
+      mask: bools of the same images.
+
+    Raises:
+      ValueError: listing all problems; nothing is added.
+    """
+    probs, masks = _images(to_numpy(prob)), _images(to_numpy(mask))
+    if len(probs) != len(masks):
+      raise ValueError(
+        f"{len(probs)} probability maps and {len(masks)} masks were given; each map needs its mask."
+      )
+    pairs, problems = [], []
+    for i, pair in enumerate(zip(probs, masks, strict=True)):
+      prob, mask, found = check(*pair)
+      pairs.append((prob, mask))
+      problems += [f"image {i}: {p}" if len(probs) > 1 else p for p in found]
     if problems:
       raise ValueError(listing("probability map or mask", problems))
-    self._counter.add(prob, mask)
-    values = pixels.bits(prob)
-    self.positives.append(np.sort(values[mask.ravel()]))
-    self.negatives.append(pixels.summarise(np.sort(values[~mask.ravel()])))
+    for prob, mask in pairs:
+      self._counter.add(prob, mask)
+      values = pixels.bits(prob)
+      self.positives.append(np.sort(values[mask.ravel()]))
+      self.negatives.append(pixels.summarise(np.sort(values[~mask.ravel()])))
 
   def update_counts(self, counts, positives, negatives):
-    """Adds images counted elsewhere: `Counts`, and one entry per image of the two lists."""
+    """Adds images from their `Counts` and lists with one entry per image."""
     self._counter.add_counts(counts)
     self.positives += positives
     self.negatives += negatives
 
   def merge(self, other):
-    """Adds the images of another accumulator with the same options, after its own."""
+    """Appends the images of an accumulator with the same options."""
     if self.options != other.options:
       raise ValueError(
         f"Cannot merge metrics of different options:\n  {self.options}\n  {other.options}"
@@ -228,11 +248,11 @@ class Accumulator:
       self.update_counts(other.counts(), other.positives, other.negatives)
 
   def counts(self):
-    """`Counts` of the images so far, in the order they were added."""
+    """Returns the `Counts` of the images so far, in the order they were added."""
     return self._counter.counts()
 
   def result(self):
-    """The `Score` of the images so far."""
+    """Returns the `Score` of the images so far."""
     counts = self.counts()
     edges = pixels.edges_of(np.concatenate(self.positives))
     low, high = (pixels.counts_of(edges[-1], self.negatives, end) for end in ("low", "high"))
@@ -240,7 +260,7 @@ class Accumulator:
 
 
 def detections(prob, mask, options):
-  """What became of each target and prediction of one image at prob > 0.5.
+  """Matches the targets and the predictions of one image at prob > 0.5.
 
   Args:
     prob: H×W float32 in [0, 1].
@@ -249,7 +269,7 @@ def detections(prob, mask, options):
 
   Returns:
     (targets, found, claimed): `components.Components` of the mask and of the map, and the index
-    into `found` that each target claims, −1 where it is missed.
+    into `found` that each target claims, −1 if the target is missed.
   """
   parts = []
   for value in (prob > HALF, mask):
@@ -261,7 +281,7 @@ def detections(prob, mask, options):
 
 
 class Counter:
-  """The `Counts` of images: collects active pixels, and labels those of many images together."""
+  """Collects active pixels, labels those of many images together, and returns their `Counts`."""
 
   def __init__(self, options):
     self.options = options
@@ -335,17 +355,17 @@ class Counter:
 
 
 def _rows_in(rows, others):
-  """Which `rows` (n×2 non-negative integers) are among `others`."""
+  """Returns a boolean for each of `rows` (n×2 non-negative integers): is it among `others`?"""
   width = int(rows.max(initial=0)) + 1
   return np.isin(rows @ [width, 1], others @ [width, 1])
 
 
 def target_curve(hits, predicted, targets, options):
-  """Target-level precision-recall points, sorted by recall, and the area below them.
+  """Computes the target-level precision-recall points, sorted by recall, and the area below them.
 
   Args:
     hits, predicted: counts at the thresholds; may have leading axes (resamples).
-    targets: true targets, of the leading shape.
+    targets: numbers of true targets, of the leading shape.
     options: `Options`.
 
   Returns:
@@ -367,7 +387,7 @@ def target_curve(hits, predicted, targets, options):
 
 
 def image_iou(counts, options):
-  """IoU of each image at prob > 0.5; NaN where `empty_niou` leaves the image out."""
+  """Computes the IoU of each image at prob > 0.5; NaN if `empty_niou` leaves the image out."""
   union = counts.target_pixels + counts.predicted_pixels - counts.intersection
   empty = math.nan if options.empty_niou is None else options.empty_niou
   return np.where(union > 0, counts.intersection / np.maximum(union, 1), empty)
@@ -378,14 +398,14 @@ def _ratio(a, b, otherwise):
 
 
 def rates(total, options):
-  """The threshold metrics from summed `Counts`; arrays may have leading axes (resamples)."""
+  """Computes the threshold metrics of summed `Counts`; arrays may have leading axes (resamples)."""
   half = options.of_grid()[1]
   true, targets = total["intersection"], total["target_pixels"]
   positive = total["predicted_pixels"]
   by_area = options.false_alarm == "area"
   recall = _ratio(true, targets, math.nan)
   return {
-    # As the reference: an image set with neither targets nor predictions has IoU 0.
+    # As in the reference code: a set with neither targets nor predictions has IoU 0.
     "iou": _ratio(true, targets + positive - true, 0.0),
     "pd": _ratio(total["hits"][..., half], total["targets"], math.nan),
     "fa": total["false_alarm_pixels_by_area" if by_area else "false_alarm_pixels"]
@@ -397,7 +417,7 @@ def rates(total, options):
 
 
 def _score(counts, edges, false_low, false_high, options):
-  """The `Score` from counts and the fewest and most negatives that may reach each edge."""
+  """Computes the `Score` from counts and the bounds of how many negatives reach each edge."""
   values, number, _ = edges
   total = {f.name: getattr(counts, f.name).sum(0) for f in dataclasses.fields(Counts)}
   negatives = total["pixels"] - total["target_pixels"]
@@ -447,8 +467,46 @@ def _score(counts, edges, false_low, false_high, options):
   )
 
 
+def images(maps):
+  """Splits maps or masks into a list of numpy arrays, one an image.
+
+  Args:
+    maps: an array H×W, B×H×W, B×1×H×W, B×H×W×1 or H×W×1, or an iterable of these.
+  """
+  if not hasattr(maps, "shape"):
+    parts = [_images(to_numpy(part)) for part in maps]
+    return [image for part in parts for image in part]
+  return _images(to_numpy(maps))
+
+
+def _images(array):
+  if not array.size:
+    return [array]  # `check` names the shape
+  if array.ndim == 4 and array.shape[1] == 1:
+    return list(array[:, 0])
+  if array.ndim == 4 and array.shape[3] == 1:
+    return list(array[..., 0])
+  if array.ndim == 3 and array.shape[2] == 1 < array.shape[0]:
+    return [array[..., 0]]  # H×W×1, since no image is one pixel wide
+  return list(array) if array.ndim == 3 else [array]
+
+
+def to_numpy(array):
+  """Copies a numpy, jax or torch array, or a nested list, to numpy; bfloat16 becomes float32.
+
+  Neither jax nor torch is imported.
+  """
+  if hasattr(array, "detach"):  # torch
+    array = array.detach().cpu()
+    array = (array.float() if array.is_floating_point() else array).numpy()
+  array = np.asarray(array)
+  # The 8- and 16-bit floats that jax adds to numpy are of no kind that numpy knows.
+  small = array.dtype.kind == "V" and "float" in array.dtype.name
+  return array.astype(np.float32) if small else array
+
+
 def check(prob, mask):
-  """(prob float32, mask, problems) of one image."""
+  """Returns (prob as float32, mask, problems) of one image, H×W numpy arrays."""
   prob, mask, problems = np.asarray(prob), np.asarray(mask), []
   if mask.dtype != bool:
     problems.append(f"the mask is {mask.dtype}, but must be bool; binarise it first (mask > 127)")
@@ -463,7 +521,7 @@ def check(prob, mask):
   if problems:
     return prob, mask, problems
   prob = np.ascontiguousarray(prob, np.float32)
-  # One pass in the usual case: NaN, infinities, negative numbers and −0.0 all have larger patterns.
+  # One comparison is enough if all is well: NaN, infinities, negative numbers and −0.0 are larger.
   if prob.view(np.uint32).max() > 0x3F800000:
     prob = prob + np.float32(0)
     if not np.isfinite(prob).all():
@@ -481,6 +539,7 @@ def _shape(array):
 
 
 def listing(what, problems):
+  """Formats a list of problems as the text of one error."""
   number = len(problems)
   return f"{number} problem{'s' * (number > 1)} with the {what}:\n" + "\n".join(
     f"  {p}" for p in problems

@@ -1,9 +1,9 @@
-"""The per-image counts of `hse` as one jitted function of static shape, for GPUs and TPUs.
+"""Counts as `hse` does, in one jitted function of static shape, for GPUs and TPUs.
 
-A map on a canvas goes in, fixed-size counts come out, with no host round trip; `vmap` runs over
-images. Only the pixels above the lowest threshold are labelled, in a static budget of slots. An
-image that does not fit a budget, or whose verdict float32 and int32 cannot give for certain, is
-flagged, and `add` sends it through the CPU's route: slower, the same numbers.
+The input is a map on a canvas, the output counts of fixed size, without a transfer to the host;
+`vmap` runs over images. Only the pixels above the lowest threshold are labelled, in a static number
+of slots. An image is flagged if it needs more slots, or if float32 and int32 cannot decide a match
+for certain. `add` counts flagged images on the CPU: slower, with the same numbers.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _ONE = 0x3F800000  # the bits of 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """Static sizes of one image; what exceeds them takes the CPU's route."""
+  """Static sizes of one image; images that exceed them are counted on the CPU."""
 
   active: int = 2048  # pixels above the lowest threshold
   components: int = 256  # at any threshold
@@ -33,14 +33,14 @@ def add(total, probs, masks, sizes, budget=None, keep=slice(None)):
 
   Args:
     total: an `hse.Accumulator` with matching="first".
-    probs: B×H×W float32 in [0, 1] on a canvas; anything may lie beyond an image's size.
+    probs: B×H×W float32 in [0, 1] on a canvas; values beyond an image's size are ignored.
     masks: B×H×W bool.
     sizes: B×2 int32, height and width of each image.
     budget: a `Budget`.
-    keep: which images to add, a slice; the others only fill up the batch.
+    keep: slice of the images to add; the others only fill the batch.
 
   Returns:
-    How many of the images took the CPU's route.
+    The number of images that were counted on the CPU.
   """
   options = total.options
   if options.matching != "first":
@@ -84,7 +84,7 @@ def add(total, probs, masks, sizes, budget=None, keep=slice(None)):
 
 @functools.partial(jax.jit, static_argnames=("half", "max_distance", "connectivity", "budget"))
 def count_batch(probs, masks, sizes, grid, *, half, max_distance, connectivity, budget):
-  """`count` for B images: probs and masks B×H×W, sizes B×2."""
+  """Applies `count` to B images: probs and masks B×H×W, sizes B×2."""
   one = functools.partial(
     count, half=half, max_distance=max_distance, connectivity=connectivity, budget=budget
   )
@@ -92,14 +92,14 @@ def count_batch(probs, masks, sizes, grid, *, half, max_distance, connectivity, 
 
 
 def count(prob, mask, size, grid, *, half, max_distance, connectivity=8, budget=None):
-  """Fixed-size counts of one image.
+  """Counts one image; the results have fixed sizes.
 
   Args:
     prob: H×W float32 in [0, 1].
     mask: H×W bool.
     size: (height, width) of the image in the canvas's upper left corner.
     grid: T int32, the bits of the ascending float32 thresholds.
-    half: where 0.5 is in `grid`.
+    half: index of 0.5 in `grid`.
     max_distance: pixels, exclusive.
     connectivity: 8 or 4.
     budget: a `Budget`.
@@ -107,14 +107,14 @@ def count(prob, mask, size, grid, *, half, max_distance, connectivity=8, budget=
   Returns:
     A dict: the fields of `hse.Counts` (int32), `positives` (bits, descending, padded),
     `negative_high`, `negative_low`, `negative_count` (a `pixels.Summary`, padded), and `flagged`:
-    none of it may be used, the image needs the CPU's route.
+    if true, nothing of it may be used, and the image must be counted on the CPU.
   """
   budget = budget or Budget()
   height, width = prob.shape
   if max(height, width) * max(budget.active, budget.target_pixels) >= 2**31:
     raise ValueError(f"The canvas {height}×{width} with {budget} overflows int32; tile the map.")
   inside = (jnp.arange(height) < size[0])[:, None] & (jnp.arange(width) < size[1])[None, :]
-  # Bits order the scores as the scores themselves, and no device flushes or rounds them.
+  # The bits have the order of the scores, and no device flushes or rounds them.
   bits = jax.lax.bitcast_convert_type(prob.astype(jnp.float32), jnp.int32)
   bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)  # −0.0
   invalid = (inside & ((bits < 0) | (bits > _ONE))).any()
@@ -161,10 +161,10 @@ def count(prob, mask, size, grid, *, half, max_distance, connectivity=8, budget=
 
 
 def _slots(chosen, bits, number, connectivity):
-  """The chosen pixels of an image, in raster order, in a static number of slots.
+  """Puts the chosen pixels of an image, in raster order, in a static number of slots.
 
   Returns:
-    (how many there are, score bits, row, col, links): row is −1 in an empty slot; links, slots×8
+    (number of pixels, score bits, row, col, links): row is −1 in an empty slot; links, slots×8
     (or 4), has the slot of each neighbour, or `number` for none.
   """
   height, width = chosen.shape
@@ -188,10 +188,10 @@ def _slots(chosen, bits, number, connectivity):
 
 
 def _label(links, above):
-  """The first slot of each slot's component, A int32; A where a slot is not above the threshold.
+  """Returns the first slot of each slot's component, A int32; A for a slot below the threshold.
 
   Hooking and pointer jumping: every slot offers its neighbours' least label to its root, then
-  follows its root's label, so that a component of n slots settles in about log n rounds.
+  takes its root's label. A component of n slots settles in about log n rounds.
   """
   number = len(above)
 
@@ -209,7 +209,7 @@ def _label(links, above):
 
 
 def _measure(row, col, number, label):
-  """Number, areas and coordinate sums of components, in raster order of their first pixel."""
+  """Computes number, areas and coordinate sums of components, in raster order of first pixels."""
   slots = len(label)
   root = label == jnp.arange(slots, dtype=jnp.int32)
   rank = jnp.concatenate([jnp.cumsum(root, dtype=jnp.int32) - 1, jnp.full(1, number, jnp.int32)])
@@ -224,17 +224,17 @@ def _measure(row, col, number, label):
 
 
 def _match(targets, found, max_distance, extent):
-  """Each target in raster order claims the first free component near it, at all thresholds at once.
+  """Lets each target, in raster order, claim the first free component near it, at each threshold.
 
   Returns:
-    (hits per threshold, claimed T×C, unsure): unsure if some distance is too near `max_distance` to
-    be told from it.
+    (hits per threshold, claimed T×C, unsure): unsure if a distance is too near `max_distance` to
+    decide.
   """
   center = lambda c, axis: c[axis] / jnp.maximum(c["area"], 1)  # noqa: E731
   found_row, found_col = center(found, "rows"), center(found, "cols")
   target_row, target_col = center(targets, "rows"), center(targets, "cols")
-  # Above the worst float32 error of a difference of two centroids (sum, quotient, difference), and
-  # what this makes of the squared distance.
+  # More than the worst float32 error of a difference of two centroids (sum, quotient, difference),
+  # and its effect on the squared distance.
   error = 8 * extent * 2.0**-23
   margin = 4 * max_distance * error + error**2
   limit = max_distance * max_distance
@@ -278,7 +278,7 @@ def _match(targets, found, max_distance, extent):
 
 
 def _summarise(bits):
-  """`pixels.summarise` of the bits that are not −1, padded to its static size."""
+  """Applies `pixels.summarise` to the bits that are not −1; pads the result to its static size."""
   size = 2 * pixels.EXACT
   number = len(bits)
   scores = jnp.sort(bits)[::-1]

@@ -1,8 +1,9 @@
-"""Exact area under the pixel precision-recall curve without one great sort (paper §3.4, Eq. 11).
+"""Computes the exact area under the pixel precision-recall curve (paper §3.4, Eq. 11).
 
 Recall changes only at the scores of positive pixels, so the area needs the positives' scores and,
 at each of them, two counts of negatives: at least this score, and above it. Scores are float32 in
-[0, 1], whose bit patterns, read as integers, have the same order: everything here works on those.
+[0, 1], whose bit patterns, read as integers, have the same order. Everything here uses these
+integers, and never sorts the pixels of all images together.
 """
 
 import concurrent.futures
@@ -11,9 +12,9 @@ import functools
 
 import numpy as np
 
-# Ranks up to here are kept as they are; beyond, a group that starts at rank r holds (r / EXACT)²
-# negatives, so a summary has at most 2·EXACT groups however large the image. OUR CHOICE: with the
-# few tens of target pixels that an infrared image has, the area moves by less than 1e-7.
+# Scores of ranks up to EXACT are kept; beyond, a group that starts at rank r holds (r / EXACT)²
+# negatives, so a summary has at most 2·EXACT groups for any size of image. OUR CHOICE: with the
+# few tens of target pixels of an infrared image, the area changes by less than 1e-7.
 EXACT = 4096
 
 PIVOT = np.float32(1 / 32).view(np.uint32)
@@ -21,26 +22,26 @@ _GROUP = 1 << 17  # values that are sorted together: they fit a core's cache
 
 
 def bits(scores):
-  """The integers that order float32 scores as the scores themselves; scores in [0, 1], not −0.0."""
+  """Returns integers in the order of the float32 scores, which are in [0, 1] and not −0.0."""
   return scores.ravel().view(np.uint32)
 
 
 def precision_at(true, false):
-  """Precision from counts; 1 where nothing is predicted, as the end point of sklearn's curve."""
+  """Computes precision from counts; 1 if nothing is predicted, as at the end of sklearn's curve."""
   predicted = true + false
   return np.where(predicted > 0, true / np.maximum(predicted, 1), 1.0)
 
 
 def areas(count, false_at_least, false_above, negatives):
-  """Areas under the precision-recall and ROC curves from counts at the distinct positive scores.
+  """Computes areas under the precision-recall and ROC curves from counts at the positive scores.
 
   Arrays may have leading axes (resamples); the last axis runs over the scores, highest first.
 
   Args:
-    count: positives with exactly this score.
-    false_at_least: negatives with this score or a higher one.
-    false_above: negatives with a higher score.
-    negatives: all negatives.
+    count: numbers of positives with exactly each score.
+    false_at_least: numbers of negatives with this score or a higher one.
+    false_above: numbers of negatives with a higher score.
+    negatives: number of all negatives.
 
   Returns:
     (hse_p, ap, roc_auc), each of the leading shape; fractions. hse_p is the trapezoid area, equal
@@ -62,15 +63,15 @@ def areas(count, false_at_least, false_above, negatives):
 
 
 def edges_of(positives):
-  """Distinct positive scores, highest first, their counts, and cuts that tell ≥ from >."""
+  """Returns distinct positive scores, highest first, their counts, and cuts between ≥ and >."""
   values, count = np.unique(positives, return_counts=True)
   return values[::-1], count[::-1], np.stack([values, values + 1], axis=1).ravel()
 
 
 def reached(edges, maps):
-  """How many values of all the `maps` (uint32, of any shapes) reach each of the ascending edges."""
-  # Most pixels have low scores and most positives high ones. So each group of maps looks up the few
-  # low edges, and hands on its few high values, for which the many high edges are looked up once.
+  """Counts the values of all `maps` (uint32, of any shapes) that reach each ascending edge."""
+  # Most pixels have low scores and most positives high ones. So the few low edges are looked up in
+  # each group of maps; the many high edges once, in the few high values of all groups.
   middle = np.searchsorted(edges, PIVOT)
   out = np.zeros(len(edges), np.int64)
   few = max(_GROUP // 16, len(edges))
@@ -94,7 +95,7 @@ def reached(edges, maps):
 
 
 def _groups(maps):
-  """Lists of flat maps with about _GROUP values together."""
+  """Yields lists of flat maps with about _GROUP values together."""
   held, number = [], 0
   for values in maps:
     held.append(values.ravel())
@@ -111,7 +112,7 @@ def _at_least(edges, ascending):
 
 
 def curve(pairs):
-  """`edges_of` the target pixels of (map, mask) pairs, and how many negatives reach each edge."""
+  """Returns `edges_of` the target pixels of (map, mask) pairs, and the negatives reaching each."""
   edges = edges_of(np.concatenate([bits(prob[mask]) for prob, mask in pairs]))
   _, count, cuts = edges
   at_least = np.cumsum(count)  # highest score first
@@ -120,14 +121,14 @@ def curve(pairs):
 
 
 def split(counts_at_edges):
-  """Undoes `edges_of`: (at least, above) per distinct positive score, highest first."""
+  """Splits counts at cuts into (at least, above) per distinct positive score, highest first."""
   pairs = counts_at_edges.reshape(*counts_at_edges.shape[:-1], -1, 2)[..., ::-1, :]
   return pairs[..., 0], pairs[..., 1]
 
 
 @functools.cache
 def group_starts(number):
-  """Ranks at which the groups of a summary of `number` negatives start."""
+  """Returns the ranks at which the groups of a summary of `number` negatives start."""
   starts, rank = list(range(min(number, EXACT))), min(number, EXACT)
   while rank < number:
     starts.append(rank)
@@ -137,9 +138,9 @@ def group_starts(number):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """Negatives of one image in at most 2·EXACT groups: every score of a group is in [low, high].
+  """Negatives of one image in at most 2·EXACT groups; the scores of a group are in [low, high].
 
-  Exact (low equals high) for the EXACT highest scores, and throughout where few are distinct.
+  Exact (low equals high) for the EXACT highest scores, and for all if few are distinct.
   """
 
   high: np.ndarray  # uint32, descending
@@ -152,7 +153,7 @@ class Summary:
 
 
 def summarise(sorted_bits):
-  """The `Summary` of ascending `sorted_bits`."""
+  """Returns the `Summary` of ascending `sorted_bits`."""
   scores = sorted_bits[::-1]
   new = np.ones(len(scores), bool)
   new[1:] = scores[1:] != scores[:-1]
@@ -165,7 +166,7 @@ def summarise(sorted_bits):
 
 
 def counts_of(edges, summaries, which):
-  """How many negatives reach each edge if all of a group had its `which` ("low", "high") score."""
+  """Counts negatives that reach each edge if each group has its `which` ("low", "high") score."""
   slots = np.zeros(len(edges) + 1)
   for summary in summaries:
     slot = np.searchsorted(edges, getattr(summary, which), side="right")

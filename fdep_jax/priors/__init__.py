@@ -20,7 +20,7 @@ class Prior:
 
   A pytree whose leaves are the weights, so a compiled function takes it as an argument.
 
-  A prior that is trained (`unfreeze`) is part of the trained model: placed, it holds no weights,
+  A trained prior (`unfreeze`) is part of the trained model. Then `placed` drops the weights here,
   and `levels` returns only the prepared image, from which the model computes the levels.
   """
 
@@ -37,23 +37,23 @@ class Prior:
 
   @property
   def model(self) -> nnx.Module:
-    """The module itself, with its weights."""
+    """The module with its weights."""
     return nnx.merge(self.graphdef, self.weights)
 
   def placed(self, the_mesh, shard: bool = False) -> "Prior":
-    """Puts frozen weights on the devices: a copy on each, or shared out among them."""
+    """Puts frozen weights on the devices: a copy on each, or (`shard`) a part on each."""
     if not self.frozen:
       return dataclasses.replace(self, weights=None)
     return dataclasses.replace(self, weights=mesh.put_frozen(self.weights, the_mesh, shard))
 
   def levels(self, image: jax.Array) -> list[jax.Array]:
-    """Computes the fused levels, outside every gradient.
+    """Computes the levels to be fused, without gradients.
 
     Args:
       image: B×H×W×3 grey levels in [0, 255], uint8 or float.
 
     Returns:
-      For each of `blocks` B×h×w×width float32; of a trained prior the prepared image alone.
+      B×h×w×width float32 for each of `blocks`; only the prepared image if the prior is trained.
     """
     image = image.astype(jnp.float32) / 255
     if not self.frozen:
@@ -63,8 +63,10 @@ class Prior:
       return [jax.lax.stop_gradient(level) for level in levels]
 
 
-def of(model: nnx.Module, blocks: tuple[int, ...], prepare: Callable, sha256: str) -> Prior:
-  """Makes a prior of a loaded module, which has `width`, `depth`, `patch` and `frozen`."""
+def from_module(
+  model: nnx.Module, blocks: tuple[int, ...], prepare: Callable, sha256: str
+) -> Prior:
+  """Makes a prior from a loaded module, which has `width`, `depth`, `patch` and `frozen`."""
   graphdef, weights = nnx.split(model)
   return Prior(
     weights, graphdef, blocks, model.width, model.depth, model.patch, model.frozen, prepare, sha256

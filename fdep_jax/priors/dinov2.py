@@ -22,16 +22,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Frozen(nnx.Variable):
-  """A weight that is not trained: no `nnx.Param`, so in no gradient, optimiser or checkpoint."""
+  """A weight that is not trained: it is no `nnx.Param`, so no gradient or checkpoint has it."""
 
 
 def quarter_levels(depth: int, count: int = 4) -> tuple[int, ...]:
-  """The last block of each of `count` equal parts, 0-based; ViT-L: (5, 11, 17, 23)."""
+  """Returns the last block of each of `count` equal parts, 0-based; ViT-L: (5, 11, 17, 23)."""
   return tuple(-(-depth * (i + 1) // count) - 1 for i in range(count))
 
 
 def prepare(image: jax.Array, patch: int = PATCH) -> jax.Array:
-  """What DINOv2 takes of an image: bilinearly resized to the next multiples of `patch`, normalised.
+  """Resizes and normalises an image for DINOv2.
+
+  The resize is bilinear, to the next multiples of `patch`.
 
   Args:
     image: B×H×W×3 RGB in [0, 1]; an infrared frame has three equal channels.
@@ -52,21 +54,21 @@ def prepare(image: jax.Array, patch: int = PATCH) -> jax.Array:
 class DINOv2(nnx.Module):
   """Vision transformer whose block outputs are feature maps of one size and width.
 
-  Without weights from `converters.load_dinov2` it is random: weights normal with variance
-  1/fan_in. OUR CHOICE: not the published 0.02, with which a small network passes its input on
-  almost unchanged; the only use of random weights is a small prior for tests and the quick start.
+  `converters.load_dinov2` loads weights. Random ones serve only as a small prior for tests and the
+  quick start: normal with variance 1/fan_in. (OUR CHOICE: with the published deviation of 0.02, a
+  small network passes its input on almost unchanged.)
 
-  The blocks are one `Block` whose parameters have a leading axis, run by `scan`: one block is
+  The blocks are one `Block` whose parameters have a leading axis. `scan` runs it, so one block is
   compiled instead of 12 to 40.
 
   Args:
     width: D, channels of a token.
     depth: blocks.
     heads: of the attention.
-    registers: further tokens without a position; models with any interpolate their position
-      embedding another way.
+    registers: number of extra tokens without a position. Models that have them interpolate their
+      position embedding differently.
     swiglu: gated MLP (ViT-g) instead of GELU.
-    hidden: width within the MLP; default 4·D, and 2/3 of that, rounded up to 8s, when gated.
+    hidden: width within the MLP; default 4·D; if gated 2/3 of that, rounded up to a multiple of 8.
     patch: pixels.
     grid: patches along each side of the stored position embedding.
     dtype: of matrices and their products; norms, softmax, residuals and the output are float32.
@@ -109,12 +111,12 @@ class DINOv2(nnx.Module):
     self.norm = LayerNorm(width, variable=variable)
 
   def __call__(self, image: jax.Array, levels: Sequence[int] | None = None) -> list[jax.Array]:
-    """The patch tokens after the given blocks, each through the final LayerNorm.
+    """Returns the patch tokens after the given blocks, each through the final LayerNorm.
 
     Args:
       image: B×H×W×3, normalised (`prepare`); H and W multiples of 14.
-      levels: 0-based blocks, in any order; default `quarter_levels(depth)`. Blocks behind the
-        deepest are not run.
+      levels: 0-based blocks, in any order; default `quarter_levels(depth)`. Blocks after the
+        deepest of them are not run.
 
     Returns:
       For each level, in the order given, B×H/14×W/14×D float32.
@@ -125,7 +127,7 @@ class DINOv2(nnx.Module):
     return [self.feature_map(tokens, image.shape) for tokens in self.tokens(image, levels)]
 
   def tokens(self, image: jax.Array, levels: Sequence[int] | None = None) -> list[jax.Array]:
-    """All tokens after the given blocks, before the final LayerNorm.
+    """Returns all tokens after the given blocks, before the final LayerNorm.
 
     Args:
       image, levels: as for a call.
@@ -136,8 +138,8 @@ class DINOv2(nnx.Module):
     levels = quarter_levels(self.depth) if levels is None else tuple(levels)
     self._check(image, levels)
     order = sorted(set(levels))
-    # Blocks of no level write into a slot that is thrown away. Slots, not all outputs of the scan:
-    # those would be 24 maps of ViT-L, of which four are wanted.
+    # Other blocks write into one extra slot that is thrown away. Keeping all outputs of the scan
+    # would take 24 maps of ViT-L instead of four.
     slots = [order.index(i) if i in order else len(order) for i in range(order[-1] + 1)]
     graph, stacked = nnx.split(self.blocks)
     if len(slots) < self.depth:
@@ -155,17 +157,17 @@ class DINOv2(nnx.Module):
     return [kept[order.index(level)] for level in levels]
 
   def feature_map(self, tokens: jax.Array, image_shape: tuple[int, ...]) -> jax.Array:
-    """The patches among `tokens` of an image of B×H×W×3, normalised: B×H/14×W/14×D float32."""
+    """Normalises the patches among a B×H×W×3 image's `tokens`: B×H/14×W/14×D float32."""
     batch, height, width = image_shape[0], *(side // self.patch for side in image_shape[1:3])
     level = self.norm(tokens[:, 1 + self.registers :]).reshape(batch, height, width, self.width)
     return jax.lax.stop_gradient(level) if self.frozen else level
 
   def position_embedding(self, height: int, width: int) -> jax.Array:
-    """The position embedding of height×width patches, class token first: 1×(1 + h·w)×D float32.
+    """Computes the embedding of height×width positions, class token first: 1×(1 + h·w)×D float32.
 
-    Equal to the published code in PyTorch. Other sizes than the stored square one are interpolated:
-    plain models by cubic convolution with a = −0.75, clamped at the border, as if the image were
-    0.1 patches larger; models with registers with a = −0.5, antialiased.
+    It equals the published PyTorch code. Sizes other than the stored square one are interpolated by
+    cubic convolution: in plain models with a = −0.75, clamped at the border, as if the image were
+    0.1 patches larger; in models with registers with a = −0.5, antialiased.
     """
     grid = self.position[...]
     if (height, width) != (self.grid, self.grid):
@@ -213,7 +215,7 @@ class Block(nnx.Module):
 
   Args:
     width, heads, hidden, swiglu, dtype, variable: as for `DINOv2`.
-    stack: leading axes of every parameter. With any, call what a scan slices off, not this.
+    stack: leading axes of every parameter. With any, call only the slices that a scan takes.
   """
 
   def __init__(self, width, heads, hidden, *, swiglu, stack, dtype, variable, rngs):
@@ -249,8 +251,8 @@ class Block(nnx.Module):
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """Softmax attention of B×N×heads×d; the softmax in float32."""
-  # Heads first: a CPU runs these products a third faster so than through the einsum's own order.
+  """Computes softmax attention of B×N×heads×d, with the softmax in float32."""
+  # Heads first: a CPU runs these products a third faster than in the einsum's own order.
   query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))
   query = query * query.shape[-1] ** -0.5
   score = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
@@ -259,7 +261,7 @@ def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-  """x·W + b in the type of W."""
+  """Linear layer x·W + b, computed in the type of W."""
 
   def __init__(self, in_features, features, *, stack=(), dtype, variable, rngs):
     kernel = jax.random.normal(rngs.params(), (*stack, in_features, features)) * in_features**-0.5
@@ -289,10 +291,10 @@ def _row(features: jax.Array) -> jax.Array:
 
 
 def _cubic(size: int, grid: int) -> np.ndarray:
-  """size×grid float32: cubic convolution (a = −0.75) from `grid` to `size` points.
+  """Returns cubic convolution weights (a = −0.75) from `grid` to `size` points, size×grid float32.
 
-  The scale is (size + 0.1)/grid, as the published code asks PyTorch for; samples beyond the border
-  are those at it.
+  The scale is (size + 0.1)/grid, as in the published code. Samples beyond the border equal those at
+  the border.
   """
   a = -0.75
   place = (np.arange(size) + 0.5) * grid / (size + 0.1) - 0.5

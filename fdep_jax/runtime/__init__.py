@@ -1,1 +1,1 @@
-"""What a run needs around its computation: devices, files, signals, logs, compiled modules."""
+"""Services around the computation: devices, files, signals, logs, compiled modules."""

@@ -1,6 +1,6 @@
-"""Checkpoints of a run: the newest ones to continue from, the best to deploy (Orbax).
+"""Checkpoints of a run: the newest to continue from, the best to deploy (Orbax).
 
-A checkpoint is a flat dictionary, path -> array, and a small JSON object: it can be read without
+A checkpoint is a flat dictionary, path -> array, and a small JSON object. It can be read without
 this package, on any number of devices, and in part.
 """
 
@@ -19,28 +19,28 @@ import tensorstore as ts
 _META = "meta"
 _STATE = "state"
 _CRC = "crc32"
-_DEPLOYED = ("params/", "stats/", "rng/")  # what the best checkpoint holds: no optimiser
+_DEPLOYED = ("params/", "stats/", "rng/")  # content of a best checkpoint: no optimiser
 
 
 class Damaged(ValueError):
-  """A checkpoint that cannot be read, or is not what was written."""
+  """A checkpoint cannot be read, or differs from what was written."""
 
 
 class NotSaved(OSError):
-  """A checkpoint could not be written; those before it are whole."""
+  """A checkpoint could not be written; earlier ones are whole."""
 
 
 def flatten(state) -> dict[str, jax.Array]:
-  """Path -> array of any pytree; random keys as their bits."""
+  """Returns path -> array of any pytree; random keys become their bits."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(state)
   return {_name(path): _bits(leaf) for path, leaf in leaves}
 
 
 def unflatten(flat, like):
-  """The inverse of `flatten` for a tree of the structure, shapes and types of `like`.
+  """Inverts `flatten` for a tree with the structure, shapes and types of `like`.
 
   Raises:
-    ValueError: listing every path that is missing or does not fit.
+    ValueError: paths are missing or do not fit; the message lists them.
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
   problems = []
@@ -80,14 +80,14 @@ def _bits(leaf):
 class Checkpoints:
   """The checkpoints below one run folder: `checkpoints/` (newest) and `best/`.
 
-  Nothing is written or created before the first `save`, so that a running, finished or read-only
-  folder can be read. What a killed process leaves half-written has another name than a step and
-  is never read. `best/` keeps one more than `checkpoints/`, so that every checkpoint which can be
-  continued from finds the best one of its time; the newest is the best.
+  Writes and creates nothing before the first `save`, so that a running, finished or read-only
+  folder can be read. A checkpoint that a killed process left half-written is not named as a step,
+  so it is never read. `best/` keeps one more than `checkpoints/`, so that every kept checkpoint
+  still has the best one at its time; the newest in `best/` is the best.
 
   Args:
     workdir: of the run.
-    keep: newest checkpoints to keep.
+    keep: number of newest checkpoints to keep.
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
@@ -108,23 +108,23 @@ class Checkpoints:
       logging.warning("%s", failure)
 
   def save(self, step: int, state, meta: dict, *, best: bool = False) -> None:
-    """Starts writing; returns as soon as the arrays are copied. A step that exists is kept.
+    """Starts writing; returns once the arrays are copied. Does nothing if the step exists.
 
     Raises:
-      NotSaved: this one, or one before whose writing was under way, cannot be written.
+      NotSaved: this checkpoint, or an earlier one still being written, cannot be written.
     """
     name = "best" if best else "checkpoints"
     flat = flatten(state)
     if best:
       flat = {path: leaf for path, leaf in flat.items() if path.startswith(_DEPLOYED)}
-    else:  # a newest checkpoint must find the best ones of the steps before it
+    else:  # bests of earlier steps must be on disk first
       self._wait("best")
     try:
       manager = self._manager(name)
       if step in manager.all_steps():
         return
       self._wait(name)
-      if jax.process_count() > 1:  # two at once would meet at each other's barriers
+      if jax.process_count() > 1:  # two writes at once would mix up their barriers
         self.wait()
       self._writing[name] = step
       items = {
@@ -134,11 +134,11 @@ class Checkpoints:
       manager.save(step, args=ocp.args.Composite(**items), force=True)
     except NotSaved:
       raise
-    except Exception as error:  # OSError, or ValueError and RuntimeError of Orbax's libraries
+    except Exception as error:  # also ValueError and RuntimeError, from Orbax's libraries
       raise self._not_saved(name, error) from error
 
   def steps(self, *, best: bool = False) -> list[int]:
-    """What is on disk, ascending."""
+    """Lists the steps on disk, ascending."""
     folder = self.workdir / ("best" if best else "checkpoints")
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
 
@@ -146,15 +146,16 @@ class Checkpoints:
     return max(self.steps(best=True), default=None)
 
   def restore(self, like, step: int | None = None, *, best: bool = False):
-    """The state of the structure of `like`, and the JSON object.
+    """Reads the state, with the structure of `like`, and the JSON object.
 
     Args:
-      step: which; default the newest one that is whole. Each damaged one is named in the log.
-      best: from `best/`.
+      like: a tree with the shapes and types to read.
+      step: of the checkpoint; default the newest whole one. Logs each damaged one.
+      best: read from `best/`.
 
     Raises:
-      Damaged: none is whole.
-      ValueError: it does not fit `like`.
+      Damaged: no checkpoint is whole.
+      ValueError: the checkpoint does not fit `like`.
     """
     folder = self.workdir / ("best" if best else "checkpoints")
     steps = self.steps(best=best) if step is None else [step]
@@ -163,7 +164,7 @@ class Checkpoints:
         flat, meta = _read(folder / str(found))
       except Damaged as error:
         if step is None and not (folder / str(found)).exists():
-          return self.restore(like, best=best)  # a running training has just replaced it
+          return self.restore(like, best=best)  # a training in progress has just replaced it
         logging.warning("%s", error)
         continue
       return unflatten(flat, like), meta
@@ -177,9 +178,9 @@ class Checkpoints:
     raise Damaged(f"No checkpoint in {folder} is whole (there are {steps}). {advice}")
 
   def rewind(self, step: int) -> None:
-    """Makes the folder what it was at `step`: later checkpoints are put aside, later bests removed.
+    """Sets the folder back to `step`: moves later checkpoints to `damaged/`, removes later bests.
 
-    Later ones are damaged, or were written a moment before the run was killed.
+    Later ones are damaged, or were written just before the run was killed.
     """
     for late in self.steps():
       if late > step:
@@ -192,16 +193,16 @@ class Checkpoints:
         shutil.rmtree(self.workdir / "best" / str(late))
 
   def wait(self) -> None:
-    """Returns when everything is on disk.
+    """Waits until everything is on disk.
 
     Raises:
-      NotSaved: it cannot be written.
+      NotSaved: a checkpoint cannot be written.
     """
     for name in self._managers:
       self._wait(name)
 
   def close(self) -> None:
-    """As `wait`, and ends the threads that write."""
+    """Waits as `wait` does, then ends the writing threads."""
     try:
       self.wait()
     finally:
@@ -209,25 +210,25 @@ class Checkpoints:
         _, manager = self._managers.popitem()
         try:
           manager.close()
-        except Exception:  # wait() has said it
+        except Exception:  # already raised by wait()
           pass
 
   def _wait(self, name: str) -> None:
     if name in self._managers:
       try:
         self._managers[name].wait_until_finished()
-      except Exception as error:  # what the writing thread met
+      except Exception as error:  # of the writing thread
         raise self._not_saved(name, error) from error
 
   def _not_saved(self, name: str, error: Exception) -> NotSaved:
     for partial in (self.workdir / name).glob("*.orbax-checkpoint-tmp"):
-      shutil.rmtree(partial, ignore_errors=True)  # a full disk is then not full for the next start
+      shutil.rmtree(partial, ignore_errors=True)  # frees the disk for the next start
     whole = [s for s in self.steps(best=name == "best") if s != self._writing.get(name)]
     kept = f"step {whole[-1]} is kept" if whole else "there is none before it"
     return NotSaved(
       f"{self.workdir / name}: the checkpoint of step {self._writing.get(name)} cannot be written "
-      f"({_first_line(error)}); {kept}. Make room or make the folder writable, then give the same "
-      "command again."
+      f"({_first_line(error)}); {kept}. Make room or make the folder writable, then repeat the "
+      "command."
     )
 
   def _manager(self, name: str) -> ocp.CheckpointManager:
@@ -254,10 +255,10 @@ def _make_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
 
 
 def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
-  """Raises Damaged where anything is missing or not as it was written.
+  """Reads arrays and JSON object; raises Damaged if anything is missing or changed.
 
-  TensorStore, which Orbax writes with, reads the arrays: Orbax's own reader leaves a dozen
-  tracebacks on the screen for a damaged file.
+  Reads with TensorStore, which Orbax writes with: for a damaged file Orbax's own reader prints a
+  dozen tracebacks.
   """
   try:
     meta = json.loads((folder / _META / "metadata").read_text())
@@ -271,7 +272,7 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     found = _checksum(flat, meta)
   except (PermissionError, MemoryError):
     raise
-  except Exception as error:  # of every kind: the libraries trust what they read
+  except Exception as error:  # of any kind: the libraries do not check what they read
     raise Damaged(f"The checkpoint {folder} is damaged ({_first_line(error)}).") from error
   if found != written:
     raise Damaged(f"The checkpoint {folder} is damaged (its checksum is wrong).")
@@ -279,12 +280,12 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def _checksum(flat: dict[str, jax.Array | np.ndarray], meta: dict) -> int:
-  """CRC-32 of everything; Orbax itself returns flipped bits of an array without a word."""
+  """Computes the CRC-32 of everything, since Orbax does not detect flipped bits in an array."""
   crc = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
   for name in sorted(flat):
     array = flat[name]
     crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
-    if isinstance(array, jax.Array):  # a view of its own: one kept by it would forbid donating it
+    if isinstance(array, jax.Array):  # a cached view would block donation
       array = array.addressable_data(0)
     crc = zlib.crc32(np.asarray(array).tobytes(), crc)
   return crc

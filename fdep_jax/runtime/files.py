@@ -20,9 +20,9 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields a temporary path beside `path` that takes its place if the block succeeds.
+  """Yields a temporary path beside `path` that replaces it if the block succeeds.
 
-  The temporary file is removed if the block fails, so `path` is old, new or absent, never partial.
+  The temporary file is removed if the block fails. So `path` is old, new or absent, never partial.
   """
   path = pathlib.Path(path)
   partial = path.with_name(path.name + ".partial")
@@ -37,9 +37,9 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
-  """Yields a temporary path for each of `paths`; together they take their places on success.
+  """Yields a temporary path for each of `paths`; all replace them if the block succeeds.
 
-  A path whose temporary file was not written is removed, so that no file of an earlier call stays.
+  A path whose temporary file was not written is removed, so that no older file remains.
   """
   partial = [path.with_name(path.name + ".partial") for path in paths]
   try:
@@ -55,24 +55,24 @@ def replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]
 
 
 def write(path: str | os.PathLike, content: bytes | str) -> None:
-  """Writes the whole file or nothing; text as UTF-8."""
+  """Writes a file whole or not at all; text as UTF-8."""
   if isinstance(content, str):
-    # File names that are not UTF-8 come back as they were.
+    # Text may contain file names that are not UTF-8; writes their original bytes.
     content = content.encode("utf-8", "surrogateescape")
   with replacing(path) as partial:
     partial.write_bytes(content)
 
 
 def write_json(path: str | os.PathLike, value) -> None:
-  """Writes a value as indented JSON, the whole file or nothing."""
+  """Writes a value as indented JSON, whole or not at all."""
   write(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
-  """Holds the lock of a run's folder, which is made if absent.
+  """Holds the lock of a run's folder; creates the folder if absent.
 
-  The system frees the lock however the process ends.
+  The system releases the lock however the process ends.
 
   Args:
     workdir: folder of the run.
@@ -80,7 +80,7 @@ def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
     wait: wait for the holder instead of raising.
 
   Raises:
-    InUse: another process holds it.
+    InUse: another process holds the lock.
     ValueError: the folder cannot be written.
   """
   import fcntl
@@ -90,7 +90,9 @@ def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
     workdir.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")
   except OSError as error:
-    raise ValueError(f"{workdir} cannot be written ({error.strerror}). Choose another.") from None
+    raise ValueError(
+      f"{workdir} cannot be written ({error.strerror}). Choose a different folder."
+    ) from None
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -98,11 +100,13 @@ def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
       file.seek(0)
       holder = file.read().strip() or "another process"
       raise InUse(
-        f"{workdir} is in use: {holder} trains in it. Wait for it, end it, or choose another "
-        "--workdir."
+        f"{workdir} is in use: {holder} trains in it. Wait for it, end it, or choose a "
+        "different --workdir."
       ) from None
     except OSError as error:
-      logging.warning("%s cannot be locked (%s): start one training in it", path, error.strerror)
+      logging.warning(
+        "%s cannot be locked (%s): start only one training there", path, error.strerror
+      )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -110,7 +114,7 @@ def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
 
 
 def holder(workdir: pathlib.Path, name: str) -> str:
-  """Returns who holds the lock of this name, "" if nobody does."""
+  """Returns the process that holds the lock of this name, "" if none does."""
   import fcntl
 
   try:

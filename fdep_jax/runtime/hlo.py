@@ -1,8 +1,8 @@
-"""What a compiled module does, from its text: multiply-adds, traffic of memory, collectives.
+"""Counts multiply-adds, memory traffic and collectives in the text of a compiled module.
 
-XLA's own `cost_analysis` counts the body of a loop once, however often it runs, an addition like a
-convolution's, and what stays in a TPU's vector memory like what goes through HBM. So it can be held
-neither against a network's published multiply-adds nor against a chip's bandwidth.
+XLA's own `cost_analysis` counts a loop's body only once, counts all additions beside those of
+convolutions, and does not separate a TPU's vector memory from HBM. So it can be compared neither
+with a network's published multiply-adds nor with a chip's bandwidth.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "token": 0}  # others by their digits
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "token": 0}  # other types contain their number of bits
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -19,29 +19,31 @@ _CALLED = re.compile(
   r"(?:body|calls|to_apply)=%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-# Instructions that move nothing by themselves.
+# Instructions that move no data themselves.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
          "call", "after-all", "iota", "partition-id", "replica-id"}  # fmt: skip
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
 class Instruction(NamedTuple):
-  """One line of the module."""
+  """One instruction of the module."""
 
   name: str
   shape: str  # of the result, as text
   op: str
   operands: str  # as text
   attributes: str
-  times: int = 1  # that a run of the module executes it
-  trips: int = 1  # of the loop that it is directly in
-  fused: bool = False  # computed inside another instruction
+  times: int = 1  # executed, in one execution of the module
+  trips: int = 1  # of the innermost loop around it
+  fused: bool = False  # computed inside a fusion or the like
 
 
 class Array(NamedTuple):
+  """An array as an operand or result."""
+
   dtype: str
   dims: tuple[int, ...]
-  near: bool  # in the chip's own memory, not in HBM
+  near: bool  # in the chip's own memory instead of HBM
 
   @property
   def bytes(self) -> int:
@@ -50,7 +52,7 @@ class Array(NamedTuple):
 
 
 def arrays(shape: str) -> list[Array]:
-  """The arrays of a shape's text; several if it is a tuple."""
+  """Reads the arrays from a shape's text; a tuple has several."""
   return [
     Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" in layout)
     for dtype, dims, layout in _SHAPE.findall(shape)
@@ -58,39 +60,39 @@ def arrays(shape: str) -> list[Array]:
 
 
 def instructions(text: str) -> list[Instruction]:
-  """Every instruction that runs, in fusions and loops too, with how often it does.
+  """Lists all executed instructions, also in fusions and loops, with their number of executions.
 
   Args:
-    text: `compiled.as_text()`, or `lowered.as_text("hlo")` for the program as it was written.
+    text: `compiled.as_text()`, or `lowered.as_text("hlo")` for the program before compilation.
 
   Raises:
-    ValueError: there is no entry computation.
+    ValueError: there is no entry computation, or a loop's number of iterations is unknown.
   """
   bodies, entry = _computations(text)
   found = []
 
-  def walk(name: str, times: int, trips: int, fused: bool) -> None:
+  def walk(name: str, times: int, outer: int, fused: bool) -> None:
     for instruction in bodies[name]:
-      found.append(instruction._replace(times=times, trips=trips, fused=fused))
-      runs = _trips(instruction, bodies) if instruction.op == "while" else 1
+      found.append(instruction._replace(times=times, trips=outer, fused=fused))
+      trips = _trips(instruction, bodies) if instruction.op == "while" else 1
       inside = fused or instruction.op not in ("while", "conditional", "call")
       for one, several in _CALLED.findall(instruction.attributes):
         for called in several.replace("%", "").split(",") if several else [one]:
-          walk(called.strip(), times * runs, runs, inside)
+          walk(called.strip(), times * trips, trips, inside)
 
   walk(entry, 1, 1, False)
   return found
 
 
 def _trips(loop: Instruction, bodies: dict[str, list[Instruction]]) -> int:
-  """How often a loop runs: what the compiler says, else the bound that its counter is held to."""
-  said = _TRIPS.search(loop.attributes)
-  if said:
-    return int(said.group(1))
+  """Returns a loop's number of iterations: the compiler's, else the bound of its counter."""
+  known = _TRIPS.search(loop.attributes)
+  if known:
+    return int(known.group(1))
   condition = bodies[_CONDITION.search(loop.attributes).group(1)]
   bounds = [i.operands for i in condition if i.op == "constant" and i.shape.startswith("s32[]")]
   if len(bounds) != 1 or not any("direction=LT" in i.attributes for i in condition):
-    raise ValueError(f"The number of runs of the loop {loop.name} is not known at compile time.")
+    raise ValueError(f"The iterations of the loop {loop.name} are not known at compile time.")
   return int(bounds[0])
 
 
@@ -106,12 +108,12 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
       if match:
         current.append(_instruction(*match.groups()))
   if entry is None:
-    raise ValueError("This is no HLO module: it has no ENTRY computation.")
+    raise ValueError("This is not an HLO module: it has no ENTRY computation.")
   return bodies, entry
 
 
 def _instruction(name: str, rest: str) -> Instruction:
-  # A shape may be a tuple with layouts; the operation is the first word before a "(" behind it.
+  # The shape may be a tuple with layouts; the operation is the word after it, before a "(".
   end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
   shape, rest = rest[:end], rest[end:].strip()
   start = rest.index("(")
@@ -129,9 +131,10 @@ def _closing(text: str, start: int) -> int:
 
 
 def flops(text: str, scope: str) -> dict[str, float]:
-  """Two for every multiply-add of convolutions and matrix products, of one device and one run.
+  """Counts the FLOPs of convolutions and matrix products, for one device and one execution.
 
-  Padding is not counted, what the compiler added (halos, rematerialisation) is.
+  A multiply-add is two FLOPs. Padding does not count; work that the compiler added (halos,
+  rematerialisation) does.
 
   Args:
     text: `compiled.as_text()`.
@@ -153,10 +156,10 @@ def flops(text: str, scope: str) -> dict[str, float]:
 
 
 def traffic(text: str) -> float:
-  """Bytes read from and written to HBM by one device in one run, at most.
+  """Counts the bytes that one device reads from and writes to HBM in one execution, at most.
 
-  Every array that an instruction takes or gives counts once, except what stays in the chip's own
-  memory; a loop over the rows of an array reads one row a run.
+  Every operand and result of an instruction counts once, except those in the chip's own memory. A
+  loop over the rows of an array reads one row an iteration.
   """
   found = instructions(text)
   shapes = {instruction.name: instruction.shape for instruction in found}
@@ -166,7 +169,7 @@ def traffic(text: str) -> float:
       continue
     taken = [array for o in _operands(instruction) for array in arrays(shapes[o])]
     given = arrays(instruction.shape)
-    if instruction.op.endswith("-start"):  # what it gives counts when it is done
+    if instruction.op.endswith("-start"):  # its result counts at "-done"
       least = min((array.bytes for array in given if array.dims), default=0)
       moved = least * any(not array.near for array in taken)
     elif instruction.op.endswith("-done"):
@@ -182,12 +185,12 @@ def _row(array: Array, trips: int) -> float:
 
 
 def _operands(instruction: Instruction) -> list[str]:
-  """Names; some printers write the shape before each."""
+  """Returns the operands' names; some printers write a shape before each."""
   return [o.split()[-1].lstrip("%") for o in _split(instruction.operands) if o]
 
 
 def _split(operands: str) -> list[str]:
-  """Operands at commas outside brackets."""
+  """Splits operands at commas outside brackets."""
   parts, depth, last = [], 0, 0
   for i, c in enumerate(operands):
     depth += (c in "([{") - (c in ")]}")
@@ -231,7 +234,7 @@ def _convolution(instruction: Instruction, left: Array, kernel: Array) -> int:
 
 
 def _valid_pairs(size, kernel, out, stride, low, lhs_dilate, rhs_dilate) -> int:
-  """(output, kernel) positions along one axis that meet an element of the input."""
+  """Counts the (output, kernel) positions along one axis that use an element of the input."""
   count = 0
   for k in range(kernel):
     for o in range(out):
@@ -241,9 +244,10 @@ def _valid_pairs(size, kernel, out, stride, low, lhs_dilate, rhs_dilate) -> int:
 
 
 def collectives(text: str) -> list[dict]:
-  """[{"op", "bytes", "count"}]: bytes of one result, by operation and size, largest first.
+  """Lists the collectives by operation and size, largest total first.
 
-  `count` is how often a run of the module does it; in asynchronous pairs the start counts.
+  Returns [{"op", "bytes", "count"}]: bytes of one result, and number of times in one execution of
+  the module. Of an asynchronous pair the start counts.
   """
   found: dict[tuple[str, int], int] = {}
   for instruction in instructions(text):

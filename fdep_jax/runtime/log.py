@@ -1,4 +1,4 @@
-"""Logs of a training: `metrics.jsonl`, TensorBoard scalars, and traces of chosen steps."""
+"""Logs a training: `metrics.jsonl`, TensorBoard scalars, and traces of chosen steps."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from fdep_jax.runtime import files, mesh
 
 
 class Log:
-  """Writes `metrics.jsonl`, one line a log step, and the same values as TensorBoard scalars.
+  """Writes `metrics.jsonl`, one line a logged step, and the same values for TensorBoard.
 
   Only the process that writes the run's files logs.
 
@@ -44,7 +44,7 @@ class Log:
     return self
 
   def write(self, step: int, values: dict) -> None:
-    """Writes one line, null for values that are not finite; nested numbers become scalars a/b."""
+    """Writes one line; values that are not finite become null, nested numbers scalars a/b."""
     values = {
       name: None if isinstance(value, float) and not math.isfinite(value) else value
       for name, value in values.items()
@@ -94,7 +94,7 @@ def _scalars(prefix: str, values: dict):
 
 
 def _logged_step(line: str) -> float:
-  """Returns the step of a line; infinity for one that a killed process left unfinished."""
+  """Returns the step of a line; infinity if a killed process left it unfinished."""
   try:
     return json.loads(line)["step"] if line.endswith("\n") else math.inf
   except (ValueError, TypeError, KeyError):

@@ -1,8 +1,8 @@
-"""Devices: one mesh axis, `data`, over all of them; batches are split over it.
+"""Places arrays on devices: one mesh axis, `data`, over all devices; batches are split over it.
 
-Everything else is on every device (the frozen prior's weights on request shared out). The same code
-runs on one CPU, a few GPUs or the hosts of a TPU slice: a process gives its rows of a batch, XLA
-does the rest.
+Everything else is copied to every device; the frozen prior's weights may be split instead. The same
+code serves one CPU, a few GPUs or the hosts of a TPU slice: each process supplies its rows of a
+batch.
 """
 
 import os
@@ -18,9 +18,9 @@ _SMALL = 2**16  # elements; smaller arrays are not worth a gather
 
 
 def start(config: ConfigDict) -> None:
-  """What must be set before jax finds its devices; joins, and waits for, the run's other processes.
+  """Configures jax, joins the run's other processes and waits for them.
 
-  With several processes on CPUs each has `host_devices` devices.
+  Call it before jax finds its devices. On CPUs every process has `host_devices` devices.
   """
   if config.host_devices > 1:
     jax.config.update("jax_num_cpu_devices", config.host_devices)
@@ -32,28 +32,28 @@ def start(config: ConfigDict) -> None:
   else:
     address, count, index = config.distributed.split(",")
     jax.distributed.initialize(address, int(count), int(index))
-  # Gloo, which joins CPUs, gives up when one process comes to the first exchange of a group of
-  # devices 30 s after another; later ones wait. Loading or compiling may part them by more.
+  # Gloo, which connects CPUs, fails if processes reach the first exchange of a group of devices
+  # more than 30 s apart; later exchanges wait. Loading or compiling may delay a process by more.
   minimum(0)
 
 
 def cache_programs(config: ConfigDict) -> None:
-  """Keeps compiled programs for the next process, where the config says."""
+  """Keeps compiled programs for later processes if log.compile_cache names a folder."""
   if config.log.compile_cache:
     folder = os.path.expanduser(config.log.compile_cache)
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def writes() -> bool:
-  """Whether this process writes the run's files: one of them does."""
+  """Returns whether this is the one process that writes the run's files."""
   return jax.process_index() == 0
 
 
 def make(host_devices: int = 1, batch_size: int | None = None) -> Mesh:
-  """A mesh over all devices of all processes; of a single CPU over `host_devices` of them.
+  """Makes a mesh over all devices of all processes; on a single CPU over `host_devices`.
 
   Raises:
-    ValueError: the devices cannot share `batch_size` equally, or the CPU has fewer.
+    ValueError: the devices cannot share `batch_size` equally, or the CPU has too few.
   """
   devices = jax.devices()
   if devices[0].platform == "cpu" and jax.process_count() == 1:
@@ -67,7 +67,7 @@ def make(host_devices: int = 1, batch_size: int | None = None) -> Mesh:
 
 
 def over(devices: Sequence[jax.Device], batch_size: int | None = None) -> Mesh:
-  """A mesh over these devices.
+  """Makes a mesh over these devices.
 
   Raises:
     ValueError: they cannot share `batch_size` equally.
@@ -77,32 +77,32 @@ def over(devices: Sequence[jax.Device], batch_size: int | None = None) -> Mesh:
       f"train.batch_size is {batch_size}, which {len(devices)} devices cannot share equally. "
       f"Use {-(-batch_size // len(devices)) * len(devices)}, or fewer devices."
     )
-  # Automatic axes: explicit ones refuse reshapes of a split batch.
+  # Automatic axes, as explicit ones do not allow reshaping a split batch.
   return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device holds the whole array."""
+  """Returns the sharding that puts the whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh) -> NamedSharding:
-  """Split along the first axis."""
+  """Returns the sharding that splits the first axis."""
   return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def put_batch(batch, mesh: Mesh):
-  """The global batch on the devices, from this process's rows of it."""
+  """Puts the global batch on the devices, from this process's rows of it."""
   return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split(mesh), rows), batch)
 
 
 def put_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-  """The global batch on the devices, where every process has all its rows."""
+  """Puts the global batch on the devices, if every process has all its rows."""
   return jax.make_array_from_callback(rows.shape, split(mesh), lambda index: rows[index])
 
 
 def get(tree):
-  """Split arrays as numpy, whole, on every process."""
+  """Gathers split arrays as whole numpy arrays on every process."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   from jax.experimental import multihost_utils
@@ -111,24 +111,25 @@ def get(tree):
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-  """This process's rows of an array that is split over the mesh."""
+  """Returns this process's rows of an array that is split over the mesh."""
   shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
   return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def minimum(value: int) -> int:
-  """The smallest of all processes' values."""
+  """Returns the smallest of all processes' values; also a barrier."""
   if jax.process_count() == 1:
     return value
-  # Over all devices, as a step's exchanges: a group of others would have a first one of its own.
+  # Over all devices, as in a step: a smaller group would time out on its own first exchange.
   rows = np.full(jax.local_device_count(), value)
   return int(jax.jit(jnp.min)(put_batch(rows, over(jax.devices()))))
 
 
 def shared_out(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-  """FSDP: the last axis that the devices can share equally is split, small arrays are not.
+  """Returns the sharding of FSDP: splits the last axis that the devices can share equally.
 
-  The first axis never is: in the prior it counts blocks, which a scan takes one at a time.
+  Small arrays are not split. Neither is the first axis: in the prior it counts blocks, which a scan
+  takes one at a time.
   """
   devices = mesh.devices.size
   axes = [i for i in range(1, len(shape)) if shape[i] % devices == 0]
@@ -138,12 +139,12 @@ def shared_out(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def put_replicated(tree, mesh: Mesh):
-  """A copy of every array on every device; the originals stay untouched (a step donates its)."""
+  """Copies every array to every device; donating the copy leaves the original valid."""
   return jax.tree.map(lambda array: _put(array, replicated(mesh)), tree)
 
 
 def put_frozen(tree, mesh: Mesh, shard: bool):
-  """The prior's weights: a copy on every device, or shared out among them (`dino.shard`)."""
+  """Puts the prior's weights on every device, or splits them (`dino.shard`)."""
   return jax.tree.map(
     lambda array: _put(array, shared_out(mesh, array.shape) if shard else replicated(mesh)), tree
   )

@@ -1,4 +1,4 @@
-"""Ends a run on SIGTERM or SIGINT without losing anything. Imports no jax."""
+"""Ends a run on SIGTERM or SIGINT and saves its state. Imports no jax."""
 
 import contextlib
 import os
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 
 class Preempted(BaseException):
-  """The run was told to end; everything that can be continued is saved.
+  """The run received a signal to end; its state is saved.
 
-  Not an `Exception`, so that code which catches every exception does not catch it.
+  Not an `Exception`, so that code which catches every exception lets it pass.
   """
 
 
@@ -20,13 +20,13 @@ class Signals:
   """Turns SIGTERM and SIGINT into `Preempted`.
 
   Raises immediately, or at the next `check` inside `waiting`. A second signal ends the process at
-  once. That works during a compilation too, in which Python does not run signal handlers: a thread
-  listens. Checkpoints survive it as they survive SIGKILL.
+  once. A thread listens for it, since Python calls no signal handlers during a compilation.
+  Checkpoints stay whole, as after SIGKILL.
 
   Args:
-    minimum: returns the smallest of all processes' values; inside `waiting` every process calls it,
-      so that all of them end when one has received a signal.
-    processes: of the run.
+    minimum: returns the smallest of all processes' values. Inside `waiting` every process calls it,
+      so that all end if one received a signal.
+    processes: number of processes of the run.
   """
 
   def __init__(self, minimum: Callable[[int], int] = int, processes: int = 1):
@@ -63,7 +63,7 @@ class Signals:
       self.check()
 
   def _came(self) -> bool:
-    """Returns whether a signal came, to any process inside `waiting`."""
+    """Returns whether this process (inside `waiting`: any) received a signal."""
     came = self._received is not None
     return self._minimum(int(not came)) == 0 if self._waiting else came
 
@@ -83,7 +83,7 @@ class Signals:
     reader.close()
 
   def check(self) -> None:
-    """Raises `Preempted` if a signal came."""
+    """Raises `Preempted` if a signal was received."""
     if self._came():
       raise Preempted(
         f"Ended by {self.name} outside the training loop; nothing is lost. The same command goes "
@@ -108,5 +108,5 @@ class Signals:
       self._waiting = before
 
   def at_once(self):
-    """Raises immediately again within `waiting`; several processes still wait for each other."""
+    """Raises immediately within `waiting`, if there is only one process."""
     return contextlib.nullcontext() if self._processes > 1 else self.waiting(False)

@@ -1,4 +1,4 @@
-"""Slices to plan for: `v5e:4x4`, `cpu:8`. Imported before jax, which it tells where to look."""
+"""Slices to plan for: `v5e:4x4`, `cpu:8`. Sets up jax, so it is imported before jax."""
 
 import importlib.util
 import os
@@ -10,11 +10,11 @@ INSTALL = 'pip install -r requirements-tpu.txt (or "jax[tpu]" of the installed j
 
 
 class Chip(NamedTuple):
-  """Peak figures of one chip, from cloud.google.com/tpu/docs/<kind>; HBM as the compiler has it."""
+  """Peak figures of one chip, from cloud.google.com/tpu/docs/<kind>; HBM from the compiler."""
 
   flops: float  # a second, bfloat16
   bandwidth: float  # bytes of HBM a second
-  hbm: float  # bytes that a program may use: what the compiler leaves of the chip's memory
+  hbm: float  # bytes that the compiler lets a program use
 
 
 _GIB = 2**30
@@ -27,10 +27,10 @@ CHIPS = {
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
-  """`v5e:4x4` -> ("v5e", (4, 4)); `cpu:8` -> ("cpu", (8,)).
+  """Parses `v5e:4x4` to ("v5e", (4, 4)), `cpu:8` to ("cpu", (8,)).
 
   Raises:
-    ValueError: it names no slice.
+    ValueError: `name` is not a slice.
   """
   match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
   kind, shape = match.groups() if match else ("", "")
@@ -45,11 +45,11 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def start(name: str) -> None:
-  """Sets what jax and libtpu read when they start. Nothing may have imported jax before.
+  """Sets the environment variables of jax and libtpu. Call it before jax is imported.
 
   Raises:
-    ValueError: `name` is no slice.
-    FileNotFoundError: a TPU is planned for and libtpu is not installed.
+    ValueError: `name` is not a slice.
+    FileNotFoundError: the slice has TPUs and libtpu is not installed.
   """
   kind, _ = parse(name)
   os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on an accelerator, if there is one
@@ -62,15 +62,15 @@ def start(name: str) -> None:
       f"--topology {name} needs the TPU compiler (libtpu), not a TPU: {INSTALL}."
     )
   os.environ["TPU_LIBRARY_PATH"] = str(library)
-  os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks no cloud which machine this is
-  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two plans may run at once: no chip is held
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # does not ask the cloud for this machine's kind
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # allows two plans at once, as they use no chip
   os.environ.setdefault("TPU_LOG_DIR", "disabled")
-  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # it complains that there are no workers
+  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # hides warnings about missing workers
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 
 def devices(name: str) -> list:
-  """The slice's devices, to compile for. After `start`.
+  """Returns the slice's devices, to compile for. Call `start` before.
 
   Raises:
     ValueError: there is no such slice.
@@ -86,10 +86,10 @@ def devices(name: str) -> list:
     return found[: sides[0]]
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-  except Exception as error:  # jax passes on whatever the compiler says
+  except Exception as error:  # jax raises the compiler's errors as they are
     raise ValueError(f"--topology {name}: the TPU compiler has no such slice ({error}).") from None
 
 
 def host_memory() -> int:
-  """Bytes of memory of this machine."""
+  """Returns the bytes of memory of this machine."""
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

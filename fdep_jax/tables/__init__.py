@@ -1,1 +1,1 @@
-"""Tables of experiments: their rows, the sweep that runs them, and what is made of the results."""
+"""Tables of experiments: rows, the sweep that runs them, result tables and figures."""

@@ -1,4 +1,4 @@
-"""Tables of experiments (`configs/tables`): rows of changed settings beside the paper's numbers."""
+"""Tables of experiments (`configs/tables`): rows of changed settings and the paper's numbers."""
 
 import importlib.util
 import os
@@ -15,22 +15,22 @@ from fdep_jax import settings
 class Row(NamedTuple):
   """One experiment.
 
-  Rows of one label and several sides stand side by side, as the datasets of Tab. 2 do.
+  Rows with the same label and different sides are printed side by side, as the datasets of Tab. 2.
   """
 
-  name: str  # of its runs' folders; the same in two tables where the runs are the same
+  name: str  # of its runs' folders; tables with equal runs use equal names
   label: tuple[str, ...]  # the first columns
-  changes: dict[str, object]  # settings by dotted name; texts may hold "{seed}" and "{workdir}"
-  paper: dict[str, float | None]  # the paper's numbers; a column that is absent is not printed
+  changes: dict[str, object]  # settings by dotted name; texts may have "{seed}" and "{workdir}"
+  paper: dict[str, float | None]  # the paper's numbers by column
   side: str = ""
-  teacher: str = ""  # the row whose run of the same seed makes the pseudo-labels
-  baseline: str = ""  # the row it is compared with; else the first of its first label and side
+  teacher: str = ""  # row whose run with the same seed makes the pseudo-labels
+  baseline: str = ""  # row to compare with; default the first with its first label and side
   note: str = ""
   uncounted: int = 0  # parameters that the paper counts in P and the model does not have
 
 
 class Table(NamedTuple):
-  """Experiments that are read together."""
+  """Experiments that make one table."""
 
   title: str
   head: tuple[str, ...]  # headings of the labels
@@ -40,18 +40,18 @@ class Table(NamedTuple):
 
 
 def load(path: str | os.PathLike) -> Table:
-  """The table that a file of `configs/tables` defines beside its base config.
+  """Loads the table that a file of `configs/tables` defines beside its base config.
 
   Raises:
-    ValueError: it defines none, or two rows of one name.
+    ValueError: the file defines no table, two rows have one name, or a row names an unknown one.
   """
   spec = importlib.util.spec_from_file_location("table", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, "get_table"):
     raise ValueError(
-      f"{path} is the config of one run, not a table: it has no get_table(). Tables are in "
-      "configs/tables; --mode train runs this one."
+      f"{path} is the config of one run, not a table: it has no get_table(). Choose a "
+      "table in configs/tables, or --mode train for this config."
     )
   table = module.get_table()
   names = [row.name for row in table.rows]
@@ -60,12 +60,12 @@ def load(path: str | os.PathLike) -> Table:
       raise ValueError(f"{path} has two rows named {row.name}, which would share a folder.")
     for kind, other in (("teacher", row.teacher), ("baseline", row.baseline)):
       if other and other not in names:
-        raise ValueError(f"{path}: row {row.name} names a {kind} {other}, which is no row.")
+        raise ValueError(f"{path}: the {kind} of row {row.name} is {other}, which is not a row.")
   return table
 
 
 def baselines(rows: Sequence[Row]) -> dict[str, str]:
-  """{name of a row: name of the row that it is compared with, its own for that one}."""
+  """Returns {row: the row to compare it with}, by name; a baseline maps to itself."""
   first = {}
   for row in rows:
     first.setdefault((row.label[0], row.side), row.name)
@@ -73,13 +73,13 @@ def baselines(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def from_flags(values) -> tuple[Table, ConfigDict]:
-  """The table and the base config of the command line.
+  """Returns the table and the base config of the command line.
 
   Raises:
-    ValueError: a setting of the command line is one that tells the rows apart.
+    ValueError: a setting of the command line overrides a setting that the rows vary.
   """
   holder = values["config"] if isinstance(values, flags.FlagValues) else None
-  path = config_flags.get_config_filename(holder)
+  path = config_flags.get_config_filename(holder).split(":", 1)[0]  # FILE or FILE:ARGUMENT
   table = load(path)
   if values.seeds:
     table = table._replace(seeds=_seeds(values.seeds))
@@ -88,8 +88,8 @@ def from_flags(values) -> tuple[Table, ConfigDict]:
   if clashes:
     raise ValueError(
       f"The rows of {path} set {', '.join(clashes)} themselves (seeds: --seeds 0,1,2). Leave "
-      "that out, or change the table; data and weights that lie elsewhere may be linked to where "
-      "the rows look for them."
+      "that out, or change the table. If data or weights are elsewhere, link them to the paths of "
+      "the rows."
     )
   return table, values.config
 
@@ -103,7 +103,7 @@ def _seeds(texts: Sequence[str]) -> tuple[int, ...]:
 
 
 def resolve(base: ConfigDict, row: Row, seed: int, workdir: str | os.PathLike) -> ConfigDict:
-  """The config of one run.
+  """Makes the config of one run.
 
   Raises:
     ValueError: the row changes a setting that does not exist.
@@ -124,5 +124,5 @@ def resolve(base: ConfigDict, row: Row, seed: int, workdir: str | os.PathLike) -
 
 
 def folder(workdir: str | os.PathLike, name: str, seed: int) -> pathlib.Path:
-  """Of one run."""
+  """Returns the folder of one run."""
   return pathlib.Path(workdir).expanduser() / f"{name}_seed{seed}"

@@ -1,4 +1,4 @@
-"""Figures of a table's runs: training curves, precision-recall curves, what each run finds."""
+"""Draws figures of a table's runs: training curves, precision-recall curves, detections."""
 
 import functools
 import json
@@ -6,9 +6,10 @@ import pathlib
 
 import numpy as np
 
-from fdep_jax import data, plots
+from fdep_jax import data
 from fdep_jax.data import Sample
 from fdep_jax.metrics import hse
+from fdep_jax.report import plots
 from fdep_jax.tables import experiments
 from fdep_jax.tables.sweep import Run
 
@@ -17,14 +18,16 @@ _MARKS = {"hit": "lime", "miss": "yellow", "false alarm": "red"}
 
 
 def write(results, out: pathlib.Path) -> list[pathlib.Path]:
-  """Writes what the finished runs allow: `training.png`, `pr.png` and `found_<baseline>.png`.
+  """Writes `training.png`, `pr.png` and `found_<baseline>.png` of the finished runs.
+
+  All but the first need the runs' probability maps (eval.save_probs).
 
   Args:
     results: `table.Result` of every row.
-    out: folder.
+    out: folder to write.
 
   Returns:
-    What was written. Precision-recall curves and grids need the runs' probability maps.
+    The paths written.
   """
   finished = [result for result in results if result.runs]
   written = []
@@ -41,7 +44,7 @@ def write(results, out: pathlib.Path) -> list[pathlib.Path]:
 
 
 def training(path: pathlib.Path, results) -> pathlib.Path:
-  """The loss, and HSE of the deployed branch on the images that select, by step; a line a seed."""
+  """Draws loss and HSE of the deployed branch on the selection images; one line a seed."""
   figure, (left, right) = plots.figure(1, 2, (10, 4))
   for number, result in enumerate(results):
     for i, run in enumerate(result.runs):
@@ -53,13 +56,13 @@ def training(path: pathlib.Path, results) -> pathlib.Path:
       scores = ((line["step"], line.get("eval", {}).get(branch, {}).get("hse")) for line in lines)
       right.plot(*_pairs(scores), **style, marker=".")
   left.set(xlabel="step", ylabel="loss", yscale="log")
-  right.set(xlabel="step", ylabel="HSE, fraction, where the best is selected", ylim=(0, 1))
+  right.set(xlabel="step", ylabel="HSE on the selection images, fraction", ylim=(0, 1))
   right.legend(fontsize=7)
   return plots.save(figure, path)
 
 
 def precision_recall(path: pathlib.Path, results) -> pathlib.Path:
-  """Pixel and target curves of the first seed of every row."""
+  """Draws the pixel and target curves of the first seed of every row."""
   figure, axes = plots.figure(1, 2, (10, 4.5))
   for result in results:
     score = totals(result.runs[0]).result()
@@ -69,9 +72,9 @@ def precision_recall(path: pathlib.Path, results) -> pathlib.Path:
 
 
 def grid(path: pathlib.Path, results) -> pathlib.Path:
-  """As the paper's Fig. 3: image, truth, and each row's probabilities with what is found at 0.5.
+  """Draws image, truth and each row's probabilities side by side, as the paper's Fig. 3.
 
-  Hits are ringed in green, missed targets in yellow, false alarms in red.
+  Circles mark hits in green, missed targets in yellow and false alarms in red, at 0.5.
   """
   runs = [result.runs[0] for result in results]
   samples = _test_images(runs[0].config.data.root, _synthetic(runs[0]))
@@ -101,7 +104,7 @@ def grid(path: pathlib.Path, results) -> pathlib.Path:
 
 
 def found(prob: np.ndarray, mask: np.ndarray) -> list[tuple[str, tuple[float, float]]]:
-  """("hit", "miss" or "false alarm", (row, column)) of targets and of what no target claims."""
+  """Lists hits, misses and false alarms of one image as (kind, (row, column) of the centroid)."""
   targets, components, claimed = hse.detections(prob, mask, hse.Options())
   marks = [
     ("hit" if claim >= 0 else "miss", (float(row), float(column)))
@@ -117,7 +120,7 @@ def found(prob: np.ndarray, mask: np.ndarray) -> list[tuple[str, tuple[float, fl
 
 
 def totals(run: Run, branch: str = "") -> hse.Accumulator | None:
-  """The counts of the run's test images, None where it kept no maps (eval.save_probs).
+  """Accumulates the counts of a run's test images; None if it saved no maps (eval.save_probs).
 
   Args:
     run: a finished run.
@@ -138,7 +141,7 @@ def _totals(folder: pathlib.Path, branch: str, root: str, synthetic) -> hse.Accu
 
 
 def _maps_folder(folder: pathlib.Path, branch: str = "") -> pathlib.Path | None:
-  """Of a branch, by default the deployed one."""
+  """Returns the folder of a branch's maps (default: the deployed one), None if there is none."""
   branch = branch or json.loads((folder / "metrics.json").read_text())["deployed"]
   maps = folder / "probs" / branch
   return maps if maps.is_dir() else None

@@ -1,8 +1,8 @@
-"""Runs what a table of experiments lacks (`--mode sweep`).
+"""Trains the unfinished runs of a table (`--mode sweep`).
 
-Every run trains in a process of its own, in a folder of its own below the work folder, and holds a
-lock there that the system frees however the process ends. So any number of sweeps, on one machine
-or on many with a shared folder, share a table's rows; each may be killed and started again.
+Every run trains in its own process and its own folder below the work folder, and holds a lock there
+that the system releases however the process ends. So any number of sweeps, on one machine or on
+many with a shared folder, divide a table's rows among them. Each may be killed and started again.
 """
 
 import contextlib
@@ -43,11 +43,15 @@ class Run(NamedTuple):
   seed: int
   config: ConfigDict
   folder: pathlib.Path
-  teacher: pathlib.Path | None  # the folder of the run that must be finished before
+  teacher: pathlib.Path | None  # folder of the run that must finish first
 
 
 class State(NamedTuple):
-  """How far a run is: missing, waiting, begun, running, failed, finished, or of another config."""
+  """The state of a run.
+
+  `word` is "missing", "waiting", "begun", "running", "failed", "finished" or "of a different
+  config".
+  """
 
   word: str
   detail: str = ""
@@ -57,18 +61,18 @@ class State(NamedTuple):
 
 
 def command(flags) -> None:
-  """`--mode sweep`."""
+  """Runs `--mode sweep`; exits with 1 if a run failed."""
   table, base = experiments.from_flags(flags)
   failed = sweep(table, base, flags.workdir, flags.task)
   if failed:
-    print(f"{len(failed)} failed; why:", file=sys.stderr)
+    print(f"{len(failed)} failed; reasons:", file=sys.stderr)
     print(*(f"  {run.folder / _FAILED}" for run in failed), sep="\n", file=sys.stderr)
     sys.exit(1)
 
 
 def runs(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Run]:
-  """Every row with every seed; all of the first seed come first."""
-  for row in table.rows:  # refuses what a run would, before any
+  """Lists the run of every row and seed, ordered by seed."""
+  for row in table.rows:  # refuses a wrong row before the first run
     settings.check(experiments.resolve(base, row, table.seeds[0], workdir))
   return [
     Run(
@@ -84,10 +88,10 @@ def runs(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Run
 
 
 def part(everything: Sequence[Run], task: str | None) -> list[Run]:
-  """The runs of task "i/n", 0 ≤ i < n: every n-th, a teacher's students with it.
+  """Selects the runs of task "i/n", 0 ≤ i < n: every n-th, students with their teacher.
 
   Raises:
-    ValueError: `task` is nothing like that.
+    ValueError: `task` has a different form.
   """
   if not task:
     return list(everything)
@@ -103,7 +107,7 @@ def part(everything: Sequence[Run], task: str | None) -> list[Run]:
 
 
 def state(run: Run) -> State:
-  """How far the run is, from its folder."""
+  """Reads the state of a run from its folder."""
   if finished(run):
     value = deployed(json.loads((run.folder / "metrics.json").read_text()))["hse"]
     return State("finished", "" if value is None else f"HSE {100 * value:.2f}")
@@ -115,7 +119,7 @@ def state(run: Run) -> State:
     return State("failed", failure["error"].splitlines()[0][:120])
   if (run.folder / "config.json").exists():
     other = _other_config(run)
-    return State("of another config", f"({other})") if other else State("begun", _progress(run))
+    return State("of a different config", f"({other})") if other else State("begun", _progress(run))
   if run.teacher and not _complete(run.teacher):
     return State("waiting", f"for {run.teacher.name}")
   return State("missing")
@@ -126,7 +130,7 @@ def _holder(run: Run) -> str:
 
 
 def finished(run: Run) -> bool:
-  """Whether the folder has the results of this very config, at its full length."""
+  """Returns whether the folder has the results of exactly this config, at its full length."""
   if not _complete(run.folder) or _other_config(run):
     return False
   theirs = settings.load(run.folder).train
@@ -134,49 +138,49 @@ def finished(run: Run) -> bool:
 
 
 def _complete(folder: pathlib.Path) -> bool:
-  """Whether it has the results of a training that came to its end, not of one under way."""
+  """Returns whether the folder has the results of a completed training."""
   try:
     metrics = json.loads((folder / "metrics.json").read_text())
     steps = settings.load(folder).train.steps
   except (ValueError, FileNotFoundError):
     return False
-  planned = steps if steps > 0 else metrics.get("steps")  # an older version did not write it
+  planned = steps if steps > 0 else metrics.get("steps")  # older versions did not write "steps"
   return planned is not None and metrics["last"]["checkpoint"] >= planned
 
 
 def _other_config(run: Run) -> str:
-  """The first setting in which the run in the folder differs; training in it is refused."""
+  """Returns the first setting in which the folder's run differs, "" if none does."""
   try:
     return next(iter(settings.differing(settings.load(run.folder), run.config)), "")
-  except ValueError as error:  # of another version
+  except ValueError as error:  # from a different version
     return str(error).splitlines()[0]
 
 
 def failed(run: Run) -> dict | None:
-  """What the last attempt ended with, if it failed: "error", "traceback", "when", "host"."""
+  """Reads how the last attempt failed, if it did: "error", "traceback", "when", "host"."""
   path = run.folder / _FAILED
   return json.loads(path.read_text()) if path.exists() else None
 
 
 def deployed(metrics: dict) -> dict:
-  """The numbers of the deployed branch in the content of a metrics.json."""
+  """Returns the numbers of the deployed branch from the content of a metrics.json."""
   return metrics[metrics["deployed"]]
 
 
 def sweep(
   table: Table, base: ConfigDict, workdir: str | os.PathLike, task: str | None = None
 ) -> list[Run]:
-  """Trains and evaluates every run that is not finished and that nobody else trains.
+  """Trains and evaluates every run that is neither finished nor trained by another process.
 
-  A run that failed before is tried again, once. Returns when nothing is left that could be begun;
-  other processes may still be at work.
+  Retries once a run that failed earlier. Returns when it can start no more runs; other processes
+  may still be training theirs.
 
   Returns:
-    The runs that have failed.
+    The failed runs.
 
   Raises:
-    ValueError: a row's config cannot work, or `task` is wrong.
-    signals.Preempted: SIGTERM or SIGINT came; what was running is saved.
+    ValueError: a row's config or `task` is wrong.
+    signals.Preempted: SIGTERM or SIGINT was received; the run in progress is saved.
   """
   mine = part(runs(table, base, workdir), task)
   begin = time.time()
@@ -189,11 +193,11 @@ def sweep(
         break
       code = _train(run, signals, view)
       signals.check()
-      # Where it is busy, another sweep took it between our look and our start.
+      # _BUSY: another sweep took the run after we saw it free.
       if code not in (0, _BUSY) and (failed(run) or {"when": 0})["when"] < begin:
-        # Ended without a word: by the system for want of memory, or by a crash.
+        # Ended without a record: killed by the system for lack of memory, or crashed.
         end = f"signal {-code}" if code < 0 else f"exit code {code}"
-        _record(run.folder, f"The process ended by {end}; {run.folder}/log.txt has what it said.")
+        _record(run.folder, f"The process ended by {end}; see {run.folder}/log.txt.")
     view.show(last=True)
   return [run for run in mine if state(run).word == "failed"]
 
@@ -210,7 +214,7 @@ def _can_begin(run: Run, begin: float) -> bool:
 
 
 def _train(run: Run, signals: "_Signals", view: "_View") -> int:
-  """The run in a process of its own; returns its exit code."""
+  """Trains a run in its own process; returns the exit code."""
   run.folder.mkdir(parents=True, exist_ok=True)
   arguments = (run.config.to_dict(), str(run.folder))
   process = _PROCESSES.Process(target=_life, args=arguments, daemon=True)
@@ -226,8 +230,8 @@ def _train(run: Run, signals: "_Signals", view: "_View") -> int:
 
 
 def _life(config: dict, folder: str) -> None:
-  """What the process does: trains and evaluates, or leaves the reason why not."""
-  os.setsid()  # Ctrl-C is the sweep's, which passes it on once
+  """Trains and evaluates a run, or records why it failed; the main function of its process."""
+  os.setsid()  # only the sweep receives Ctrl-C; it passes it on once
   threading.Thread(target=_end_with_parent, daemon=True).start()
   folder, config = pathlib.Path(folder), ConfigDict(config)
   log = open(folder / "log.txt", "a", buffering=1)
@@ -251,7 +255,7 @@ def _life(config: dict, folder: str) -> None:
       (folder / _FAILED).unlink(missing_ok=True)
   except files.InUse:
     sys.exit(_BUSY)
-  except Exception as error:  # of any kind: it must not end the other rows
+  except Exception as error:  # of any kind: other rows must go on
     traceback.print_exc()
     _record(folder, f"{type(error).__name__}: {error}", traceback.format_exc())
     sys.exit(1)
@@ -259,7 +263,7 @@ def _life(config: dict, folder: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path):
-  """The run's lock; not given up for the moment in which somebody looks whether it is held."""
+  """Holds the run's lock; retried while another process probes the lock."""
   with contextlib.ExitStack() as stack:
     for attempt in reversed(range(5)):
       try:
@@ -273,7 +277,7 @@ def _locked(folder: pathlib.Path):
 
 
 def _end_with_parent() -> None:
-  """Ends the process, which saves, when the sweep is killed."""
+  """Ends this process, which then saves, if the sweep is killed."""
   multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
   os.kill(os.getpid(), signal.SIGTERM)
 
@@ -284,7 +288,7 @@ def _record(folder: pathlib.Path, error: str, trace: str = "") -> None:
 
 
 def _progress(run: Run) -> str:
-  """ "step 40 of 100", from the end of metrics.jsonl."""
+  """Returns the progress, such as "step 40 of 100", from the end of metrics.jsonl."""
   try:
     with open(run.folder / "metrics.jsonl", "rb") as file:
       file.seek(max(0, os.path.getsize(file.name) - 4096))
@@ -295,7 +299,7 @@ def _progress(run: Run) -> str:
 
 
 class _View:
-  """The status table: on a terminal redrawn in place, else printed when a run's state changes."""
+  """The status table: redrawn in place on a terminal, else printed when a run's state changes."""
 
   def __init__(self, mine: list[Run]):
     self._mine, self._shown, self._lines, self._time = mine, None, 0, 0.0
@@ -318,7 +322,7 @@ class _View:
 
 
 def status(mine: Sequence[Run], states: Sequence[State]) -> str:
-  """A line a run, and how many are in which state."""
+  """Formats one line a run, then the number of runs in each state."""
   width = max((len(run.folder.name) for run in mine), default=0)
   lines = [f"{run.folder.name:<{width}}  {s}" for run, s in zip(mine, states, strict=True)]
   words = [s.word for s in states]
@@ -327,7 +331,7 @@ def status(mine: Sequence[Run], states: Sequence[State]) -> str:
 
 
 class _Signals:
-  """SIGTERM and SIGINT are passed on to the run that is under way, which saves, once."""
+  """Passes the first SIGTERM or SIGINT on to the run in progress, which then saves."""
 
   def __init__(self):
     self.child, self._received, self._old = None, None, {}
@@ -352,6 +356,6 @@ class _Signals:
   def check(self) -> None:
     if self._received is not None:
       raise signals.Preempted(
-        f"Ended by {signal.Signals(self._received).name}; the run that was under way is saved. The "
+        f"Ended by {signal.Signals(self._received).name}; the run in progress is saved. The "
         "same command goes on from there."
       )

@@ -1,4 +1,4 @@
-"""Ours beside the paper's (`--mode table`): Markdown, CSV, LaTeX and JSON in the paper's layout."""
+"""Compares our results with the paper's (`--mode table`): Markdown, CSV, LaTeX and JSON."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from fdep_jax.tables import experiments, figures, sweep
 from fdep_jax.tables.experiments import Row, Table
 
 _PAIRED = ("iou", "pd", "hse")
-_REPORTED = 4  # runs that a report shows side by side
+_REPORTED = 4  # most runs that a report shows side by side
 
 
 class Cell(NamedTuple):
@@ -28,8 +28,8 @@ class Cell(NamedTuple):
 
   paper: float | None
   values: tuple[float, ...] = ()  # ours, by seed
-  why: str = ""  # there are none, or fewer than seeds
-  same_unit: bool = True  # as the paper's; not so for the time of another machine
+  why: str = ""  # reason for no or too few values
+  same_unit: bool = True  # as the paper's; false for a time on a different machine
 
   @property
   def mean(self) -> float | None:
@@ -37,7 +37,7 @@ class Cell(NamedTuple):
 
   @property
   def std(self) -> float | None:
-    """Of a sample; None for fewer than two values."""
+    """Sample standard deviation; None for fewer than two values."""
     return statistics.stdev(self.values) if len(self.values) > 1 else None
 
   @property
@@ -51,14 +51,14 @@ class Result(NamedTuple):
   """A row and its finished runs."""
 
   row: Row
-  runs: list[sweep.Run]  # finished
-  metrics: list[dict]  # of them, the content of metrics.json
-  why: str  # the others are not; "" where all are
+  runs: list[sweep.Run]  # finished ones
+  metrics: list[dict]  # content of each run's metrics.json
+  why: str  # reason that others are unfinished; "" if none is
   cells: dict[str, Cell]
 
 
 class Gap(NamedTuple):
-  """By how much a row is above its baseline, in percent."""
+  """The difference of a row from its baseline, in percent."""
 
   mean: float  # over seeds
   low: float
@@ -67,7 +67,7 @@ class Gap(NamedTuple):
 
 
 def command(flags) -> None:
-  """`--mode table`."""
+  """Runs `--mode table`."""
   if flags.config is not None:
     table, base = experiments.from_flags(flags)
     results = collect(table, base, flags.workdir)
@@ -77,11 +77,11 @@ def command(flags) -> None:
   print(write(table, results, out))
   for path in figures.write(results, out):
     logging.info("wrote %s", path)
-  write_report(results, out)  # says so itself
+  write_report(results, out)  # logs its path itself
 
 
 def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Result]:
-  """What there is of every row's runs below `workdir`."""
+  """Collects every row's finished runs below `workdir`."""
   everything = sweep.runs(table, base, workdir)
   results = []
   for row in table.rows:
@@ -102,10 +102,10 @@ def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[
 
 
 def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
-  """The same of a folder of any evaluated runs; those that differ in their seed alone are one row.
+  """Collects any evaluated runs below a folder; those that differ only in their seed are one row.
 
   Raises:
-    FileNotFoundError: there is none.
+    FileNotFoundError: there is no such run.
   """
   workdir = pathlib.Path(workdir).expanduser()
   groups: dict[tuple, list[sweep.Run]] = {}
@@ -118,11 +118,11 @@ def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
     alike |= {"train.steps": config.train.steps, "train.epochs": config.train.epochs}
     key = json.dumps(alike, sort_keys=True)
     seen = [other.seed for known, runs in groups.items() if known[0] == key for other in runs]
-    # A seed that is there twice is not a second seed, but a row of its own.
+    # A repeated seed is not a further seed: it gets its own row.
     groups.setdefault((key, seen.count(run.seed)), []).append(run)
   if not groups:
     raise FileNotFoundError(
-      f"{workdir} holds no finished run: no metrics.json beside a config.json."
+      f"{workdir} contains no finished run: no metrics.json beside a config.json."
     )
   title = f"Runs in {workdir.name or workdir}"
   folders = [runs[0].folder.relative_to(workdir).as_posix() for runs in groups.values()]
@@ -137,7 +137,7 @@ def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
 
 
 def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
-  """`unbuilt` is the config whose model is counted where no run has done so."""
+  """Makes the cells of a row. Without runs, P is counted on the model of the config `unbuilt`."""
   metrics = [json.loads((run.folder / "metrics.json").read_text()) for run in runs]
   cells = {}
   for name in table.columns:
@@ -181,7 +181,7 @@ def _plain(comparisons: dict[str, dict[str, Gap]]) -> dict:
 
 
 def write_report(results: Sequence[Result], out: pathlib.Path) -> list[pathlib.Path]:
-  """`report.html` of the first run of each of the first rows that share their test images."""
+  """Writes a `report.html` of the first rows with the same test images, one run each."""
   runs = [result.runs[0] for result in results if result.runs]
   alike = [r for r in runs if r.config.data == runs[0].config.data]
   folders = [r.folder for r in alike if (r.folder / "report.html").is_file()]
@@ -191,16 +191,16 @@ def write_report(results: Sequence[Result], out: pathlib.Path) -> list[pathlib.P
 
 
 class _Grid(NamedTuple):
-  """The lines of a table as texts."""
+  """The cells of a table as texts."""
 
-  sides: list[tuple[str, int]]  # heading over so many columns
+  sides: list[tuple[str, int]]  # heading, and the number of columns below it
   head: list[str]
-  lines: list[list[list[str]]]  # of each label, its lines
-  notes: list[str]  # by number
+  lines: list[list[list[str]]]  # for each label its lines of cells
+  notes: list[str]  # in the order of their numbers
 
 
 def _grid(table: Table, results: Sequence[Result]) -> _Grid:
-  """Three lines a label: the paper's numbers, ours, and the difference."""
+  """Makes three lines a label: the paper's numbers, ours, and the difference."""
   sides = list(dict.fromkeys(result.row.side for result in results))
   head = [METRICS[name][0] for name in table.columns] * len(sides) + [c[0] for c in COSTS.values()]
   groups: dict[tuple, dict[str, Result]] = {}
@@ -234,7 +234,7 @@ def _grid(table: Table, results: Sequence[Result]) -> _Grid:
         paper, ours, gap = texts(cell, METRICS[name][3], mark)
         columns.append((paper, f"{ours} {mark}" if cell.values and mark else ours, gap))
     first = next(iter(by_side.values()))
-    for name in COSTS:  # of one side: the network is the same
+    for name in COSTS:  # from one side, as the network is the same
       found = next((r.cells[name] for r in by_side.values() if r.metrics), first.cells[name])
       columns.append(texts(found, COSTS[name][3], "", lambda cell, d: f"{cell.mean:.{d}f}"))
     remark = f" {number(first.row.note)}" if first.row.note else ""
@@ -260,14 +260,14 @@ def _ours(cell: Cell, decimals: int) -> str:
 
 _LEGEND = (
   "Ours: mean ± standard deviation (number of seeds) of the deployed branch on the test split; "
-  "percent. P is of what is trained (SAMF, too); FLOPs (two for a multiply-add, of one crop-sized "
-  "image) and time are the deployed branch's, on the machine that evaluated; the paper's time is "
-  "an RTX 4090's."
+  "percent. P counts all trained parameters, SAMF included. FLOPs (two for a multiply-add) and "
+  "time are for one crop-sized image and the deployed branch; the time is on the machine that "
+  "evaluated, the paper's on an RTX 4090."
 )
 
 
 def markdown(table: Table, results: Sequence[Result], comparisons: dict | None = None) -> str:
-  """The table for people; `comparisons` as `paired`, which is called where they are not given."""
+  """Formats the table as Markdown; `comparisons` default to those of `paired`."""
   grid = _grid(table, results)
   head = list(grid.head)
   if len(grid.sides) > 1:
@@ -316,7 +316,7 @@ _TEX = {
 
 
 def latex(table: Table, results: Sequence[Result]) -> str:
-  """A tabular; needs booktabs, and amssymb for the ticks."""
+  """Formats the table as a LaTeX tabular; needs booktabs, and amssymb for the ticks."""
   grid = _grid(table, results)
 
   def tex(text: str) -> str:
@@ -344,7 +344,7 @@ def latex(table: Table, results: Sequence[Result]) -> str:
 
 
 def as_csv(table: Table, results: Sequence[Result]) -> str:
-  """A line a row and column."""
+  """Formats the table as CSV, one line for each row and column."""
   buffer = io.StringIO()
   fields = ("row", *table.head, "side", "column", "paper", "ours", "std", "seeds", "difference")
   writer = csv.writer(buffer, lineterminator="\n")
@@ -361,7 +361,7 @@ def as_csv(table: Table, results: Sequence[Result]) -> str:
 
 
 def as_json(table: Table, results: Sequence[Result]) -> dict:
-  """For programs."""
+  """Returns the table and its runs for JSON."""
   return {
     "title": table.title,
     "columns": [*table.columns, *COSTS],
@@ -396,7 +396,7 @@ def as_json(table: Table, results: Sequence[Result]) -> dict:
 
 
 def main_branches(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
-  """{row: {column: cell}} of the main branch, of rows that deploy the light one but have both."""
+  """Returns {row: {column: cell}} of the main branch, for rows that deploy the light one."""
   found = {}
   for result in results:
     both = [m for m in result.metrics if m["deployed"] == "light" and "main" in m]
@@ -409,10 +409,10 @@ def main_branches(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
 
 
 def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[str, Gap]]:
-  """Each row against its baseline (`experiments.baselines`), on the same resampled test images.
+  """Compares each row with its baseline (`experiments.baselines`) on the same resampled images.
 
-  Needs probability maps of the runs (eval.save_probs). The difference of every seed is taken in
-  every resample and averaged over seeds: the interval is over images, not over trainings. Where a
+  Needs the runs' probability maps (eval.save_probs). In every resample of the test images the
+  differences of all seeds are averaged, so the interval is over images, not over trainings. If a
   row deploys the light branch, its main branch is compared, too.
 
   Returns:

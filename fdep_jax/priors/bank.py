@@ -1,10 +1,12 @@
 """The prior bank: DINOv2's levels of a fixed set of crops, computed once and read from disk.
 
-The prior is frozen, so its levels of a crop never change, and at ViT-L/14 on 448×448 they are four
-fifths of a step. OUR CHOICE, off by default: the paper's recipe crops afresh at every step.
+The prior is frozen, so its levels of a crop never change. With ViT-L/14 at 448×448 computing them
+takes four fifths of a step. OUR CHOICE, off by default: the paper's recipe draws new crops at every
+step.
 
-On disk, below `generation_<g>/`: `bank.json` (what the levels are of), `shard_<p>.bin` (bfloat16,
-crops×levels×h×w×D, written by process p, memory-mapped) and `shard_<p>.done` (how many are there).
+Files, below `generation_<g>/`: `bank.json` (weights, levels and crops used), `shard_<p>.bin`
+(bfloat16, crops×levels×h×w×D, written by process p, memory-mapped) and `shard_<p>.done` (number of
+crops written).
 """
 
 import contextlib
@@ -32,13 +34,14 @@ class Bank:
   """The levels of every crop of a `CropBank`.
 
   Args:
-    folder: of the bank; made when it is needed.
-    crops: whose levels.
-    prior: that computes them.
-    keep_old: keep the levels of former draws.
+    folder: of the bank; created when needed.
+    crops: the crops to store levels for.
+    prior: computes the levels.
+    keep_old: keep the levels of earlier generations of crops.
 
   Raises:
-    ValueError: `folder` holds a bank of other weights, levels or crops, or it has no room.
+    ValueError: `folder` contains a bank of different weights, levels or crops, or its disk is too
+      full.
   """
 
   def __init__(
@@ -71,19 +74,26 @@ class Bank:
     return int(np.prod(self.shape)) * _DTYPE.itemsize
 
   def levels(self, numbers: Sequence[int]) -> list[np.ndarray]:
-    """For each level B×h×w×D bfloat16: those of the crops of these numbers, of one draw."""
+    """Reads the levels of crops, each B×h×w×D bfloat16; call `prepare` before.
+
+    Args:
+      numbers: of the B crops, all of one generation.
+    """
     rows = [int(number) % len(self._crops) for number in numbers]
     per_shard = len(self._shards[0])
     crops = np.stack([self._shards[row // per_shard][row % per_shard] for row in rows])
     return list(crops.view(_DTYPE).swapaxes(0, 1))
 
   def prepare(self, step: int, batch_size: int, the_mesh, progress: bool = True) -> None:
-    """Makes the levels of the crops that step `step`, from 0, draws from ready to be read.
+    """Ensures that the levels needed at `step` (0-based) are on disk.
 
-    All processes call it. What an interrupted call left is continued.
+    All processes must call it. It continues where an interrupted call stopped.
 
     Args:
-      batch_size: crops that are computed at once.
+      step: training step.
+      batch_size: crops to compute at once.
+      the_mesh: devices to compute on.
+      progress: show a progress bar.
     """
     generation = self._crops.generation(step)
     if generation == self._generation:
@@ -105,7 +115,7 @@ class Bank:
     if path.exists():
       shards = json.loads(path.read_text())["shards"]
       if not self._complete(folder, shards) and shards != jax.process_count():
-        logging.info("%s was begun by %d processes; starting it anew", folder, shards)
+        logging.info("%s was begun by %d processes; starting again", folder, shards)
         shards = jax.process_count()
     per_shard = -(-len(self._crops) // shards)
     if not self._complete(folder, shards):
@@ -123,7 +133,7 @@ class Bank:
     ]
 
   def _fill(self, folder, generation, per_shard, batch_size, the_mesh, progress) -> None:
-    """This process's shard, in step with the others; every process computes as many batches."""
+    """Writes this process's shard. Every process computes equally many batches."""
     process, count = jax.process_index(), jax.process_count()
     rows = max(batch_size // count, the_mesh.devices.size // count)
     compute = _levels_of(the_mesh)
@@ -168,8 +178,8 @@ class Bank:
     ]
     if lines:
       raise ValueError(
-        "\n  ".join([f"{path.parent} holds a prior bank of something else:", *lines])
-        + "\nDelete the folder, or name another one with dino.bank_folder."
+        "\n  ".join([f"{path.parent} contains a different prior bank:", *lines])
+        + "\nDelete the folder, or set dino.bank_folder to a different one."
       )
 
   def _check_room(self) -> None:
@@ -203,7 +213,7 @@ def _levels_of(the_mesh) -> Callable:
 
 
 def _fingerprint(crops: CropBank) -> str:
-  """SHA-256 of the images and masks that the crops are cut from."""
+  """Returns a SHA-256 of the images and masks that the crops are cut from."""
   digest = hashlib.sha256()
   for sample in crops.samples:
     digest.update(f"{sample.name} {sample.mask.shape}".encode())

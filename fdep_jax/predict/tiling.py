@@ -1,4 +1,4 @@
-"""Probability maps of frames of any size; large ones by windows, as parts of the whole frame."""
+"""Computes probability maps of frames of any size, large ones by overlapping windows."""
 
 import logging
 import math
@@ -15,20 +15,20 @@ from fdep_jax.detector import Detector
 from fdep_jax.evaluate import PAD
 from fdep_jax.layers import windows
 
-# Pixels, multiples of PAD, which every stride divides. Frames of a larger area than WINDOW² are cut
-# into windows of this side, which reach HALO beyond what they are for, on every inner side.
+# Pixels, multiples of PAD, so every stride divides them. Frames of more than WINDOW² pixels are cut
+# into windows of this side. A window overlaps its neighbours by at least HALO beyond its own part.
 WINDOW = 768
 HALO = 128
 SEAM = 32  # width over which neighbouring windows are blended
-# Frames up to the area of this side are computed whole by networks that need that; the main
-# branch's DINOv2 attends to all pairs of 14×14 patches, 2 GB a layer at its limit (ViT-L).
+# Frames up to the area of this side are computed whole by networks that need that. In the main
+# branch DINOv2 attends to all pairs of 14×14 patches: 2 GB for each layer at its limit (ViT-L).
 WHOLE = {"light": 2048, "main": 1024}
-_SETTLED = 1e-6  # change of the frame's statistics from pass to pass, relative to the largest
-_PENDING = 2**24  # pixels of small frames that wait for others of their shape
+_SETTLED = 1e-6  # change of the frame's statistics between passes, relative to the largest
+_PENDING = 2**24  # most pixels of small frames that wait for more of their shape
 
 
 class Predictor:
-  """Probability maps of frames of any size from one branch of a trained run."""
+  """Computes probability maps of frames of any size with one branch of a trained run."""
 
   def __init__(self, detector: Detector):
     self._whole, self._part = _forwards(detector)
@@ -43,7 +43,12 @@ class Predictor:
       self._largest = min(WHOLE[detector.branch] ** 2, network.max_pixels or math.inf)
 
   def __call__(self, frame: np.ndarray, values: frames.Range = "auto") -> np.ndarray:
-    """H×W float32 probabilities of an H×W or H×W×3 array; `values` as `frames.grey_levels`."""
+    """Returns H×W float32 probabilities of an H×W or H×W×3 array.
+
+    Args:
+      frame: of any integer or float type.
+      values: as for `frames.grey_levels`.
+    """
     return next(
       self.stream([(None, frames.grey_levels(frames.checked(np.asarray(frame)), values))])
     )[1]
@@ -51,11 +56,12 @@ class Predictor:
   def stream(
     self, items: Iterable[tuple[object, np.ndarray]], batch_size: int = 16
   ) -> Iterator[tuple[object, np.ndarray]]:
-    """(key, H×W float32 probabilities) of (key, grey levels) pairs, not in their order.
+    """Yields (key, H×W float32 probabilities) for (key, grey levels) pairs, in any order.
 
-    Frames up to a window's area run whole, zero-padded to multiples of 32 as in evaluation and
-    batched by shape; larger ones by windows, see `tiled`. Networks that cannot be computed by
-    windows (`Backbone.whole_frame`) run frames up to the area of WHOLE² whole, one at a time.
+    Frames up to a window's area are computed whole: zero-padded to multiples of 32 as in
+    evaluation, batched by shape. Larger ones are computed by windows, see `tiled`. Networks that
+    cannot be computed by windows (`Backbone.whole_frame`) compute frames up to the area of WHOLE²
+    whole, one at a time.
 
     Raises:
       FrameError: a frame is larger than that.
@@ -98,7 +104,7 @@ class Predictor:
     if caution and caution not in self._told:
       self._told.add(caution)
       logging.warning(caution)
-    # Rows in powers of two, so that the last, smaller batch of a shape seldom compiles anew.
+    # Batch sizes are powers of two, so that a smaller last batch rarely needs a compilation.
     image = np.zeros((1 << (len(group) - 1).bit_length(), height, width, 3), np.float32)
     for row, (_, levels) in zip(image, group, strict=False):
       row[: levels.shape[0], : levels.shape[1]] = _colour(levels)
@@ -107,13 +113,13 @@ class Predictor:
       yield key, prob[: levels.shape[0], : levels.shape[1]]
 
   def tiled(self, levels: np.ndarray, window: int = WINDOW, halo: int = HALO) -> np.ndarray:
-    """H×W probabilities of a large frame by overlapping windows, in the memory of one window.
+    """Computes H×W probabilities of a large frame window by window, in the memory of one window.
 
-    Every window is computed as a part of the frame (`layers/windows.py`): the features'
-    statistics and sampling points are the frame's, so the result is the untiled one but for what
-    a network draws from beyond the halo. The frame's statistics take further passes over all
-    windows; networks without them (ALCL-Net, MLCL-Net) take one. The main branch's DINOv2 attends
-    within a window only, so that branch is not the untiled one.
+    Every window uses the whole frame's feature statistics and sampling points
+    (`layers/windows.py`). So the result differs from the untiled one only by what a network draws
+    from beyond the halo. Statistics of the frame need more passes over all windows; networks
+    without them (ALCL-Net, MLCL-Net) need one. The main branch's DINOv2 attends within a window
+    only, so that branch's result differs more.
 
     Args:
       levels: H×W or H×W×3 grey levels in [0, 255].
@@ -131,7 +137,7 @@ class Predictor:
     first = (np.zeros(2, np.int32), np.zeros((2, 2), np.int32))
     shapes = jax.eval_shape(lambda: self._part(_image(levels, (0, 0), size), frame, *first, None))
     known = [[np.full(s.shape, np.nan, np.float32) for s in kind] for kind in shapes[1]]
-    # The first pass knows nothing; each pass makes at least one more statistic exact.
+    # The first pass has no statistics; each pass makes at least one more exact.
     for _ in range(2 + sum(map(len, known))):
       prob = np.zeros((height, width), np.float32)
       found = [[np.zeros(k.shape) for k in known[0]], [np.full(k.shape, -np.inf) for k in known[1]]]
@@ -153,7 +159,7 @@ class Predictor:
 
 
 def _forwards(detector: Detector) -> tuple[Callable, Callable]:
-  """Jitted: a whole batch → B×H×W, and a window of a frame → (h×w, shares of statistics)."""
+  """Makes two jitted functions: batch → B×H×W, and window → (h×w, its shares of statistics)."""
   graphdef, state = nnx.split(detector.model)
 
   def apply(state, prior, image):
@@ -181,7 +187,7 @@ def _colour(levels: np.ndarray) -> np.ndarray:
 
 
 def _image(levels: np.ndarray, offset, size: tuple[int, int]) -> np.ndarray:
-  """A window of the zero-padded frame, 1×h×w×3."""
+  """Cuts a window out of the zero-padded frame, 1×h×w×3."""
   image = np.zeros((1, *size, 3), np.float32)
   part = levels[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
   image[0, : part.shape[0], : part.shape[1]] = _colour(part)
@@ -189,17 +195,17 @@ def _image(levels: np.ndarray, offset, size: tuple[int, int]) -> np.ndarray:
 
 
 def _settled(old: np.ndarray, new: np.ndarray) -> bool:
-  return bool(np.abs(new - old).max() <= _SETTLED * np.abs(new).max())  # not where old is NaN
+  return bool(np.abs(new - old).max() <= _SETTLED * np.abs(new).max())  # false if old is NaN
 
 
 class _Cut(NamedTuple):
-  start: int  # of the window along one axis of the frame
-  core: tuple[int, int]  # the part that is this window's alone, in the frame
-  weight: np.ndarray  # of its pixels in the blend; those of all windows add up to 1
+  start: int  # of the window, in pixels along one axis of the frame
+  core: tuple[int, int]  # its own part, from seam to seam, in the frame
+  weight: np.ndarray  # of its pixels in the blend; over all windows the weights add up to 1
 
 
 def _cut(length: int, window: int, halo: int) -> list[_Cut]:
-  """Windows along an axis, all of one length, overlapping by at least 2·halo."""
+  """Places windows of equal length along an axis, overlapping by at least 2·halo."""
   if length <= window:
     return [_Cut(0, (0, length), np.ones(length, np.float32))]
   starts = [*range(0, length - window, window - 2 * halo), length - window]
@@ -208,7 +214,7 @@ def _cut(length: int, window: int, halo: int) -> list[_Cut]:
   edges = [0, *seams, length]
   place = np.arange(length) + 0.5
   right = [np.ones(length), *(np.clip((place - s) / SEAM + 0.5, 0, 1) for s in seams)]
-  right.append(np.zeros(length))  # right[i]: the weight of window i and all after it
+  right.append(np.zeros(length))  # right[i]: total weight of windows i and later
   return [
     _Cut(s, edges[i : i + 2], (right[i] - right[i + 1])[s : s + window].astype(np.float32))
     for i, s in enumerate(starts)

@@ -1,7 +1,8 @@
-"""PyTorch state_dict ↔ our parameters by an explicit table of layers, strict in both directions.
+"""Converts a PyTorch state_dict to our parameters and back by an explicit table of layers.
 
 A table lists every PyTorch layer once: `("stem.0", "stem/conv1/conv", CONV)`. It is read both
-ways, so a network converted here and back is bit-identical.
+ways, so a network converted here and back is bit-identical. A name on either side that the table
+does not have is an error.
 """
 
 from typing import NamedTuple
@@ -12,10 +13,10 @@ from flax import nnx
 
 
 class Kind(NamedTuple):
-  """What a PyTorch layer stores, and which of our names and axis orders it becomes."""
+  """Arrays that a type of PyTorch layer stores, with our names and axis orders for them."""
 
   names: dict[str, str]  # PyTorch suffix -> ours
-  to_ours: tuple[int, ...] = ()  # axes of `weight`; empty: as it is
+  to_ours: tuple[int, ...] = ()  # axes of `weight` in our order; empty: unchanged
   optional: tuple[str, ...] = ()  # suffixes that may be absent on both sides
   counters: tuple[str, ...] = ()  # suffixes without a counterpart, int64 scalars
   ones: int = 0  # axes of length 1 at the end of PyTorch's arrays, which ours does not have
@@ -24,14 +25,14 @@ class Kind(NamedTuple):
 CONV = Kind({"weight": "kernel", "bias": "bias"}, (2, 3, 1, 0), optional=("bias",))
 CONV_TRANSPOSE = Kind({"weight": "kernel", "bias": "bias"}, (2, 3, 0, 1), optional=("bias",))
 LINEAR = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
-# A linear layer on pooled features is a 1×1 convolution of ours.
+# Our networks have a 1×1 convolution in place of a linear layer on pooled features.
 LINEAR_AS_CONV = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
 CONV1D = Kind({"weight": "kernel"}, (2, 1, 0))
 NORM = Kind({"weight": "scale", "bias": "bias"})
 PIXEL_NORM = Kind({"weight": "scale", "bias": "bias"}, ones=2)  # a LayerNorm of (C, 1, 1)
 BATCH_NORM = Kind(
   {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"},
-  # PyTorch counts batches for momentum=None only, which no network uses; written back as 0.
+  # PyTorch uses this count only if momentum=None, as in no network here; written back as 0.
   counters=("num_batches_tracked",),
 )
 
@@ -39,7 +40,7 @@ Rule = tuple[str, str, Kind]  # PyTorch layer, our path ("a/b/0"), kind
 
 
 class Dead(NamedTuple):
-  """A layer that the published code builds but never runs, so ours does not have it."""
+  """A layer that the published code builds but never runs; our networks leave it out."""
 
   layer: str
   kind: Kind
@@ -48,7 +49,7 @@ class Dead(NamedTuple):
 
 
 def dead_conv(layer: str, shape: tuple[int, ...], reason: str, *, bias: bool) -> Dead:
-  """A dead convolution (or linear layer) of weight `shape`."""
+  """Makes the entry of a dead convolution (or linear layer) with a weight of `shape`."""
   return Dead(layer, CONV, {"weight": shape, **({"bias": shape[:1]} if bias else {})}, reason)
 
 
@@ -58,13 +59,13 @@ def dead_norm(layer: str, channels: int, reason: str) -> Dead:
 
 
 def dead_batch_norm(layer: str, channels: int, reason: str) -> Dead:
-  """A dead BatchNorm."""
+  """Makes the entry of a dead BatchNorm."""
   suffixes = ("weight", "bias", "running_mean", "running_var")
   return Dead(layer, BATCH_NORM, {suffix: (channels,) for suffix in suffixes}, reason)
 
 
 def conv_norm(layers: tuple[str, str] | str, ours: str) -> list[Rule]:
-  """Rules of a convolution and its BatchNorm; a single name has children `.conv` and `.bn`."""
+  """Lists the rules of a convolution and its BatchNorm; one name has children `.conv` and `.bn`."""
   conv, norm = layers if isinstance(layers, tuple) else (f"{layers}.conv", f"{layers}.bn")
   return [(conv, f"{ours}/conv", CONV), (norm, f"{ours}/norm", BATCH_NORM)]
 
@@ -79,7 +80,7 @@ def leaky_block(layer: str, ours: str, *, shortcut: bool) -> list[Rule]:
 
 
 def flat_variables(module: nnx.Module) -> dict[str, nnx.Variable]:
-  """Our parameters and running statistics by path, "a/b/0/kernel"."""
+  """Returns our parameters and running statistics by path, such as "a/b/0/kernel"."""
   state = nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat))
   return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
@@ -94,18 +95,18 @@ def fill(
   """Writes a state_dict into `module`, in place.
 
   Args:
-    module: ours; may hold abstract values (`nnx.eval_shape`).
+    module: our network; its values may be abstract (`nnx.eval_shape`).
     state: PyTorch name -> array.
-    rules: every layer of ours, once.
-    dead: layers of the published code that we do not have; may be absent from `state`.
-    fixed: constants that the published code stores and ours has in its code, name -> value; may be
+    rules: rules of all layers of `module`, each once.
+    dead: layers of the published code that our network leaves out; may be absent from `state`.
+    fixed: constants that the published code stores and our code computes, name -> value; may be
       absent from `state`.
 
   Returns:
     A line for each name that was left out, with the reason.
 
   Raises:
-    ValueError: a name, a shape or a type does not fit; every problem is listed.
+    ValueError: a name, a shape or a type does not fit; the message lists every problem.
   """
   targets = flat_variables(module)
   left = dict(state)
@@ -118,7 +119,7 @@ def fill(
           problems.append(f"{target}: in the rules, but our network has no such parameter")
         continue
       if target in arrays:
-        problems.append(f"{target}: filled twice, by {name} too")
+        problems.append(f"{target}: filled a second time, by {name}")
       if name not in left:
         problems.append(f"{name}: missing; it fills {target}")
         continue
@@ -147,7 +148,7 @@ def fill(
   for name, constant in (fixed or {}).items():
     given = left.pop(name, constant)
     if np.shape(given) != constant.shape or not np.allclose(given, constant, atol=1e-3):
-      problems.append(f"{name}: another constant than the network's ({constant.ravel().tolist()})")
+      problems.append(f"{name}: differs from the network's constant {constant.ravel().tolist()}")
   problems += [f"{name}: unknown, no rule takes it" for name in left]
   missing_targets = set(targets) - {
     f"{path}/{ours}" for _, path, kind in rules for ours in kind.names.values()
@@ -177,7 +178,7 @@ def unfill(
   dead: list[Dead] = (),
   fixed: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-  """The way back: a state_dict that the published PyTorch network loads with `strict=True`.
+  """Converts back to a state_dict that the published PyTorch network loads with `strict=True`.
 
   Dead layers get PyTorch's default initial values, drawn from a fixed seed.
   """

@@ -2,9 +2,9 @@
 
 from fdep_jax import predict
 detector = predict.load("runs/msda")
-result = predict.run("frames", "out", detector)  # what the command line does
-prob = predict.Predictor(detector)(frame)  # or H×W probabilities of one H×W or H×W×3 array,
-found = predict.targets(prob)  # and the targets in them
+result = predict.run("frames", "out", detector)  # as the command line does
+prob = predict.Predictor(detector)(frame)  # H×W probabilities of one H×W or H×W×3 array
+found = predict.targets(prob)  # the targets in them
 """
 
 import csv
@@ -24,8 +24,8 @@ from tqdm import tqdm
 from fdep_jax import detector as detector_lib
 from fdep_jax.data import frames
 from fdep_jax.detector import Detector
+from fdep_jax.predict.tiling import Predictor
 from fdep_jax.runtime import files, mesh
-from fdep_jax.tiling import Predictor
 
 load = detector_lib.load
 
@@ -37,26 +37,26 @@ class Target(NamedTuple):
   col: float
   area: int  # pixels
   peak: float  # largest probability
-  confidence: float  # mean probability over its pixels; between threshold and peak, not calibrated
-  box: tuple[int, int, int, int]  # top, left, bottom, right; the last two one past the end
+  confidence: float  # mean probability over its pixels, not calibrated
+  box: tuple[int, int, int, int]  # top, left, bottom, right; the last two exclusive
 
 
 class Frame(NamedTuple):
-  """What was found in one frame."""
+  """The targets found in one frame."""
 
   file: str  # as given, relative to the input folder
-  page: int | None  # from 0, where the file has several
-  output: str  # of the three pictures, relative to the output folder, without _prob.png
+  page: int | None  # 0-based; None if the file has only one
+  output: str  # path of its pictures in the output folder, without _prob.png and so on
   height: int
   width: int
   targets: list[Target]
 
 
 class Result(NamedTuple):
-  """What `run` did."""
+  """The outcome of `run`."""
 
   out: pathlib.Path
-  files: int  # of the source
+  files: int  # in the source
   frames: list[Frame]
   unreadable: dict[str, str]  # file -> reason
 
@@ -65,14 +65,19 @@ class Result(NamedTuple):
     return f"{number} targets in {len(self.frames)} frames; see {self.out / 'targets.csv'}"
 
   def complaint(self) -> str:
-    """The files that could not be read."""
+    """Describes the files that could not be read."""
     lines = [f"{file}: {reason}" for file, reason in self.unreadable.items()]
     title = f"{len(lines)} of {self.files} files could not be read; the others are done:"
     return "\n  ".join([title, *lines])
 
 
 def targets(prob: np.ndarray, threshold: float = 0.5) -> list[Target]:
-  """The targets of an H×W probability map, in raster order of their first pixels."""
+  """Finds the targets of an H×W probability map, in raster order of their first pixels.
+
+  Args:
+    prob: float probabilities.
+    threshold: a target's pixels are above it.
+  """
   from scipy import ndimage
 
   active = prob > np.float32(threshold)
@@ -95,10 +100,14 @@ def targets(prob: np.ndarray, threshold: float = 0.5) -> list[Target]:
 
 
 def command(flags) -> None:
-  """`--mode predict`; unreadable files are a ValueError (exit code 2) after the others are done."""
+  """Runs `--mode predict`.
+
+  Raises:
+    ValueError: files could not be read (exit code 2); the others are done.
+  """
   values = frames.parse_range(flags.range)
   out = pathlib.Path(flags.out or pathlib.Path(flags.workdir or ".") / "predictions").expanduser()
-  _inputs(pathlib.Path(flags.input).expanduser(), out)  # refused before anything is loaded
+  _inputs(pathlib.Path(flags.input).expanduser(), out)  # checks folders before loading
   detector = load(flags.workdir, flags.checkpoint, flags.branch)
   mesh.cache_programs(detector.config)
   result = run(flags.input, out, detector, threshold=flags.threshold, values=values)
@@ -116,26 +125,27 @@ def run(
   values: frames.Range = "auto",
   progress: bool = True,
 ) -> Result:
-  """Predicts a file, or every picture below a folder, and writes what was found.
+  """Finds the targets in a file, or in every picture below a folder, and writes them.
 
-  For each frame `<stem>_prob.png` (16 bits, probability·65535), `<stem>_mask.png` (0 and 255) and
-  `<stem>_overlay.png`, in folders as in the source; for all of them `targets.csv`, a line a
-  target, and `targets.json`. Where two files of a folder differ in their suffix only, the stem
-  keeps it; pages of a file get `_page0000` and on. Every file is whole or absent.
+  Writes for each frame `<stem>_prob.png` (16 bits, probability·65535), `<stem>_mask.png` (0 and
+  255) and `<stem>_overlay.png`, in the same sub folders as in the source. Writes for all frames
+  `targets.csv`, one line a target, and `targets.json`. If two files of a folder differ only in
+  their suffix, the stem includes it. Pages of a file are numbered `_page0000`, `_page0001` and so
+  on. A file is written whole or not at all.
 
   Args:
-    source: a file, or a folder with its sub folders; other files and hidden ones are ignored.
+    source: a file, or a folder; includes sub folders, ignores other and hidden files.
     out: folder to write.
     detector: from `load`.
-    threshold: of masks and targets, exclusive.
-    values: how values become grey levels, see `data.frames.grey_levels`.
+    threshold: pixels of masks and targets are above it.
+    values: range that becomes the grey levels, see `data.frames.grey_levels`.
     progress: show a bar.
 
   Returns:
-    What was found, and the files that could not be read (the others are done).
+    The targets, and the files that could not be read (the others are done).
 
   Raises:
-    FileNotFoundError, ValueError: there is nothing to predict, or `out` cannot be written.
+    FileNotFoundError, ValueError: there is no picture, or `out` cannot be written.
   """
   if not 0 <= threshold < 1:
     raise ValueError(f"threshold is {threshold}; it must be in [0, 1).")
@@ -146,7 +156,9 @@ def run(
     for name in ("targets.csv", "targets.json"):  # of an earlier run
       (out / name).unlink(missing_ok=True)
   except OSError as error:
-    raise ValueError(f"{out} cannot be written ({error.strerror}). Choose another.") from None
+    raise ValueError(
+      f"{out} cannot be written ({error.strerror}). Choose a different folder."
+    ) from None
   logging.info(
     "%d file%s, %s branch of %s", len(inputs), "s" * (len(inputs) != 1), detector.branch,
     detector.source,
@@ -173,19 +185,19 @@ def run(
 
 
 def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
-  """File as shown -> (path, stem of what is written for it), sorted; refuses to find nothing."""
+  """Lists the pictures, sorted: {name: (path, stem of its output files)}; at least one."""
   if source.is_file():
     return {source.name: (source, source.stem)}
   if not source.is_dir():
     raise FileNotFoundError(f"{source} does not exist. Give a picture or a folder of pictures.")
   if source.resolve() == out.resolve():
-    raise ValueError(f"{out} is the folder of the input, too; choose another --out.")
+    raise ValueError(f"{out} is also the input folder. Choose a different --out.")
   paths, others = [], 0
   for folder, names, inside in os.walk(source):
     folder = pathlib.Path(folder)
     names[:] = [
       n for n in names if n[0] != "." and (folder / n).resolve() != out.resolve()
-    ]  # not what an earlier run has written
+    ]  # skips the output of an earlier run
     for name in inside:
       fits = name[0] != "." and pathlib.Path(name).suffix.lower() in frames.SUFFIXES
       if fits and (folder / name).is_file():
@@ -194,12 +206,12 @@ def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.
         others += 1
   if not paths:
     raise ValueError(
-      f"{source} holds no pictures ({', '.join(frames.SUFFIXES)}; {others} other files)."
+      f"{source} contains no pictures ({', '.join(frames.SUFFIXES)}), only {others} other files."
     )
   if others:
     logging.info("%s: %d other files ignored", source, others)
   paths.sort()
-  # Compared without case: some file systems do.
+  # Ignores case, as some file systems do.
   same = Counter(path.with_suffix("").as_posix().lower() for path in paths)
   found, taken = {}, set()
   for path in paths:
@@ -213,10 +225,10 @@ def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.
 
 
 def _read(inputs, values, unreadable, bar, check_size) -> Iterator:
-  """((file, page, output, grey levels), grey levels) of every frame that can be read."""
+  """Yields ((file, page, output, grey levels), grey levels) of every readable frame."""
   taken = {stem.lower() for _, stem in inputs.values()}
   for file, (path, stem) in inputs.items():
-    held = None  # the frame before: a file's first page is one of several only if a second comes
+    held = None  # one frame back: the first page gets a number only if a second follows
     count = 0
     try:
       for count, frame in enumerate(frames.read(path), 1):
@@ -260,18 +272,18 @@ _AMBER = (255, 176, 0)
 
 
 def overlay(levels: np.ndarray, found: Sequence[Target], most: int = 500) -> Image.Image:
-  """The frame in RGB with a box, number (the line in the CSV) and confidence at every target.
+  """Draws every target's box, number (in the CSV) and confidence on the frame, in RGB.
 
-  Small frames are enlarged, so that boxes and letters do not hide what they are about.
+  Small frames are enlarged, so that boxes and text do not hide the targets.
 
   Args:
     levels: H×W or H×W×3 grey levels.
     found: targets in the CSV's order.
-    most: at most so many are drawn, those of the highest confidence.
+    most: draws at most this many, those of the highest confidence.
   """
   height, width = levels.shape[:2]
   scale = max(1, min(8, round(640 / max(height, width))))
-  low, high = np.percentile(levels, (0.1, 99.99))  # for the eye only
+  low, high = np.percentile(levels, (0.1, 99.99))  # contrast for viewing only
   view = np.clip((levels - low) * (255 / max(high - low, 1)), 0, 255).astype(np.uint8)
   picture = Image.fromarray(view).convert("RGB")
   picture = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
@@ -280,7 +292,7 @@ def overlay(levels: np.ndarray, found: Sequence[Target], most: int = 500) -> Ima
   line, letters, gap = max(1, side // 800), max(12, side // 60), max(3, side // 200)
   font = ImageFont.load_default(letters)
   strongest = sorted(range(len(found)), key=lambda i: -found[i].confidence)[:most]
-  labels = []  # where they are
+  labels = []  # their boxes
   for i in strongest:
     top, left, bottom, right = (edge * scale for edge in found[i].box)
     box = (left - gap, top - gap, right + gap - 1, bottom + gap - 1)

@@ -1,9 +1,9 @@
-"""PyTorch weight files to numpy arrays, without PyTorch and without running what is in them.
+"""Reads PyTorch weight files into numpy arrays, without PyTorch and without running their code.
 
-A file of `torch.save` is a pickle, a small program that may call any function, and the bytes of the
-tensors beside it. The interpreter below knows the few steps that build containers and tensors. A
-function or class that the program asks for stays a name here, is never imported, and is refused
-unless it is one of `_ADMITTED`, so there is nothing that could be called.
+A file of `torch.save` has a pickle, which is a small program that may call any function, and the
+bytes of the tensors. The interpreter below knows only the few steps that build containers and
+tensors. A function or class that the program asks for is never imported: it stays a name here, and
+is refused unless it is in `_ADMITTED`. So there is nothing that could be called.
 """
 
 import io
@@ -80,10 +80,11 @@ _ADMITTED = {
   "collections.Counter",  # state of MultiStepLR
   "builtins.set",
   "builtins.bytes",
-  "_codecs.encode",  # how protocol 2 spells bytes
+  "_codecs.encode",  # protocol 2 stores bytes this way
 }
 
-# The weights of a training checkpoint, beside its optimiser and counters; the first that is there.
+# Names of the weights in a training checkpoint, which also has an optimiser and counters; the first
+# one present is taken.
 _MODEL_KEYS = (
   "state_dict",
   "model_state_dict",
@@ -99,17 +100,17 @@ _OTHER_KEYS = re.compile(r".*optim.*|.*sched.*|.*scaler|amp|.*rng.*|.*loss.*|cri
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
-# Bounds that no real checkpoint meets: a state_dict takes about 40 steps a tensor.
+# Bounds that no real checkpoint reaches: a state_dict takes about 40 steps a tensor.
 _MAX_STEPS = 4_000_000
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 100
 _MAX_NAME = 1000  # characters
 _MAX_MESSAGE = 5000  # characters
 
-# (Values of the program never enter a message: a short one can describe a value of endless text.)
-# What a damaged or hostile program raises in the interpreter.
+# Messages never quote the program's values: a short program can describe endless text.
+# Errors of the interpreter on a damaged or hostile program.
 _MALFORMED = (IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error)
-# ... and anywhere, zipfile (which seeks where the file says) and numpy included.
+# Errors of any part, including zipfile (which seeks to where the file says) and numpy.
 _UNREADABLE = (
   ValueError,
   OverflowError,
@@ -121,13 +122,13 @@ _UNREADABLE = (
 
 
 def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """The weights in a file of `torch.save` (either format) or safetensors, by name.
+  """Reads the weights in a file of `torch.save` (either format) or safetensors, by name.
 
-  Told apart by content, not by suffix. Of a training checkpoint only the weights are taken: while
-  there are tensors below "state_dict", "model_state_dict", "model_state", "model", "net",
-  "network", "teacher" or "student" (the first of these), only that part is kept, and its name is
-  dropped. Else entries named like optimisers, schedules and losses are left out. Names of nested
-  containers are joined by "."; what is no array is left out.
+  The format is recognised by content, not by suffix. Only the weights of a training checkpoint are
+  returned: while there are tensors below "state_dict", "model_state_dict", "model_state", "model",
+  "net", "network", "teacher" or "student", only the first of these is kept and its name dropped.
+  Containers named like optimisers, schedules and losses are left out, and so is all that is no
+  array. Names of nested containers are joined by ".".
 
   Args:
     path: a file.
@@ -138,8 +139,8 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: not a weight file, damaged, or it asks for more than tensors, such as a function to
-      be called, which is named. Nothing of the file is ever run.
+    ValueError: the file is not a weight file, is damaged, or asks for more than tensors, such as a
+      function call; the message names the function. Nothing in the file is ever run.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -157,7 +158,7 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
       else:
         arrays = _read_legacy(file)
     except _UNREADABLE as error:
-      # zipfile's can quote the file.
+      # zipfile's messages can quote the file.
       raise ValueError(f"{path}: {str(error)[:_MAX_MESSAGE]}") from None
   if not arrays:
     raise ValueError(f"{path}: there are no named tensors in it.")
@@ -165,7 +166,7 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:
-  """Whether the file starts as safetensors do: the header's length, then a JSON object."""
+  """Returns whether a file starts like safetensors: the header's length, then a JSON object."""
   with open(path, "rb") as file:
     start = file.read(9)
   return (
@@ -188,7 +189,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
-  """The format since torch 1.6: an uncompressed zip, data.pkl and one member a storage."""
+  """Reads the format since torch 1.6: an uncompressed zip of data.pkl and one member a storage."""
   size = file.seek(0, io.SEEK_END)
   with zipfile.ZipFile(file) as archive:
     members = {info.filename: info for info in archive.infolist()}
@@ -230,7 +231,7 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
-  """The format before torch 1.6: five pickles, then each storage as its length and its bytes."""
+  """Reads the format before torch 1.6: five pickles, then each storage's length and bytes."""
   size = file.seek(0, io.SEEK_END)
   file.seek(0)
   try:
@@ -262,7 +263,7 @@ def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
     if len(head) != 8 or num_bytes > size - file.tell():
       raise ValueError(f"it ends within storage {key}. Copy or download it again.")
     if int.from_bytes(head, "little", signed=True) != storage.total:
-      raise ValueError(f"storage {key} has another length than its tensors say.")
+      raise ValueError(f"storage {key} does not have the length that its tensors need.")
     if key in wanted:
       loaded[key] = bytearray(num_bytes)
       file.readinto(loaded[key])
@@ -274,11 +275,11 @@ def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 class _RefusedError(ValueError):
-  """The program names a function or class that is no part of a tensor."""
+  """Raised if the program names a function or class that is no part of a tensor."""
 
 
 class _Name(str):
-  """A function or class that the program names; never the thing itself."""
+  """The name of a function or class in the program; never the function or class itself."""
 
 
 class _Storage(NamedTuple):
@@ -292,7 +293,7 @@ class _Storage(NamedTuple):
 class _Tensor(NamedTuple):
   storage: _Storage
   dtype: np.dtype
-  offset: int  # elements of `dtype`, as the strides
+  offset: int  # in elements of `dtype`, like the strides
   shape: tuple[int, ...]
   strides: tuple[int, ...]
 
@@ -313,7 +314,7 @@ class _NumpyArray:
 
 
 class _Program:
-  """A file for pickletools; a length written in it allocates no more than the file has."""
+  """A file for pickletools that never allocates more than its size, whatever length it states."""
 
   def __init__(self, file: BinaryIO):
     self._file = file
@@ -323,17 +324,17 @@ class _Program:
     self.tell, self.readline = file.tell, file.readline
 
   def read(self, num_bytes: int) -> bytes:
-    # One byte is read for each step, and `tell` would double the time of that.
+    # Each step reads one byte, and `tell` would double the time for it.
     if num_bytes > 1:
       num_bytes = min(num_bytes, self._size - self._file.tell())
     return self._file.read(num_bytes)
 
 
 class _Interpreter:
-  """Runs one pickle to its end without ever importing or calling what it names.
+  """Runs one pickle to its end without importing or calling anything that it names.
 
   Args:
-    file: stands at the start of the pickle, and after `run` behind it.
+    file: positioned at the start of the pickle; after `run`, at its end.
   """
 
   def __init__(self, file: BinaryIO):
@@ -342,7 +343,7 @@ class _Interpreter:
     self._steps = 0
 
   def run(self) -> object:
-    """The object that the pickle describes."""
+    """Returns the object that the pickle describes."""
     try:
       return self._run()
     except _MALFORMED as error:
@@ -354,6 +355,7 @@ class _Interpreter:
       raise ValueError(f"its pickle takes more than {_MAX_STEPS} steps; not a file of weights.")
 
   def _run(self) -> object:
+    """Executes the program: a flat dispatch on its opcodes."""
     stack, outer, memo = [], [], {}
     for opcode, arg, _ in pickletools.genops(self._program):
       self._spend(1)
@@ -460,7 +462,7 @@ class _Interpreter:
     return storage
 
   def _call(self, function: _Name, args: tuple) -> object:
-    """What `function(*args)` stands for."""
+    """Returns the object that `function(*args)` describes."""
     match str(function):
       case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
         storage, offset, shape, strides, *rest = args
@@ -507,7 +509,7 @@ class _Interpreter:
         raise ValueError(f"{name} refused: the file asks to call it.")
 
   def _set_state(self, target: object, state: object) -> None:
-    """What an object's `__setstate__` stands for, of those that there are here."""
+    """Does the work of `__setstate__` for the types of object that exist here."""
     match target:
       case _NumpyType():
         if state[1] in ("<", ">"):
@@ -524,7 +526,7 @@ class _Interpreter:
   def _bytes(self, value: object) -> bytes:
     if not isinstance(value, str):
       return _expect(value, bytes | bytearray)
-    # Python 2 wrote bytes as text. A copy, and a short program can ask for many.
+    # Python 2 wrote bytes as text. Encoding copies it, and a short program can ask for many copies.
     self._spend(len(value) // 100)
     return value.encode("latin-1")
 
@@ -564,7 +566,7 @@ def _set_items(target, items: list) -> None:
   if len(items) % 2:
     raise IndexError("a key without a value")
   for key, value in zip(items[::2], items[1::2], strict=True):
-    # Nothing else names weights, and hashing nested tuples can take forever.
+    # Weights have no other keys, and hashing nested tuples can take forever.
     target[_expect(key, str | int | float | None)] = value
 
 
@@ -577,7 +579,7 @@ def _tensor(storage, offset, shape, strides, dtype: np.dtype) -> _Tensor:
 
 
 def _weights(root: object) -> dict[str, _Tensor | np.ndarray]:
-  """The model's tensors among the containers of a checkpoint, by joined name."""
+  """Collects the model's tensors from the containers of a checkpoint, by joined name."""
   leaves: dict[tuple[str, ...], _Tensor | np.ndarray] = {}
   num_nodes = 0
 
@@ -617,7 +619,7 @@ def _arrays(
   storage_bytes: Callable[[_Storage], bytearray],
   file_size: int,
 ) -> dict[str, np.ndarray]:
-  """The tensors' values; whatever leaves its storage or unfolds without bound is refused."""
+  """Returns the tensors' values; refuses tensors outside their storage or far too large."""
   total = 0
   for name, tensor in tensors.items():
     total += math.prod(tensor.shape) * tensor.dtype.itemsize

@@ -1,7 +1,7 @@
-"""What a model finds, for people to look at: `examples.png` and `report.html` (`--mode report`).
+"""Writes `examples.png` and `report.html`, which show the detections (`--mode report`).
 
-`report.html` is one file that loads nothing from elsewhere: the page `report.html` of this package,
-filled with the metrics, the pictures and the probability maps of an evaluation, or of several.
+`report.html` is one file that loads no others: the page `report.html` of this package, filled with
+the metrics, the pictures and the probability maps of one evaluation or several.
 
 from fdep_jax import report
 report.of(["runs/msda", "runs/msda_original"], "comparison.html")  # runs that were evaluated
@@ -25,23 +25,23 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from fdep_jax import plots
 from fdep_jax.data import Sample
 from fdep_jax.metrics import bootstrap, columns, hse
+from fdep_jax.report import plots
 from fdep_jax.runtime import files
 
-# The page's thresholds are 1/STEPS, 2/STEPS … Those of HSE-T are among them, to the last bit.
+# The page's thresholds are 1/STEPS, 2/STEPS … They include those of HSE-T exactly.
 STEPS = 200
 THRESHOLDS = (np.arange(1, STEPS) / STEPS).astype(np.float32)
-PICTURE_SIDE = 1024  # pixels; larger pictures are shown smaller, their maps are not
-_QUALITY = 95  # of WebP; targets are a few pixels
+PICTURE_SIDE = 1024  # pixels; larger pictures are reduced, their maps are not
+_QUALITY = 95  # of WebP; high, as targets have a few pixels
 _POINTS = 400  # of a drawn curve
 _FORMAT = 1
 _PLACE = re.compile(r'(<script type="application/json" id="data">)(.*?)(</script>)', re.DOTALL)
 
 
 class Recorder:
-  """Keeps of an evaluation's maps what a report needs, compressed, as they pass by."""
+  """Stores the maps of an evaluation for its report, compressed, as they are computed."""
 
   def __init__(self, samples: Sequence[Sample]):
     self._samples = samples
@@ -50,7 +50,7 @@ class Recorder:
   def watch(
     self, maps: Iterator[tuple[int, dict[str, np.ndarray]]]
   ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Passes on what `evaluate.probabilities` yields."""
+    """Yields the maps of `evaluate.probabilities` unchanged and stores them."""
     for index, probs in maps:
       for name, prob in probs.items():
         packed = self.maps.setdefault(name, [""] * len(self._samples))
@@ -59,9 +59,9 @@ class Recorder:
 
 
 def levels(prob: np.ndarray) -> np.ndarray:
-  """How many of `THRESHOLDS` each probability exceeds, uint8: `prob > THRESHOLDS[k]` is level > k.
+  """Counts the `THRESHOLDS` that each probability exceeds: `prob > THRESHOLDS[k]` is level > k.
 
-  So what the page counts at its thresholds is exact, as no rounding to 8 bits would be.
+  Returns uint8. So the page's counts at its thresholds are exact; rounding to 8 bits would not be.
   """
   out = np.zeros(prob.shape, np.uint8)
   active = prob > THRESHOLDS[0]
@@ -70,7 +70,7 @@ def levels(prob: np.ndarray) -> np.ndarray:
 
 
 def pack(array: np.ndarray) -> str:
-  """An array of bytes as the page reads it: zlib, base64."""
+  """Encodes an array of bytes for the page: zlib, then base64."""
   return base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
 
 
@@ -84,17 +84,17 @@ def write(
   config: dict[str, object],
   about: dict[str, object],
 ) -> None:
-  """The report of one evaluation.
+  """Writes the report of one evaluation.
 
   Args:
-    path: to write.
+    path: of the page.
     name: of the run.
     samples: the images.
-    recorder: that saw all their maps.
+    recorder: has stored all their maps.
     totals: their metrics by branch.
     metrics: as `metrics.json`, with the "intervals" of every branch.
     config: every setting by its dotted name.
-    about: where the numbers come from, in words; `provenance` of what was not known before.
+    about: sources of the numbers, in words; `provenance` is added.
   """
   branches = {
     branch: {"curves": _curves(total.result()), "maps": recorder.maps[branch]}
@@ -116,11 +116,11 @@ def write(
 
 
 def of(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib.Path:
-  """One report of several runs, from the `report.html` that the evaluation of each has left.
+  """Writes one report of several runs from the `report.html` of each.
 
   Args:
-    workdirs: of the runs; the page shows up to four of their branches side by side.
-    out: to write, `.html`.
+    workdirs: of the runs; the page compares up to four of their branches.
+    out: path of the page, `.html`.
 
   Returns:
     `out`.
@@ -132,7 +132,7 @@ def of(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib
   """
   folders = [pathlib.Path(workdir).expanduser() for workdir in dict.fromkeys(workdirs)]
   if not folders:
-    raise ValueError("A report of no runs was asked for; give at least one.")
+    raise ValueError("A report needs at least one run; none was given.")
   absent = [str(f / "report.html") for f in folders if not (f / "report.html").is_file()]
   if absent:
     raise FileNotFoundError(
@@ -144,8 +144,8 @@ def of(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib
   others = [str(f) for f, images in zip(folders, shown, strict=True) if images != shown[0]]
   if others:
     raise ValueError(
-      f"{', '.join(others)}: evaluated on other images or masks than {folders[0]}. One report "
-      "shows runs on the same test images."
+      f"{', '.join(others)}: evaluated on different images or masks than {folders[0]}. A "
+      "report can only compare runs on the same test images."
     )
   runs = [report["runs"][0] for report in reports]
   for run, label in zip(runs, _names(folders), strict=True):
@@ -155,18 +155,20 @@ def of(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib
     out.parent.mkdir(parents=True, exist_ok=True)
     _write(out, reports[0]["images"], runs)
   except OSError as error:
-    raise ValueError(f"{out} cannot be written ({error.strerror}). Choose another.") from None
+    raise ValueError(
+      f"{out} cannot be written ({error.strerror}). Choose a different path."
+    ) from None
   logging.info("wrote %s", out)
   return out
 
 
 def command(flags) -> None:
-  """`--mode report`."""
+  """Runs `--mode report`."""
   of(flags.runs, flags.out)
 
 
 def intervals(total: hse.Accumulator) -> dict[str, list[float | None]]:
-  """{metric: [low, high]} of 95 %, as JSON takes them: null where there is none."""
+  """Computes the 95 % interval of every metric, {metric: [low, high]}; None if there is none."""
   return {
     name: [None if math.isnan(end) else end for end in ends]
     for name, ends in bootstrap.intervals(total).items()
@@ -174,7 +176,7 @@ def intervals(total: hse.Accumulator) -> dict[str, list[float | None]]:
 
 
 def provenance() -> dict[str, str]:
-  """When, on what and with which versions this process computes."""
+  """Returns the time, versions and device of this process, in words."""
   import jax
 
   names = ("jax", "jaxlib", "flax", "numpy")
@@ -188,7 +190,7 @@ def provenance() -> dict[str, str]:
 
 
 def _fingerprint(samples: Sequence[Sample]) -> str:
-  """Of the decoded images and masks, in order, whatever files they came from."""
+  """Returns a SHA-256 of the decoded images and masks, in order; file formats do not matter."""
   digest = hashlib.sha256()
   for sample in samples:
     for array in (sample.image, sample.mask):
@@ -207,11 +209,11 @@ def _picture(image: np.ndarray) -> str:
 
 
 def _curves(score: hse.Score) -> dict[str, list]:
-  """Points (recall, precision) of both curves, as many as can be seen."""
+  """Returns points (recall, precision) of both curves, thinned for drawing."""
   curves = score.curves
   true, false = curves["pixel_true"], curves["pixel_false"]
   recall = true / max(score.target_pixels, 1)
-  # Evenly over recall, which has few steps or many.
+  # Evenly over recall, which may have few or many steps.
   at = np.unique(np.searchsorted(recall, np.linspace(0, 1, _POINTS)).clip(max=len(recall) - 1))
   pixel = np.stack([recall, true / np.maximum(true + false, 1)], 1)[at] if len(recall) else []
   target = np.stack([curves["target_recall"], curves["target_precision"]], 1)
@@ -223,7 +225,7 @@ def _curves(score: hse.Score) -> dict[str, list]:
 
 
 def _names(folders: Sequence[pathlib.Path]) -> list[str]:
-  """The folders' names, from where they begin to differ."""
+  """Returns the folders' names, or the part of each path after their common parent."""
   paths = [folder.resolve() for folder in folders]
   if len({path.name for path in paths}) == len(paths):
     return [path.name for path in paths]
@@ -241,13 +243,13 @@ def _write(path: pathlib.Path, images: list[dict], runs: list[dict]) -> None:
     "runs": runs,
   }
   text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
-  text = text.replace("<", "\\u003c")  # nothing in it ends the script that holds it
-  page = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+  text = text.replace("<", "\\u003c")  # no text may end the surrounding <script>
+  page = pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
   files.write(path, _PLACE.sub(lambda m: m[1] + text + m[3], page, count=1))
 
 
 def _finite(value):
-  """`value` with null for numbers that JSON does not have."""
+  """Replaces numbers that JSON lacks (NaN, infinity) by None."""
   if isinstance(value, dict):
     return {key: _finite(inner) for key, inner in value.items()}
   if isinstance(value, list | tuple):
@@ -256,7 +258,7 @@ def _finite(value):
 
 
 def _read(path: pathlib.Path) -> dict:
-  """What `_write` put into a report."""
+  """Reads back the data that `_write` put into a report."""
   try:
     found = _PLACE.search(path.read_text(encoding="utf-8"))
     data = json.loads(found[2])
@@ -265,7 +267,7 @@ def _read(path: pathlib.Path) -> dict:
   except (KeyError, TypeError, ValueError):
     pass
   raise ValueError(
-    f"{path} is damaged or of another version. Evaluate the run again (--mode eval)."
+    f"{path} is damaged or of a different version. Evaluate the run again (--mode eval)."
   )
 
 
@@ -275,13 +277,13 @@ def examples(
   maps: Sequence[dict[str, np.ndarray]],
   caption: str,
 ) -> None:
-  """A PNG with a row an image: image, truth, and each branch's probability map.
+  """Writes a PNG, one row an image: image, truth, and each branch's probability map.
 
   Args:
-    path: to write.
+    path: of the PNG.
     samples: the images.
-    maps: for each of them {branch: H×W probabilities}.
-    caption: a line below.
+    maps: for each image {branch: H×W probabilities}.
+    caption: line below.
   """
   names = [name for name in ("light", "main") if name in maps[0]]
   titles = ["image", "truth", *(f"{name} branch" for name in names)]
