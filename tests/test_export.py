@@ -206,6 +206,18 @@ print([name for name in sys.modules if name.startswith(("fdep_jax", "converters"
   np.testing.assert_allclose(np.load(files[-1]), light_branch(model)(image), atol=1e-5)
 
 
+def test_a_program_takes_no_more_pixels_than_the_network(toy, tmp_path, monkeypatch):
+  net = make_network("toy")
+  monkeypatch.setattr(type(net), "max_pixels", 6 * net.stride**2)
+  light = export.make_light(detector_of(net))
+  program = export._write_stablehlo(None, light, None, tmp_path / "program", {})
+  for rows, columns in ((2, 3), (6, 1)):
+    shape = (1, rows * net.stride, columns * net.stride)
+    assert program(np.zeros((*shape, 3), np.float32)).shape == shape
+  with pytest.raises(ValueError, match="refining shapes"):
+    program(np.zeros((1, 2 * net.stride, 4 * net.stride, 3), np.float32))
+
+
 @needs_onnx
 def test_the_onnx_file_runs_without_this_package_and_without_jax(exported, tmp_path):
   model, _, out, _ = exported

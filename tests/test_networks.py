@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,26 @@ def test_parameters_equal_the_executed_ones_of_the_published_network(name):
   constant = [path for path in CONSTANT.get(name, ()) if path.endswith(("scale", "bias"))]
   assert count_parameters(net) + len(constant) == PARAMETERS[name]
   assert set(constant) <= set(flat_variables(net))
+
+
+def test_the_document_of_networks_has_these_facts():
+  page = pathlib.Path(__file__).resolve().parents[1] / "docs/networks.md"
+  rows = {}
+  for line in page.read_text().splitlines():
+    if line.startswith("| `"):
+      name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+      rows[name.strip("`")] = cells
+  assert sorted(rows) == backbones.names()
+  for name, cells in rows.items():
+    network = backbones.network_class(name)
+    size = f"{network.top_channels} @ 1/{network.top_stride}"
+    assert cells[:5] == [
+      network.paper_name,
+      f"{PARAMETERS[name]:,}",
+      f"{WITH_DEAD.get(name, PARAMETERS[name]):,}",
+      size if network.top_channels else "none",
+      str(network.stride),
+    ]
 
 
 @pytest.mark.parametrize("name", backbones.names())
