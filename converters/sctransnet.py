@@ -1,5 +1,7 @@
 """SCTransNet: PAL `SCTransNet_No_Sigmoid` state_dict ↔ fdep_jax.backbones.sctransnet."""
 
+import numpy as np
+
 from converters.rules import (
   CONV,
   CONV1D,
@@ -13,6 +15,12 @@ from converters.rules import (
 )
 
 _CHANNELS = (32, 64, 128, 256)
+
+
+def options(state: dict[str, np.ndarray]) -> dict[str, int]:
+  """The image's channels, which the first convolution tells; 3 where it does not fit."""
+  first = state.get("inc.0.conv1.weight")
+  return {"in_channels": 1 if first is not None and first.shape[1:2] == (1,) else 3}
 
 
 def rules(net) -> list[Rule]:

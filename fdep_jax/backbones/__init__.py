@@ -96,6 +96,17 @@ class Backbone(nnx.Module):
         "Train it alone (mode=original), or choose another network (model.backbone)."
       )
 
+  @classmethod
+  def caution(cls, size: tuple[int, int], crop: int) -> str:
+    """Why results at this size are doubtful after training on crops, for a warning; "": they are not.
+
+    Args:
+      size: rows and columns of an image, padded.
+      crop: side of the square that the network was trained on, pixels.
+    """
+    del size, crop
+    return ""
+
   def check_image(self, image: jax.Array) -> None:
     """Raises a ValueError that says what to do if the network cannot take the image."""
     name = type(self).__module__

@@ -52,6 +52,20 @@ class MTUNet(Backbone):
     )  # up[i]: to level i
     self.head = basic.Conv(16, 1, 1, rngs=rngs)
 
+  @classmethod
+  def caution(cls, size: tuple[int, int], crop: int) -> str:
+    rows, columns = size
+    tokens, trained = rows * columns // cls.stride**2, (crop // cls.stride) ** 2
+    if columns == crop and tokens <= trained:
+      return ""
+    fresh = tokens - trained
+    untrained = f", and {fresh} of {tokens} were never trained" if fresh > 0 else ""
+    return (
+      f"{cls.paper_name} counts positions along the raster of the image: trained at {crop}×{crop}, "
+      f"at {rows}×{columns} they mean other places{untrained}. Cut or resize images to "
+      f"{crop}×{crop} for its best."
+    )
+
   def encode(self, image: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
     self.check_image(image)
     features, x = [], image

@@ -21,6 +21,9 @@ class SCTransNet(Backbone):
   """A U-Net whose four skips are seen together, as channels of one map at 1/16, by a transformer.
 
   The transformer does not see the top feature, so `encode` runs all of it.
+
+  Args:
+    in_channels: 3 (PAL) or 1 (the authors' own).
   """
 
   stride = 16
@@ -28,11 +31,12 @@ class SCTransNet(Backbone):
   top_channels = 256
   paper_name = "SCTransNet"
 
-  def __init__(self, *, rngs: nnx.Rngs):
+  def __init__(self, *, in_channels: int = 3, rngs: nnx.Rngs):
+    self.in_channels = in_channels
     self.levels = nnx.List(
       [
         attention.LeakyBlock(a, b, rngs=rngs)
-        for a, b in zip((3, *_CHANNELS), (*_CHANNELS, 256), strict=True)
+        for a, b in zip((in_channels, *_CHANNELS), (*_CHANNELS, 256), strict=True)
       ]
     )
     patches = [16 >> i for i in range(4)]

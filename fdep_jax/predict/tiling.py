@@ -1,5 +1,6 @@
 """Computes probability maps of frames of any size, large ones by overlapping windows."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -33,6 +34,10 @@ class Predictor:
     self._whole, self._part = _forwards(detector)
     network = getattr(detector.model, "backbone", None)
     self._why_whole = network.whole_frame if network else ""
+    # Of sizes that the network was not trained for, each told once.
+    self._caution, self._told = lambda size: "", set()
+    if network and detector.config is not None:
+      self._caution = lambda size: network.caution(size, detector.config.data.crop)
     if self._why_whole:
       self._network = network.paper_name
       self._largest = min(WHOLE[detector.branch] ** 2, network.max_pixels or math.inf)
@@ -95,6 +100,10 @@ class Predictor:
 
   def _batch(self, group: list) -> Iterator[tuple[object, np.ndarray]]:
     height, width = padded_size(group[0][1].shape[:2], PAD)
+    caution = self._caution((height, width))
+    if caution and caution not in self._told:
+      self._told.add(caution)
+      logging.warning(caution)
     # Batch sizes are powers of two, so that a smaller last batch rarely needs a compilation.
     image = np.zeros((1 << (len(group) - 1).bit_length(), height, width, 3), np.float32)
     for row, (_, levels) in zip(image, group, strict=False):
