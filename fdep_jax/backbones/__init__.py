@@ -98,7 +98,7 @@ class Backbone(nnx.Module):
 
   @classmethod
   def caution(cls, size: tuple[int, int], crop: int) -> str:
-    """Says why results at this size are doubtful after training on crops; "": they are not.
+    """Says why results at this size are doubtful after training on crops; "" if they are not.
 
     Args:
       size: rows and columns of an image, padded.
