@@ -66,7 +66,8 @@ class Worker:
       net = converters.load_backbone(name, dict(np.load(weights)))
     else:
       net = backbones.create(name, rngs=nnx.Rngs(0))
-    model = FDEP(net, dino_width=384, num_levels=4, rngs=nnx.Rngs(0))
+    levels = 4 if net.top_channels else 0
+    model = FDEP(net, dino_width=384, num_levels=levels, rngs=nnx.Rngs(0))
     model.eval()
     original = backbones.create(name, rngs=nnx.Rngs(0))
     original.eval()

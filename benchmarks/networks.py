@@ -2,8 +2,11 @@
 
   python benchmarks/networks.py --reference ../PAL --torch-python ../torch-env/bin/python
 
-`--reference` is your own checkout of github.com/YuChuang1205/PAL; without it only our networks run.
-`--torch-python` is an interpreter with torch, torchvision and PyWavelets (default: this one).
+`--reference` is your own checkout of github.com/YuChuang1205/PAL. It lacks three networks, which
+have a checkout each: `--mtu` (TianhaoWu16/Multi-level-TransUNet-for-Space-based-Infrared-Tiny-ship-
+Detection), `--rpcanet` (fengyiwu98/RPCANet) and `--ilnet` (Li-Haoqing/ILNet). `--torch-python` is
+an interpreter with torch, torchvision, PyWavelets, einops, ml_collections and thop (by default this
+one). Of networks without a checkout only ours runs.
 
 There is one worker process for each framework, controlled over stdin and stdout. So the timings
 alternate in one run, and neither framework needs the other installed. Both run on the same two
@@ -22,6 +25,7 @@ import copy
 import functools
 import importlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -33,6 +37,7 @@ import time
 import traceback
 import types
 import warnings
+from typing import NamedTuple
 
 CORES = 2
 FORWARD_SHAPE = (1, 256, 256)
@@ -44,26 +49,67 @@ TASKS = {
 # OpenMP's threads spin for a while after their last work, which would slow the next measurement.
 SETTLE_SECONDS = 1.0
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
-PUBLISHED = {  # our name -> the published name, and the options with which it returns all heads
-  "acm": ("ACM", {}),
-  "alcl": ("ALCL", {}),
-  "alcnet": ("ALC", {}),
-  "dna": ("DNA", {"mode": "train"}),
-  "ggl": ("GGL", {}),
-  "mlcl": ("MLCL", {}),
-  "msda": ("MSDA", {}),
-  "uiu": ("UIU", {"mode": "train"}),
+CHECKOUTS = {  # option -> (repository, the package of its networks)
+  "reference": ("YuChuang1205/PAL", "model"),
+  "mtu": (
+    "TianhaoWu16/Multi-level-TransUNet-for-Space-based-Infrared-Tiny-ship-Detection",
+    "MTU-Net-code/model",
+  ),
+  "rpcanet": ("fengyiwu98/RPCANet", "models"),
+  "ilnet": ("Li-Haoqing/ILNet", "model"),
+}
+
+
+class Published(NamedTuple):
+  """Where the published network is, and what its constructor needs to return all heads."""
+
+  module: str
+  name: str
+  options: dict = {}
+  checkout: str = "reference"
+  final: int = -1  # index of the prediction among the heads
+  channels: int = 3  # of its input
+
+
+def of_pal(name, **options):
+  return Published(f"model.{name}.{name}_no_sigmoid", f"{name}_No_Sigmoid", options)
+
+
+PUBLISHED = {
+  "acm": of_pal("ACM"),
+  "alcl": of_pal("ALCL"),
+  "alcnet": of_pal("ALC"),
+  "dna": of_pal("DNA", mode="train"),
+  "ggl": of_pal("GGL"),
+  "ilnet": Published("model.ilnet", "ILNet_L", checkout="ilnet", final=0),
+  "mlcl": of_pal("MLCL"),
+  "msda": of_pal("MSDA"),
+  "mtu": Published(
+    "model.MTU_Net",
+    "res_UNet",
+    {
+      "num_classes": 1,
+      "input_channels": 3,
+      "num_blocks": [2, 2, 2, 2],
+      "nb_filter": [16, 32, 64, 128, 256],
+    },
+    checkout="mtu",
+  ),
+  "rpcanet": Published("models.deepunfolding", "RPCANet9", checkout="rpcanet", channels=1),
+  "sctransnet": of_pal("SCTransNet", mode="train"),
+  "sdsnet": of_pal("SDSNet", n_channels=3, mode="train"),
+  "uiu": of_pal("UIU", mode="train")._replace(final=0),
 }
 
 FIXED_FILTER = re.compile(r"\.w_[lh][lh]$")  # MSDA-Net's Haar filters: buffers, not learned
 
 
-def arrays(shape):
-  """Makes images B×H×W×3 and sparse masks B×H×W×1, float32, the same in both workers."""
+def arrays(shape, name):
+  """Makes images B×H×W×C and sparse masks B×H×W×1, float32, the same in both workers."""
   import numpy as np
 
   random = np.random.default_rng(0)
-  image = random.standard_normal((*shape, 3), np.float32)
+  image = random.standard_normal((*shape, PUBLISHED[name].channels), np.float32)
   return image, (random.random((*shape, 1)) < 1e-3).astype(np.float32)
 
 
@@ -129,23 +175,23 @@ class JaxWorker:
     else:
       net = converters.load_backbone(name, dict(np.load(f"{folder}/weights.npz")))
     net.eval()
-    forward = self._forward(net)
+    forward = self._forward(net, name)
     if folder is not None:
       theirs = np.load(f"{folder}/logits.npy")[:, 0, :, :, None]
       difference = float(np.linalg.norm(forward().final - theirs) / np.linalg.norm(theirs))
     net.train()
-    step, compile_seconds = self._train_step(net)
+    step, compile_seconds = self._train_step(net, name)
     self.calls = {"forward": forward, "train": step}
     return {"compile": compile_seconds, "difference": difference}
 
-  def _forward(self, net):
+  def _forward(self, net, name):
     import jax
     from flax import nnx
 
     graphdef, variables = nnx.split(net)
     leaves, tree = jax.tree.flatten(variables)
     run = jax.jit(lambda leaves, image: nnx.merge(graphdef, tree.unflatten(leaves))(image))
-    image = jax.device_put(arrays(FORWARD_SHAPE)[0], jax.devices()[0])
+    image = jax.device_put(arrays(FORWARD_SHAPE, name)[0], jax.devices()[0])
 
     def call():
       return jax.block_until_ready(run(leaves, image))
@@ -153,7 +199,7 @@ class JaxWorker:
     call()
     return call
 
-  def _train_step(self, net):
+  def _train_step(self, net, name):
     import jax
     import optax
     from flax import nnx
@@ -179,7 +225,7 @@ class JaxWorker:
       updates, moments = optimizer.update(grads, moments, params)
       return jax.tree.leaves((optax.apply_updates(params, updates), rest, moments)), loss
 
-    image, mask = meshes.put_batch(arrays(TRAIN_SHAPE), mesh)
+    image, mask = meshes.put_batch(arrays(TRAIN_SHAPE, name), mesh)
     state = meshes.put_replicated(leaves, mesh)
 
     def call():
@@ -203,17 +249,32 @@ class TorchWorker:
 
   variants = ("NCHW", "channels_last")
 
-  def __init__(self, reference):
-    sys.path.insert(0, reference)
+  def __init__(self, checkouts):
+    """`checkouts`: option of CHECKOUTS -> folder."""
     warnings.simplefilter("ignore")  # about functions that newer PyTorch renames
     import torch
 
     torch.set_num_threads(CORES)
     self.calls = {}
+    self.checkouts = checkouts
     self.version = f"torch {torch.__version__}"
 
   def describe(self):
-    return {"version": self.version, "variants": self.variants, "networks": sorted(PUBLISHED)}
+    names = [name for name, network in PUBLISHED.items() if network.checkout in self.checkouts]
+    return {"version": self.version, "variants": self.variants, "networks": names}
+
+  def _import(self, network):
+    """The network's module; the checkouts have packages of one name."""
+    for loaded in list(sys.modules):
+      if loaded.partition(".")[0] in ("model", "models"):
+        del sys.modules[loaded]
+    root = self.checkouts[network.checkout]
+    path = str(pathlib.Path(root, CHECKOUTS[network.checkout][1]).parent)
+    sys.path.insert(0, path)
+    try:
+      return importlib.import_module(network.module)
+    finally:
+      sys.path.remove(path)
 
   def prepare(self, name, folder):
     """Builds the network in both layouts; leaves its weights and logits in `folder`."""
@@ -221,24 +282,31 @@ class TorchWorker:
     import torch
 
     self.calls = {}
-    published, options = PUBLISHED[name]
-    module = importlib.import_module(f"model.{published}.{published}_no_sigmoid")
+    network = PUBLISHED[name]
+    module, options = self._import(network), network.options
     if name == "msda":
       # Its hand-written Haar gradients cast the filters to float16, which fails in float32
       # training. In this module alone float16 means float32; the operations are the same.
       module.torch = types.SimpleNamespace(**{**vars(torch), "float16": torch.float32})
+    if name == "mtu":
+      # Its 64×64 tokens are those of 1024×1024 pixels alone; here they are the image's.
+      rearrange = module.rearrange
+      module.rearrange = lambda tokens, pattern, **_: rearrange(
+        tokens, pattern, x=math.isqrt(tokens.shape[1])
+      )
+      options = {**options, "block": module.Res_block}
     torch.manual_seed(0)
-    net = getattr(module, f"{published}_No_Sigmoid")(**options)
+    net = getattr(module, network.name)(**options)
     weights = {k: v.numpy() for k, v in net.state_dict().items() if not FIXED_FILTER.search(k)}
     np.savez(f"{folder}/weights.npz", **weights)
 
     formats = (torch.contiguous_format, torch.channels_last)
     for variant, memory_format in zip(self.variants, formats, strict=True):
-      self.calls[variant] = self._calls(copy.deepcopy(net), memory_format)
+      self.calls[variant] = self._calls(copy.deepcopy(net), name, memory_format)
     heads = self.calls["NCHW"]["forward"]()
-    np.save(f"{folder}/logits.npy", heads[0 if name == "uiu" else -1].numpy())
+    np.save(f"{folder}/logits.npy", heads[network.final].numpy())
 
-  def _calls(self, net, memory_format):
+  def _calls(self, net, name, memory_format):
     import torch
 
     def put(array):
@@ -247,8 +315,8 @@ class TorchWorker:
     net = net.to(memory_format=memory_format)
     optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     cross_entropy = torch.nn.BCEWithLogitsLoss()
-    image = put(arrays(FORWARD_SHAPE)[0])
-    images, masks = map(put, arrays(TRAIN_SHAPE))
+    image = put(arrays(FORWARD_SHAPE, name)[0])
+    images, masks = map(put, arrays(TRAIN_SHAPE, name))
 
     def heads_of(images):
       logits = net(images)
@@ -377,26 +445,30 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--reference", help="your checkout of YuChuang1205/PAL")
+  for option, (repository, _) in CHECKOUTS.items():
+    parser.add_argument(f"--{option}", help=f"your checkout of {repository}")
   parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch")
   parser.add_argument("--networks", help="comma-separated; default: all")
   parser.add_argument("--rounds", type=int, default=7, help="timings of each; the median counts")
   parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
   flags = parser.parse_args()
+  checkouts = {o: str(pathlib.Path(p).resolve()) for o in CHECKOUTS if (p := getattr(flags, o))}
   if flags.worker:
-    serve(JaxWorker() if flags.worker == "jax" else TorchWorker(flags.reference))
+    serve(JaxWorker() if flags.worker == "jax" else TorchWorker(checkouts))
     return
-  if flags.reference and not (pathlib.Path(flags.reference) / "model").is_dir():
-    parser.error(
-      f"{flags.reference} has no folder model/: give the root of a checkout of "
-      "github.com/YuChuang1205/PAL."
-    )
+  for option, root in checkouts.items():
+    repository, inside = CHECKOUTS[option]
+    if not pathlib.Path(root, inside).is_dir():
+      parser.error(
+        f"--{option} {root} has no folder {inside}: give the root of a checkout of "
+        f"github.com/{repository}."
+      )
   prepare_machine()
   ours = Remote(sys.executable, "--worker", "jax")
   theirs = None
-  if flags.reference:
-    reference = str(pathlib.Path(flags.reference).resolve())
-    theirs = Remote(flags.torch_python, "--worker", "torch", "--reference", reference)
+  if checkouts:
+    options = [text for option, root in checkouts.items() for text in (f"--{option}", root)]
+    theirs = Remote(flags.torch_python, "--worker", "torch", *options)
   known = ours.about["networks"]
   names = flags.networks.split(",") if flags.networks else known
   if unknown := sorted(set(names) - set(known)):
@@ -405,7 +477,8 @@ def main():
   rows, failures = {}, []
   for name in names:
     print(f"{name} …", file=sys.stderr, flush=True)
-    facts, medians, failed = time_network(name, ours, theirs, flags.rounds)
+    rival = theirs if theirs and name in theirs.about["networks"] else None
+    facts, medians, failed = time_network(name, ours, rival, flags.rounds)
     rows[name] = (facts, medians)
     failures += failed
   versions = " and ".join(worker.about["version"] for worker in (ours, theirs) if worker)

@@ -19,6 +19,7 @@ class Kind(NamedTuple):
   to_ours: tuple[int, ...] = ()  # axes of `weight` in our order; empty: unchanged
   optional: tuple[str, ...] = ()  # suffixes that may be absent on both sides
   counters: tuple[str, ...] = ()  # suffixes without a counterpart, int64 scalars
+  ones: int = 0  # axes of length 1 at the end of PyTorch's arrays, which ours does not have
 
 
 CONV = Kind({"weight": "kernel", "bias": "bias"}, (2, 3, 1, 0), optional=("bias",))
@@ -26,7 +27,9 @@ CONV_TRANSPOSE = Kind({"weight": "kernel", "bias": "bias"}, (2, 3, 0, 1), option
 LINEAR = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
 # Our networks have a 1×1 convolution in place of a linear layer on pooled features.
 LINEAR_AS_CONV = Kind({"weight": "kernel", "bias": "bias"}, (1, 0), optional=("bias",))
+CONV1D = Kind({"weight": "kernel"}, (2, 1, 0))
 NORM = Kind({"weight": "scale", "bias": "bias"})
+PIXEL_NORM = Kind({"weight": "scale", "bias": "bias"}, ones=2)  # a LayerNorm of (C, 1, 1)
 BATCH_NORM = Kind(
   {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"},
   # PyTorch uses this count only if momentum=None, as in no network here; written back as 0.
@@ -50,6 +53,11 @@ def dead_conv(layer: str, shape: tuple[int, ...], reason: str, *, bias: bool) ->
   return Dead(layer, CONV, {"weight": shape, **({"bias": shape[:1]} if bias else {})}, reason)
 
 
+def dead_norm(layer: str, channels: int, reason: str) -> Dead:
+  """A dead LayerNorm."""
+  return Dead(layer, NORM, {"weight": (channels,), "bias": (channels,)}, reason)
+
+
 def dead_batch_norm(layer: str, channels: int, reason: str) -> Dead:
   """Makes the entry of a dead BatchNorm."""
   suffixes = ("weight", "bias", "running_mean", "running_var")
@@ -60,6 +68,15 @@ def conv_norm(layers: tuple[str, str] | str, ours: str) -> list[Rule]:
   """Lists the rules of a convolution and its BatchNorm; one name has children `.conv` and `.bn`."""
   conv, norm = layers if isinstance(layers, tuple) else (f"{layers}.conv", f"{layers}.bn")
   return [(conv, f"{ours}/conv", CONV), (norm, f"{ours}/norm", BATCH_NORM)]
+
+
+def leaky_block(layer: str, ours: str, *, shortcut: bool) -> list[Rule]:
+  """Rules of a `LeakyBlock`; `shortcut`: whether its channels change."""
+  table = conv_norm((f"{layer}.conv1", f"{layer}.bn1"), f"{ours}/conv1")
+  table += conv_norm((f"{layer}.conv2", f"{layer}.bn2"), f"{ours}/conv2")
+  if shortcut:
+    table += conv_norm((f"{layer}.shortcut.0", f"{layer}.shortcut.1"), f"{ours}/shortcut")
+  return table
 
 
 def flat_variables(module: nnx.Module) -> dict[str, nnx.Variable]:
@@ -111,6 +128,7 @@ def fill(
       expected = targets[target].shape
       if kind is LINEAR_AS_CONV and suffix == "weight":
         expected = expected[2:]
+      expected = (*expected, *[1] * kind.ones)
       if array.ndim != len(expected) or tuple(
         array.shape[axis] for axis in (order or range(array.ndim))
       ) != tuple(expected):
@@ -171,6 +189,7 @@ def unfill(
       if f"{path}/{ours}" not in sources:
         continue
       array = np.asarray(sources[f"{path}/{ours}"][...], np.float32)
+      array = array.reshape(*array.shape, *[1] * kind.ones)
       if suffix == "weight" and kind.to_ours:
         if kind is LINEAR_AS_CONV:
           array = array[0, 0]
@@ -189,7 +208,9 @@ def unfill(
 
 
 def _initial(entry: Dead, suffix: str, shape, rng) -> np.ndarray:
-  if entry.kind is BATCH_NORM:
+  if entry.kind in (BATCH_NORM, NORM):
     return np.full(shape, 1.0 if suffix in ("weight", "running_var") else 0.0, np.float32)
+  if "weight" not in entry.shapes:  # parameters of no layer
+    return np.zeros(shape, np.float32)
   bound = float(np.prod(entry.shapes["weight"][1:])) ** -0.5
   return rng.uniform(-bound, bound, shape).astype(np.float32)

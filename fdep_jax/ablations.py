@@ -1,6 +1,6 @@
 """Models and losses that only the paper's ablations need: partial sharing, DINOv2 as an encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -40,6 +40,7 @@ class PartlyShared(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.backbone = backbones.create(backbone, rngs=rngs)
+    self.backbone.require_top()
     channels = self.backbone.top_channels
     self.fusion = nnx.List(
       [FUSIONS[fusion](channels, dino_width, rngs=rngs) for _ in range(num_levels)]
@@ -99,21 +100,31 @@ def _child(module: nnx.Module, part: str | int):
   return module[part] if isinstance(module, nnx.List | nnx.Dict) else getattr(module, part)
 
 
-def distillation(main: Logits, light: Logits) -> jax.Array:
+def distillation(
+  main: Logits, light: Logits, supervise: Callable[..., jax.Array] = Backbone.supervise
+) -> jax.Array:
   """Computes the explicit distillation term (Tab. 5) between the light and the main branch.
 
   OUR CHOICE, as the paper prints no formula: the Kullback-Leibler divergence of the light branch's
   probabilities from the main branch's, averaged over pixels and summed over heads, as the loss
   itself is. No gradient reaches the main branch.
+
+  Args:
+    main, light: the branches' logits.
+    supervise: of the network, which says how its heads are summed.
   """
-  total = 0.0
-  for teacher, student in zip(main.heads, light.heads, strict=True):
-    wide = jnp.promote_types(student.dtype, jnp.float32)
-    teacher, student = jax.lax.stop_gradient(teacher).astype(wide), student.astype(wide)
-    prob = jax.nn.sigmoid(teacher)
-    cross = optax.sigmoid_binary_cross_entropy(student, prob)
-    total += jnp.mean(cross - optax.sigmoid_binary_cross_entropy(teacher, prob))
-  return total
+  side = tuple(_divergence(*pair) for pair in zip(main.side, light.side, strict=True))
+  terms = Logits(_divergence(main.final, light.final), side)
+  return supervise(terms, None, lambda term: term)
+
+
+def _divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
+  """A scalar, at least float32."""
+  wide = jnp.promote_types(student.dtype, jnp.float32)
+  teacher, student = jax.lax.stop_gradient(teacher).astype(wide), student.astype(wide)
+  prob = jax.nn.sigmoid(teacher)
+  cross = optax.sigmoid_binary_cross_entropy(student, prob)
+  return jnp.mean(cross - optax.sigmoid_binary_cross_entropy(teacher, prob))
 
 
 class OnDino(nnx.Module):

@@ -24,12 +24,15 @@ class Images(NamedTuple):
   val: list[data.Sample]  # held out of train; empty if the test split selects
   test: list[data.Sample]
   mean: float  # of grey levels / 255, over the whole train split
-  std: float
+  std: float  # (0 and 1 for a network that takes grey levels as they are)
 
 
-def check_crop(config: ConfigDict) -> None:
-  """Raises ValueError if the network cannot take crops of `data.crop` pixels."""
-  stride = network_class(config.model.backbone).stride
+def check_network(config: ConfigDict) -> None:
+  """Raises ValueError if the network cannot take the mode, or crops of `data.crop` pixels."""
+  network = network_class(config.model.backbone)
+  if config.mode.startswith("fdep"):
+    network.require_top()
+  stride = network.stride
   if config.data.crop % stride:
     nearest = max(round(config.data.crop / stride), 1) * stride
     raise ValueError(
@@ -45,7 +48,7 @@ def check_inputs(config: ConfigDict) -> None:
     FileNotFoundError: data or weights are missing.
     ValueError: a setting does not fit the network.
   """
-  check_crop(config)
+  check_network(config)
   missing = []
   root, checkpoint = config.data.root, config.dino.checkpoint
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
@@ -65,7 +68,7 @@ def check_inputs(config: ConfigDict) -> None:
 
 
 def load_images(config: ConfigDict) -> Images:
-  """Reads both splits; mean and deviation are those of the train split."""
+  """Reads both splits; mean and deviation are the train split's, if the network wants any."""
   if config.data.root == "synthetic":
     size = config.data.synthetic_size
     train = data.scenes(config.data.synthetic_train, size, seed=1)
@@ -73,7 +76,9 @@ def load_images(config: ConfigDict) -> Images:
   else:
     train = data.load(config.data.root, "train")
     test = data.load(config.data.root, "test")
-  mean, std = data.statistics(train)
+  mean, std = 0.0, 1.0
+  if network_class(config.model.backbone).standardised:
+    mean, std = data.statistics(train)
   val = []
   if config.eval.select_on == "val":
     train, val = data.split_validation(train, config.data.val_fraction, seed=0)

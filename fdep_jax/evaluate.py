@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import build, data, forward, report, settings
+from fdep_jax import backbones, build, data, forward, report, settings
 from fdep_jax.metrics import columns, hse
 from fdep_jax.priors import Prior
 from fdep_jax.runtime import checkpoint, files, hlo, mesh
@@ -187,6 +187,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     prior = build.load_prior(config)
     loaded = build.load_images(config), prior, build.create_model(config, prior)
   images, prior, model = loaded
+  _warn_of_sizes(config, images)
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   like = {"params": params, "stats": stats, "rng": rng}
   # Reads both now, as a training in progress replaces them.
@@ -227,6 +228,17 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     about = _about(config, images, best, best_state, newest=best is last)
     _show(workdir, config, images, recorder, totals, metrics, shown, about)
   return metrics
+
+
+def _warn_of_sizes(config: ConfigDict, images: build.Images) -> None:
+  """Tells of test images whose size the network was not trained for, where that matters."""
+  if config.model.on_dino != "no":
+    return
+  network = backbones.network_class(config.model.backbone)
+  sizes = {data.padded_size(sample.mask.shape[:2], PAD) for sample in images.test}
+  cautions = {network.caution(size, config.data.crop) for size in sizes} - {""}
+  if cautions:
+    logging.warning("%s (%d of %d sizes)", min(cautions), len(cautions), len(sizes))
 
 
 def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, model) -> Callable:

@@ -28,7 +28,8 @@ class FDEP(nnx.Module):
   """A detector with a light branch, as published, and a main branch that fuses the prior.
 
   Args:
-    backbone: a name of `backbones.names()`, or a built network.
+    backbone: a name of `backbones.names()`, or a built network; with a top feature, unless
+      `num_levels` is 0.
     dino_width: D of the DINOv2 levels (ViT-S/B/L/g: 384, 768, 1024, 1536).
     num_levels: levels fused, one module each, shallow to deep; 0 for the detector alone.
     fusion: "samf", or "add" to sum the aligned levels (Tab. 3).
@@ -54,6 +55,8 @@ class FDEP(nnx.Module):
       raise ValueError(f"bn_stats is {bn_stats!r}; it must be per_branch or shared.")
     if isinstance(backbone, str):
       backbone = backbones.create(backbone, rngs=rngs)
+    if num_levels:
+      backbone.require_top()
     self.backbone = backbone
     self.fusion = nnx.List(
       [FUSIONS[fusion](backbone.top_channels, dino_width, rngs=rngs) for _ in range(num_levels)]

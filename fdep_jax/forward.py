@@ -49,7 +49,9 @@ def logits(
 ) -> dict[str, Logits]:
   """Runs the branches of `mode` on B×H×W×3 grey levels in [0, 255], uint8 or float."""
   levels = [] if prior is None else prior.levels(image)
-  normal = normalise(image, mean, std)[..., : model.in_channels]
+  normal = normalise(image, mean, std)
+  if model.in_channels == 1:
+    normal = normal.mean(-1, keepdims=True)
   return branches(model, mode, normal, levels)
 
 

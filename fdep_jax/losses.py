@@ -5,7 +5,7 @@ EEDM is edge-enhanced difficulty mining. Both branches use it.
 Source: YuChuang1205/PAL loss/Edge_loss.py and components/edges.py; summed over branches in §3.3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -25,18 +25,29 @@ def eedm(
 
   Args:
     heads: logits, B×H×W×1 each (`Logits.heads`).
-    mask: B×H×W bool.
-    edge_mode: OUR CHOICE: "intended" weights the two-pixel contour of the targets by 4.
-      "released" does as the published code, where an in-place edit makes the weight 4 for every
-      pixel, so that edges are not weighted.
+    mask, edge_mode: as for `criterion`.
 
   Returns:
     A scalar of the logits' dtype, at least float32.
   """
+  return sum(map(criterion(mask, edge_mode), heads))
+
+
+def criterion(
+  mask: jax.Array, edge_mode: EdgeMode = "intended"
+) -> Callable[[jax.Array], jax.Array]:
+  """The loss of one head, for `Backbone.supervise`: logits B×H×W×1 -> scalar.
+
+  Args:
+    mask: B×H×W bool.
+    edge_mode: OUR CHOICE: "intended" weights the two-pixel contour of the targets by 4.
+      "released" is what the published code computes: an in-place edit there turns the weight into
+      4 for every pixel, so there is no edge weighting.
+  """
   if edge_mode not in ("intended", "released"):
     raise ValueError(f"edge_mode is {edge_mode!r}; it must be intended or released.")
   weight = jnp.where(edges(mask) | (edge_mode == "released"), EDGE_WEIGHT, 1.0)
-  return sum(hard_mean(_cross_entropy(logits, mask) * weight) for logits in heads)
+  return lambda logits: hard_mean(_cross_entropy(logits, mask) * weight)
 
 
 def edges(mask: jax.Array) -> jax.Array:

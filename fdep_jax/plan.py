@@ -18,8 +18,9 @@ from fdep_jax import step as step_lib
 from fdep_jax.priors import Prior, dinov2
 from fdep_jax.runtime import files, hlo, mesh, topology
 
-# GMAC of convolutions and linear layers for one 448×448 image, counted on the published networks:
-# first the part that does not depend on the top feature's fusion, then the part that does.
+# GMAC of convolutions, linear layers and products of attention for one 448×448 image, counted on
+# the published networks: first the part that does not depend on the top feature's fusion, then the
+# part that does.
 GMAC = {
   "acm": (0.59, 0.46),
   "alcnet": (0.77, 0.15),
@@ -29,6 +30,11 @@ GMAC = {
   "ggl": (28.67, 1.01),
   "uiu": (52.25, 114.03),
   "msda": (58.45, 5.60),
+  "mtu": (11.02, 8.02),
+  "sctransnet": (19.77, 12.50),
+  "sdsnet": (10.67, 10.18),
+  "rpcanet": (135.26, 0),
+  "ilnet": (13.69, 51.18),
 }
 TRAIN_IMAGES = 1676  # of SIRST3; gives epochs per hour
 # The TPU compiler's lowest effort: a third of the time to compile. On ACM the fusions, FLOPs and
@@ -262,7 +268,7 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
     ValueError: the config or the slice is wrong, or the folder cannot be written.
   """
   settings.check(config)
-  build.check_crop(config)
+  build.check_network(config)
   out = files.expand(out)
   devices = topology.devices(name)
   the_mesh = mesh.over(devices, config.train.batch_size)

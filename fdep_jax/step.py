@@ -10,6 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fdep_jax import ablations, forward, losses
+from fdep_jax.backbones import network_class
 from fdep_jax.layers.basic import NormParam
 
 # Values of the forward pass to keep for the backward one, by `train.remat`; others are recomputed.
@@ -79,16 +80,19 @@ def make_loss(config: ConfigDict, model) -> Callable:
   weight = {"main": 1.0, "light": config.loss.light_weight if config.mode == "fdep" else 1.0}
   weight["distill"] = config.loss.distill_weight
   compute = jnp.dtype(config.train.dtype)
+  network = network_class(config.model.backbone)
 
   def loss(params, stats, rng, image, levels, mask):
     if compute != jnp.float32:
       params = cast(params, compute)
-      image = image.astype(compute)
+      if network.standardised:  # bfloat16 holds about half of 256 grey levels between 0 and 1
+        image = image.astype(compute)
     model = nnx.merge(graphdef, params, stats, rng, copy=True)
     logits = forward.branches(model, config.mode, image, levels)
-    parts = {n: losses.eedm(x.heads, mask, config.loss.edge_mode) for n, x in logits.items()}
+    criterion = losses.criterion(mask, config.loss.edge_mode)
+    parts = {name: network.supervise(branch, image, criterion) for name, branch in logits.items()}
     if config.loss.distill_weight:
-      parts["distill"] = ablations.distillation(logits["main"], logits["light"])
+      parts["distill"] = ablations.distillation(logits["main"], logits["light"], network.supervise)
     stats, rng = nnx.state(model, nnx.BatchStat), nnx.state(model, nnx.RngState)
     return sum(weight[name] * part for name, part in parts.items()), (stats, rng, parts)
 

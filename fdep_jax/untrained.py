@@ -36,6 +36,9 @@ class Detector:
     classical.parse(method)  # refused before anything is read
     self.source = method
 
+  def check_size(self, size: tuple[int, int]) -> None:
+    """Accepts frames of every size."""
+
   def stream(
     self, items: Iterable[tuple[object, np.ndarray]]
   ) -> Iterator[tuple[object, np.ndarray]]:

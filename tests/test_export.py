@@ -69,6 +69,8 @@ def make_network(name: str) -> backbones.Backbone:
 
 def make_config(name: str, **changes):
   config = base.get_config()
+  if not backbones.network_class(name).top_channels:
+    config.mode = "original"
   settings = {"model.backbone": name, "data.root": "synthetic", "dino.checkpoint": "random"}
   config.update_from_flattened_dict({**settings, "data.crop": 64, **changes})
   return config
@@ -77,7 +79,8 @@ def make_config(name: str, **changes):
 def make_run(folder, name: str) -> FDEP:
   """A run's folder with one checkpoint; returns the model in evaluation mode."""
   config = make_config(name)
-  model = FDEP(make_network(name), dino_width=8, num_levels=2, rngs=nnx.Rngs(0))
+  net = make_network(name)
+  model = FDEP(net, dino_width=8, num_levels=2 if net.top_channels else 0, rngs=nnx.Rngs(0))
   randomise(model)
   model.eval()
   folder.mkdir(parents=True)
@@ -103,9 +106,10 @@ def detector_of(net: backbones.Backbone) -> detector_lib.Detector:
 
 def images(net, sizes=SIZES, batches=BATCHES):
   rng = np.random.default_rng(1)
+  side = max(net.stride, 4)
   for batch in batches:
     for rows, columns in sizes:
-      yield rng.random((batch, rows * net.stride, columns * net.stride, 3), np.float32)
+      yield rng.random((batch, rows * side, columns * side, net.in_channels), np.float32)
 
 
 def light_branch(model: FDEP):
@@ -200,6 +204,18 @@ print([name for name in sys.modules if name.startswith(("fdep_jax", "converters"
   files = (out / "light.stablehlo", tmp_path / "image.npy", tmp_path / "result.npy")
   assert in_an_empty_folder(tmp_path, code, *files).strip() == "[]"
   np.testing.assert_allclose(np.load(files[-1]), light_branch(model)(image), atol=1e-5)
+
+
+def test_a_program_takes_no_more_pixels_than_the_network(toy, tmp_path, monkeypatch):
+  net = make_network("toy")
+  monkeypatch.setattr(type(net), "max_pixels", 6 * net.stride**2)
+  light = export.make_light(detector_of(net))
+  program = export._write_stablehlo(None, light, None, tmp_path / "program", {})
+  for rows, columns in ((2, 3), (6, 1)):
+    shape = (1, rows * net.stride, columns * net.stride)
+    assert program(np.zeros((*shape, 3), np.float32)).shape == shape
+  with pytest.raises(ValueError, match="refining shapes"):
+    program(np.zeros((1, 2 * net.stride, 4 * net.stride, 3), np.float32))
 
 
 @needs_onnx
@@ -329,7 +345,8 @@ def test_a_networks_programs_equal_its_light_branch(name, tmp_path):
 
 @pytest.mark.parametrize("name", FAST_FIRST)
 def test_the_light_branch_costs_what_the_original_network_costs(name):
-  trained = FDEP(make_network(name), dino_width=384, num_levels=4, rngs=nnx.Rngs(0))
+  net = make_network(name)
+  trained = FDEP(net, dino_width=384, num_levels=4 if net.top_channels else 0, rngs=nnx.Rngs(0))
   trained.eval()
   detector = detector_of(trained.backbone)._replace(model=trained)
   light, original = export.make_light(detector), make_network(name)

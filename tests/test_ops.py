@@ -188,6 +188,134 @@ def test_a_pooled_value_is_what_its_name_says(ours, plain):
   assert_same(ours, plain, normal(2, 3, 4, 5))
 
 
+def convolve(x, kernel, stride=1, groups=1, padding="SAME"):
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    padding,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
+  )
+
+
+@pytest.mark.parametrize("rows, columns, group", [(3, 3, 1), (3, 3, 2), (1, 7, 1), (5, 1, 3)])
+def test_a_grouped_convolution_is_the_plain_one(rows, columns, group):
+  channels = 6
+  assert_same(
+    ops.grouped_conv,
+    lambda x, kernel: convolve(x, kernel, groups=channels // group),
+    normal(2, 4, 5, channels),
+    normal(rows, columns, group, channels),
+  )
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_a_convolution_along_the_channels_is_one_of_a_row(size):
+  assert_same(
+    ops.channel_conv,
+    lambda x, kernel: convolve(x.reshape(2, 1, 7, 1), kernel.reshape(1, size, 1, 1)).reshape(
+      2, 1, 1, 7
+    ),
+    normal(2, 1, 1, 7),
+    normal(size, 1, 1),
+  )
+
+
+def test_nearest_doubling_repeats_every_pixel():
+  assert_same(
+    ops.upsample_nearest2, lambda x: jnp.kron(x, jnp.ones((1, 2, 2, 1))), normal(2, 3, 5, 4)
+  )
+
+
+def test_patches_are_embedded_by_a_convolution_of_their_size():
+  assert_same(
+    ops.embed_patches,
+    lambda x, kernel: convolve(x, kernel, stride=2, padding="VALID"),
+    normal(2, 6, 4, 3),
+    normal(2, 2, 3, 5),
+  )
+
+
+def test_phases_are_pixels_spread_over_the_whole_map():
+  # A convolution whose taps lie H/p and W/p apart.
+  def plain(x, kernel):
+    return jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), "VALID", rhs_dilation=(3, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+  assert_same(ops.embed_phases, plain, normal(2, 6, 4, 3), normal(2, 2, 3, 5))
+
+
+def test_positions_are_added_in_raster_order():
+  assert_same(
+    ops.add_positions,
+    lambda x, table: jnp.stack(
+      [jnp.stack([x[:, i, j] + table[3 * i + j][None] for j in range(3)], 1) for i in range(2)], 1
+    ),
+    normal(2, 2, 3, 4),
+    normal(9, 4),
+  )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pixels_attend_to_a_first_token_and_to_all_pixels(batch):
+  def plain(query, key, value, first_key, first_value):
+    def tokens(x, first):
+      x = x.reshape(2, 6, 4)
+      return jnp.concatenate([jnp.broadcast_to(first[:, 0], (2, 1, 4)), x], 1)
+
+    weights = jnp.exp(query.reshape(2, 6, 4) @ tokens(key, first_key).transpose(0, 2, 1))
+    weights = weights / weights.sum(-1, keepdims=True)
+    return (weights @ tokens(value, first_value)).reshape(2, 2, 3, 4)
+
+  x, y, z = normal(3, 2, 2, 3, 4)
+  first, second = normal(2, batch, 1, 1, 4)
+  assert_same(ops.pixel_attention, plain, x, y, z, first, second)
+
+
+def test_channels_attend_by_normalised_cosines():
+  levels = (1, 3)
+
+  def plain(query, key, value):
+    def maps(x):
+      return x.reshape(2, 6, -1).transpose(0, 2, 1)  # B×C×pixels
+
+    def unit(x):
+      return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True))
+
+    logits = unit(maps(query)) @ unit(maps(key)).transpose(0, 2, 1) / 5**0.5
+    parts = [logits[:, :1], logits[:, 1:]]
+    parts = [(p - p.mean((1, 2), keepdims=True)) for p in parts]
+    parts = [p / jnp.sqrt(jnp.square(p).mean((1, 2), keepdims=True) + 1e-5) for p in parts]
+    weights = jnp.exp(jnp.concatenate(parts, 1))
+    weights = weights / weights.sum(-1, keepdims=True)
+    return (weights @ maps(value)).transpose(0, 2, 1).reshape(2, 2, 3, 4)
+
+  assert_same(
+    lambda *inputs: ops.channel_attention(*inputs, levels=levels),
+    plain,
+    normal(2, 2, 3, 4),
+    normal(2, 2, 3, 5),
+    normal(2, 3, 2, 5).reshape(2, 2, 3, 5),
+  )
+
+
+def test_channels_of_zeros_attend_evenly_and_have_a_gradient():
+  x = jnp.asarray(normal(1, 2, 3, 4), jnp.float32).at[..., 0].set(0)
+  y, pull_back = jax.vjp(lambda x: ops.channel_attention(x, x, x, levels=(4,)), x)
+  assert jnp.isfinite(y).all() and jnp.isfinite(pull_back(jnp.ones_like(y))[0]).all()
+
+
+def test_a_product_of_maps_is_a_mean_over_pixels():
+  assert_same(
+    ops.spatial_product,
+    lambda x, y: (x[..., :, None] * y[..., None, :]).mean((1, 2)),
+    normal(2, 3, 4, 5),
+    normal(2, 3, 4, 2),
+  )
+
+
 @pytest.mark.parametrize("axes", [(-1,), (1, 2)])
 def test_the_largest_has_jaxs_gradient_and_divides_by_no_zero(axes):
   x = jnp.round(normal(2, 3, 4, 5))  # with ties

@@ -38,6 +38,7 @@ class Everything(Backbone):
   def encode(self, image):
     x = nnx.relu(self.stem(image))
     x = x * self.gate(x)
+    x = x + ops.channel_attention(x, x, x, levels=(3, 5))
     halved = ops.resize(x, (x.shape[1] // 2, x.shape[2] // 2), align_corners=True)
     return (x, halved), ops.max_pool2(ops.max_pool2(halved))
 

@@ -13,6 +13,19 @@ NETWORKS = {  # paper's name: ours, in the tables' order
   backbones.network_class(name).paper_name: name
   for name in ("acm", "alcnet", "mlcl", "alcl", "dna", "ggl", "uiu", "msda")
 }
+FURTHER = {  # networks of Tab. S3 and S4 alone, in their order; the paper has no FDEP of them
+  backbones.network_class(name).paper_name: name
+  for name in ("mtu", "rpcanet", "sctransnet", "ilnet", "sdsnet")
+}
+# Parameters of layers that are never run, which the paper counts in these rows (in no others), and
+# what to know of its count.
+UNCOUNTED = {"mtu": 3_480_321, "sctransnet": 122_944}
+PARAMETER_NOTES = {
+  "mtu": "P with 3.48 M of layers that are never run, as the paper counts",
+  "sctransnet": "P with 0.12 M that are never used, as the paper counts; 11,326,579, cut off there",
+  "sdsnet": "P: 2.50 M, 2.51 with norms that are never run; the paper's 2.55 is unexplained",
+}
+OURS = "ours: the paper does not attach FDEP to this network"
 MODES = {
   "original": "Original",
   "fdep_wo_coisd": "+ FDEP w/o CO-ISD",
@@ -83,12 +96,18 @@ def by_vits(table: str, mode: str) -> tuple[Row, ...]:
 
 
 def by_methods(table: str, like: str, sides: tuple[str, ...] = ("",)) -> tuple[Row, ...]:
-  """Methods without training and published networks beside MSDA-Net's rows, those of `like`."""
+  """Methods without training and published networks beside MSDA-Net's rows, those of `like`.
+
+  Networks of this table alone get rows with FDEP, too, where it can be attached.
+  """
   rows = []
   alike = {(row.name, row.side): row for row in by_networks(like, sides)}
   for printed in paper(table):
     if printed["method"] in CLASSICAL:
       rows += [_classical(printed, side) for side in sides]
+      continue
+    if printed["method"] in FURTHER:
+      rows += _further(printed, sides)
       continue
     for side in sides:
       key = f"{NETWORKS[printed['method']]}-original" + (f"-{side}" if side else "")
@@ -105,3 +124,23 @@ def _classical(printed: dict, side: str) -> Row:
   name = method.replace(":", "_") + (f"-{side}" if side else "")
   label = (printed["method"], "No training")
   return Row(name, label, changes, numbers(printed[side] if side else printed), side, note=note)
+
+
+def _further(printed: dict, sides: tuple[str, ...]) -> list[Row]:
+  """A network of this table alone: the paper's row, and ours with FDEP."""
+  name, rows = FURTHER[printed["method"]], []
+  for mode in MODES if backbones.network_class(name).top_channels else ("original",):
+    published = mode == "original"
+    for side in sides:
+      rows.append(
+        Row(
+          f"{name}-{mode}" + (f"-{side}" if side else ""),
+          (printed["method"], MODES[mode]),
+          network(name, mode) | ({"data.root": f"data/{side}"} if side else {}),
+          numbers(printed[side] if side else printed) if published else {},
+          side,
+          note=PARAMETER_NOTES.get(name, "") if published else OURS,
+          uncounted=UNCOUNTED.get(name, 0) if published else 0,
+        )
+      )
+  return rows

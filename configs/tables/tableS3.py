@@ -1,11 +1,13 @@
-"""Table S3: the methods without training and the networks that are here, on SIRST3.
+"""Table S3: methods without training, and all networks, on SIRST3; FDEP on four more of them.
 
   python main.py --mode sweep --config configs/tables/tableS3.py --workdir runs/paper
   python main.py --mode table --config configs/tables/tableS3.py --workdir runs/paper \
       --out tables/S3
 
-13 runs: three methods without training, and ten of Table 1's. NIPPS takes two seconds an image, a
-minute or more at 512×512; its maps are kept in runs/paper/maps, for Table S4, too.
+26 runs: three methods without training, ten of Table 1, the five other networks as published, and
+eight with FDEP that the paper does not have (RPCANet has no top feature to attach it to). NIPPS
+takes two seconds an image, a minute or more at 512×512; its maps are kept in runs/paper/maps, for
+Table S4, too.
 """
 
 from configs import base, tables

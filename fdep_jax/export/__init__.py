@@ -147,8 +147,11 @@ def make_light(detector: Detector) -> Light:
 
 
 def symbolic_sizes(net) -> tuple:
-  """Returns batch, height and width as symbols, the last two multiples of the stride."""
-  return jax.export.symbolic_shape(f"batch, {net.stride}*h, {net.stride}*w")
+  """Returns batch, height and width as symbols: multiples of the stride, and no more than fit."""
+  limit = []
+  if net.max_pixels is not None:
+    limit = [f"h*w <= {net.max_pixels // net.stride**2}"]
+  return jax.export.symbolic_shape(f"batch, {net.stride}*h, {net.stride}*w", constraints=limit)
 
 
 def flops(net: Backbone, size: int) -> float:

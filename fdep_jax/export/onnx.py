@@ -30,7 +30,11 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _CALLS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
 # Functions of `ops` that become ONNX operations as a whole.
-_WHOLE = ("max_pool2", "max_pool3_stride2", "resize", "conv_transpose", "haar")
+_WHOLE = (
+  "add_positions", "channel_attention", "conv_transpose", "embed_patches", "embed_phases",
+  "grouped_conv", "haar", "max_pool2", "max_pool3_stride2", "pixel_attention", "resize",
+  "upsample_nearest2",
+)  # fmt: skip
 
 
 class Tensor(NamedTuple):
@@ -80,12 +84,15 @@ def _whole_operations():
   plain = {name: getattr(ops, name) for name in _WHOLE}
 
   def marked(function):
-    def call(x, *rest, **options):
-      def whole(x, *kernel):
-        return function(x, *(kernel or rest), **options)
+    def call(*inputs, **options):
+      arrays = [value for value in inputs if isinstance(value, jax.Array)]
+      others = inputs[len(arrays) :]  # sizes
+
+      def whole(*arrays):
+        return function(*arrays, *others, **options)
 
       whole.__name__ = f"{function.__name__} {json.dumps(options)}"  # read by `_Graph._call`
-      return jax.jit(whole)(x, *(rest if function is plain["conv_transpose"] else ()))
+      return jax.jit(whole)(*arrays)
 
     return call
 
@@ -125,7 +132,12 @@ class _Graph:
     if name in _CALLS:
       return self._call(params, inputs, equation)
     if name == "convert_element_type" and not isinstance(inputs[0], jax.Array | np.ndarray):
+      if isinstance(inputs[0], int | float | np.generic):
+        return [np.asarray(inputs[0], params["new_dtype"])]
       return inputs  # sizes, and float32 to float32
+    if name == "broadcast_in_dim" and not isinstance(inputs[0], Tensor) and not np.ndim(inputs[0]):
+      if not all(isinstance(size, int) for size in params["shape"]):
+        return inputs[:1]  # a number, of as many pixels as the image has
     if not any(isinstance(value, Tensor) for value in inputs):
       result = equation.primitive.bind(*inputs, **params)
       return list(result) if equation.primitive.multiple_results else [result]
@@ -363,6 +375,94 @@ class _Graph:
     kernel = np.asarray(kernel).transpose(2, 3, 0, 1)
     options = {"strides": [2, 2], "pads": [1, 1, 1, 1]}
     return [self.add("ConvTranspose", [x, kernel], shapes[0], **options)]
+
+  def _embed_patches(self, x: Tensor, kernel, shapes) -> list[Tensor]:
+    patch = kernel.shape[0]
+    kernel = np.asarray(kernel).transpose(3, 2, 0, 1)
+    return [self.add("Conv", [x, kernel], shapes[0], strides=[patch, patch])]
+
+  def _grouped_conv(self, x: Tensor, kernel, shapes) -> list[Tensor]:
+    rows, columns, group, channels = kernel.shape
+    kernel = np.asarray(kernel).transpose(3, 2, 0, 1)
+    pads = [rows // 2, columns // 2] * 2
+    return [self.add("Conv", [x, kernel], shapes[0], pads=pads, group=channels // group)]
+
+  def _upsample_nearest2(self, x: Tensor, shapes) -> list[Tensor]:
+    options = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    inputs = [x, "", np.array([1, 1, 2, 2], np.float32)]
+    return [self.add("Resize", inputs, shapes[0], mode="nearest", **options)]
+
+  def _embed_phases(self, x: Tensor, kernel, shapes) -> list[Tensor]:
+    patch, _, channels, out_channels = kernel.shape
+    # Of what a reshape is told, 0 keeps the axis and −1 takes what is left.
+    x = self._transpose(x, 0, 1, 3, 2)
+    x = self._transpose(self._reshaped(x, 0, 0, 0, patch, -1), 0, 1, 3, 4, 2)  # B×C×u×h×W
+    x = self._transpose(self._reshaped(x, 0, 0, 0, 0, patch, -1), 0, 3, 5, 2, 4, 1)
+    x = self._transpose(self._reshaped(x, 0, 0, 0, patch * patch * channels), 0, 3, 1, 2)
+    kernel = np.asarray(kernel).reshape(-1, out_channels).T[:, :, None, None]
+    return [self.add("Conv", [x, kernel], shapes[0])]
+
+  def _add_positions(self, x: Tensor, table, shapes) -> list[Tensor]:
+    flat = self._reshaped(x, 0, 0, -1)
+    number = self.add("Shape", [flat], (1,), start=2, end=3)
+    rows = np.asarray(table).T[None]
+    rows = self.add("Slice", [rows, np.array([0]), number, np.array([2])], ())
+    return [self._like(self.add("Add", [flat, rows], ()), x, shapes[0])]
+
+  def _pixel_attention(self, query: Tensor, key, value, first_key, first_value, shapes):
+    rows = self._transpose(self._reshaped(query, 0, 0, -1), 0, 2, 1)
+    batch = self.add("Shape", [query], (1,), start=0, end=1)
+    ones = self.add("Concat", [batch, np.array([1, 1])], (3,), axis=0)
+    keys, values = (
+      self.add(
+        "Concat",
+        [
+          self.add("Expand", [np.asarray(first).reshape(1, -1, 1), ones], ()),
+          self._reshaped(rest, 0, 0, -1),
+        ],
+        (),
+        axis=2,
+      )
+      for first, rest in ((first_key, key), (first_value, value))
+    )
+    weights = self.add("Softmax", [self.add("MatMul", [rows, keys], ())], (), axis=-1)
+    y = self.add("MatMul", [weights, self._transpose(values, 0, 2, 1)], ())
+    return [self._like(self._transpose(y, 0, 2, 1), query, shapes[0])]
+
+  def _channel_attention(self, query: Tensor, key, value, shapes, *, levels) -> list[Tensor]:
+    query_map, channels, axes = query, key.shape[3], np.array([1, 2, 3])
+    query, key, value = (self._reshaped(x, 0, 1, x.shape[3], -1) for x in (query, key, value))
+    normed = []
+    for x in (query, key):
+      length = self.add("ReduceL2", [x, np.array([3])], (), keepdims=1)
+      length = self.add("Max", [length, np.array(1e-12, np.float32)], ())
+      normed.append(self.add("Div", [x, length], ()))
+    cosine = self.add("MatMul", [normed[0], self._transpose(normed[1], 0, 1, 3, 2)], ())
+    cosine = self.add("Mul", [cosine, np.full((1, 1, 1, 1), channels**-0.5, np.float32)], ())
+    parts, start = [], 0
+    for size in levels:
+      bounds = [np.array([n]) for n in (start, start + size, 2)]
+      part = self.add("Slice", [cosine, *bounds], ())
+      mean = self.add("ReduceMean", [part, axes], (), keepdims=1)
+      centred = self.add("Sub", [part, mean], ())
+      square = self.add("Mul", [centred, centred], ())
+      var = self.add("ReduceMean", [square, axes], (), keepdims=1)
+      var = self.add("Add", [var, np.full((1, 1, 1, 1), 1e-5, np.float32)], ())
+      parts.append(self.add("Div", [centred, self.add("Sqrt", [var], ())], ()))
+      start += size
+    weights = self.add("Softmax", [self.add("Concat", parts, (), axis=2)], (), axis=-1)
+    y = self.add("MatMul", [weights, value], ())
+    return [self._like(y, query_map, shapes[0])]
+
+  def _reshaped(self, x: Tensor, *sizes: int) -> Tensor:
+    return self.add("Reshape", [x, np.array(sizes)], ())
+
+  def _transpose(self, x: Tensor, *order: int) -> Tensor:
+    return self.add("Transpose", [x], (), perm=list(order))
+
+  def _like(self, x: Tensor, other: Tensor, shape) -> Tensor:
+    """x reshaped as `other`."""
+    return self.add("Reshape", [x, self.add("Shape", [other], (4,))], shape)
 
   def _haar(self, x: Tensor, shapes, *, stride: int) -> list[Tensor]:
     channels = x.shape[3]

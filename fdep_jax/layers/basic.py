@@ -9,7 +9,7 @@ from flax import nnx
 
 from fdep_jax.layers import ops, windows
 
-Init = Literal["torch", "kaiming"]
+Init = Literal["torch", "kaiming", "xavier"]
 
 
 class NormParam(nnx.Param):
@@ -25,7 +25,8 @@ class Conv(nnx.Module):
     stride, dilation: the same along both axes.
     bias: whether a bias is added.
     init: "torch": weight and bias uniform in ±1/√fan_in (PyTorch's default); "kaiming": weight
-      normal with variance 2/fan_out, bias 0.
+      normal with variance 2/fan_out, bias 0; "xavier": weight normal with variance
+      2/(fan_in + fan_out), bias as "torch".
   """
 
   def __init__(
@@ -87,14 +88,15 @@ class ConvTranspose(nnx.Module):
 def _kernel(shape, bound, init: Init, rngs: nnx.Rngs) -> jax.Array:
   if init == "torch":
     return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-  fan_out = shape[0] * shape[1] * shape[3]
-  return jax.random.normal(rngs.params(), shape) * (2 / fan_out) ** 0.5
+  fan_in, fan_out = (shape[0] * shape[1] * channels for channels in shape[2:])
+  variance = 2 / fan_out if init == "kaiming" else 2 / (fan_in + fan_out)
+  return jax.random.normal(rngs.params(), shape) * variance**0.5
 
 
 def _bias(channels, bound, init: Init, rngs: nnx.Rngs) -> jax.Array:
-  if init == "torch":
-    return jax.random.uniform(rngs.params(), (channels,), minval=-bound, maxval=bound)
-  return jnp.zeros(channels)
+  if init == "kaiming":
+    return jnp.zeros(channels)
+  return jax.random.uniform(rngs.params(), (channels,), minval=-bound, maxval=bound)
 
 
 class BatchNorm(nnx.Module):

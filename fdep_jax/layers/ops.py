@@ -270,3 +270,180 @@ def spatial_max(x: jax.Array) -> jax.Array:
 def mean_and_max(x: jax.Array) -> jax.Array:
   """Returns B×H×W×2: mean, then maximum over channels (DNA-Net, UIU-Net)."""
   return jnp.concatenate([x.mean(-1, keepdims=True), largest(x, (-1,))], -1)
+
+
+def upsample_nearest2(x: jax.Array) -> jax.Array:
+  """Every pixel four times: B×H×W×C → B×2H×2W×C."""
+  batch, height, width, channels = x.shape
+  x = jnp.broadcast_to(
+    x.reshape(batch, height, 1, width, 1, channels), (batch, height, 2, width, 2, channels)
+  )
+  return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def grouped_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Convolution in groups of as many inputs as outputs, zero "same" padding, no bias.
+
+  A sum of shifted products, since XLA runs grouped convolutions slowly on a CPU.
+
+  Args:
+    x: B×H×W×C.
+    kernel: rows×columns×G×C, rows and columns odd; output c takes inputs G·(c // G) and on. G = 1
+      is a depthwise convolution.
+  """
+  rows, columns, group, channels = kernel.shape
+  batch, height, width, _ = x.shape
+  inputs = [x]
+  if group > 1:  # the j-th input of every group, for all outputs of the group
+    grouped = x.reshape(batch, height, width, channels // group, group)
+    inputs = [
+      jnp.broadcast_to(jax.lax.slice_in_dim(grouped, j, j + 1, 1, 4), grouped.shape).reshape(
+        x.shape
+      )
+      for j in range(group)
+    ]
+  pad = [(0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)]
+  total = 0
+  for j, part in enumerate(inputs):
+    part = jnp.pad(part, pad)
+    for row in range(rows):
+      for column in range(columns):
+        # Slices whose ends do not depend on the size are plain ones where sizes are symbolic.
+        shifted = window(
+          part,
+          slice(row, row - rows + 1 if row < rows - 1 else None),
+          slice(column, column - columns + 1 if column < columns - 1 else None),
+        )
+        total = total + shifted * kernel[row, column, j].reshape(1, 1, 1, -1)
+  return total
+
+
+def channel_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """One-dimensional convolution along the channels, zero "same" padding: B×H×W×C, kernel k×1×1."""
+  size, channels = kernel.shape[0], x.shape[-1]
+  x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (size // 2, size // 2)])
+  return sum(
+    jax.lax.slice_in_dim(x, tap, tap + channels, 1, 3) * kernel[tap, 0, 0] for tap in range(size)
+  )
+
+
+def embed_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Convolution of p×p with stride p, no padding: B×H×W×C, kernel p×p×C×O → B×H/p×W/p×O."""
+  patch, _, channels, out_channels = kernel.shape
+  batch, height, width, _ = x.shape
+  # A matrix product: the weight gradient of such a convolution is slow on a CPU.
+  x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
+  x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // patch, width // patch, -1)
+  return x @ kernel.reshape(-1, out_channels)
+
+
+def embed_phases(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Linear map of p×p pixels that lie H/p and W/p apart, spread over the whole feature (MTU-Net).
+
+  Args:
+    x: B×H×W×C, H and W multiples of p.
+    kernel: p×p×C×O.
+
+  Returns:
+    B×H/p×W/p×O: output (i, j) takes the pixels (i + u·H/p, j + v·W/p) for all u, v < p.
+  """
+  patch, _, channels, out_channels = kernel.shape
+  batch, height, width, _ = x.shape
+  x = x.reshape(batch, patch, height // patch, patch, width // patch, channels)
+  x = x.transpose(0, 2, 4, 1, 3, 5).reshape(batch, height // patch, width // patch, -1)
+  return x @ kernel.reshape(-1, out_channels)
+
+
+def add_positions(x: jax.Array, table: jax.Array) -> jax.Array:
+  """x + the table's rows in raster order: B×H×W×C and at least H·W rows of C."""
+  batch, height, width, channels = x.shape
+  rows = jax.lax.slice_in_dim(table, 0, height * width)
+  return x + rows.reshape(1, height, width, channels)
+
+
+def pixel_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, first_key: jax.Array, first_value: jax.Array
+) -> jax.Array:
+  """Softmax attention of every pixel to one further token and to all pixels; float32 logits.
+
+  Args:
+    query, key, value: B×H×W×D; logits are query·key, without a scale.
+    first_key, first_value: the further token's, B×1×1×D or 1×1×1×D.
+
+  Returns:
+    B×H×W×D in value's type.
+  """
+  batch, height, width, channels = query.shape
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+
+  def tokens(x, first=None):
+    x = x.reshape(batch, height * width, channels)
+    if first is None:
+      return x
+    first = jnp.broadcast_to(first.reshape(-1, 1, channels), (batch, 1, channels))
+    return jnp.concatenate([first.astype(x.dtype), x], 1)
+
+  logits = jnp.einsum(
+    "bnd,bmd->bnm",
+    tokens(query).astype(wide),
+    tokens(key, first_key).astype(wide),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  weights = jax.nn.softmax(logits, -1).astype(value.dtype)
+  y = jnp.einsum("bnm,bmd->bnd", weights, tokens(value, first_value))
+  return y.reshape(batch, height, width, channels)
+
+
+def channel_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, *, levels: tuple[int, ...]
+) -> jax.Array:
+  """Attention of channels to channels, by what they have in common over the whole map.
+
+  The logits are cosines of the channels' maps divided by √C, normalised over all pairs of a level
+  (no affine, epsilon 1e-5, which is not small beside their variance of about 1e-6). Float32. In a
+  window of a frame the cosines are the frame's.
+
+  Args:
+    query: B×H×W×Q, the channels of all levels side by side.
+    key, value: B×H×W×C.
+    levels: number of channels of every level; they add up to Q.
+
+  Returns:
+    B×H×W×Q in value's type.
+  """
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  query, key = query.astype(wide), key.astype(wide)
+  inverse_query, inverse_key = _inverse_root_mean_square(query), _inverse_root_mean_square(key)
+  cosine = spatial_product(query, key) * inverse_query[:, 0, 0, :, None] * inverse_key[:, 0]
+  cosine = cosine / key.shape[-1] ** 0.5
+  parts, start = [], 0
+  for size in levels:
+    part = jax.lax.slice_in_dim(cosine, start, start + size, 1, 1)
+    centred = part - part.mean((1, 2), keepdims=True)
+    part = centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 2), keepdims=True) + 1e-5)
+    parts.append(part)
+    start += size
+  weights = jax.nn.softmax(jnp.concatenate(parts, 1), -1).astype(value.dtype)
+  batch, height, width, channels = value.shape
+  y = jnp.einsum("bnj,bij->bni", value.reshape(batch, height * width, channels), weights)
+  return y.reshape(batch, height, width, -1)
+
+
+def _inverse_root_mean_square(x: jax.Array) -> jax.Array:
+  """B×1×1×C, over the pixels."""
+  square = spatial_mean(jnp.square(x))
+  tiny = square < 1e-30  # a map of zeros, for which PyTorch's `normalize` gives zeros, too
+  return jnp.where(tiny, 0, jax.lax.rsqrt(jnp.where(tiny, 1, square)))
+
+
+def spatial_product(x: jax.Array, y: jax.Array) -> jax.Array:
+  """B×C×D: mean over the pixels of every channel of x times every one of y, B×H×W×C and B×H×W×D.
+
+  Of the whole frame where x is a window of it.
+  """
+  window = windows.current(x)
+  if window is not None:
+    return window.product(x, y)
+  x, y = (z.reshape(z.shape[0], z.shape[1] * z.shape[2], z.shape[3]) for z in (x, y))
+  product = jnp.einsum("bnc,bnd->bcd", x, y, precision=jax.lax.Precision.HIGHEST)
+  return product / x.shape[1]

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 _ACTIVE: contextvars.ContextVar["Window | None"] = contextvars.ContextVar("window", default=None)
 
-Statistics = tuple[list[jax.Array], list[jax.Array]]  # means and maxima, 1×1×1×C, in call order
+# Means (1×1×1×C, or 1×C×D of products) and maxima (1×1×1×C), in call order.
+Statistics = tuple[list[jax.Array], list[jax.Array]]
 
 
 class Window:
@@ -50,6 +51,16 @@ class Window:
     number = self.place(x, 1)[0] * self.place(x, 2)[0]
     share = jnp.where(self._in_core(x), x, 0).sum((1, 2), keepdims=True) / number.astype(x.dtype)
     return self._statistic(0, share, x.mean((1, 2), keepdims=True))
+
+  def product(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """B×C×D: mean over the frame's pixels of every channel of x times every one of y."""
+
+    def total(x):
+      return jnp.einsum("bhwc,bhwd->bcd", x, y, precision=jax.lax.Precision.HIGHEST)
+
+    number = self.place(x, 1)[0] * self.place(x, 2)[0]
+    share = total(jnp.where(self._in_core(x), x, 0)) / number.astype(x.dtype)
+    return self._statistic(0, share, total(x) / (x.shape[1] * x.shape[2]))
 
   def max(self, x: jax.Array) -> jax.Array:
     """Returns the maximum, B×1×1×C, over the frame's feature, of which x is a window."""

@@ -186,8 +186,8 @@ def run(
   done, unreadable = [], {}
   with tqdm(total=len(inputs), unit="file", disable=None if progress else True) as bar:
     predictor = Predictor(detector) if isinstance(detector, Detector) else detector
-    stream = predictor.stream(_read(inputs, values, unreadable, bar))
-    for (file, page, output, levels), prob in stream:
+    readable = _read(inputs, values, unreadable, bar, predictor.check_size)
+    for (file, page, output, levels), prob in predictor.stream(readable):
       frame = Frame(file, page, output, *prob.shape, targets(prob, threshold))
       _write_pictures(out / output, levels, prob, threshold, frame.targets)
       done.append(frame)
@@ -244,7 +244,7 @@ def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.
   return found
 
 
-def _read(inputs, values, unreadable, bar) -> Iterator:
+def _read(inputs, values, unreadable, bar, check_size) -> Iterator:
   """Yields ((file, page, output, grey levels), grey levels) of every readable frame."""
   taken = {stem.lower() for _, stem in inputs.values()}
   for file, (path, stem) in inputs.items():
@@ -253,6 +253,7 @@ def _read(inputs, values, unreadable, bar) -> Iterator:
     try:
       for count, frame in enumerate(frames.read(path), 1):
         levels = frames.grey_levels(frame, values)
+        check_size(levels.shape[:2])
         if held is not None:
           yield _item(file, count - 2, stem, taken, held)
         held = levels

@@ -1,5 +1,7 @@
 """Computes probability maps of frames of any size, large ones by overlapping windows."""
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -18,6 +20,9 @@ from fdep_jax.layers import windows
 WINDOW = 768
 HALO = 128
 SEAM = 32  # width over which neighbouring windows are blended
+# Frames up to the area of this side are computed whole by networks that need that. In the main
+# branch DINOv2 attends to all pairs of 14×14 patches: 2 GB for each layer at its limit (ViT-L).
+WHOLE = {"light": 2048, "main": 1024}
 _SETTLED = 1e-6  # change of the frame's statistics between passes, relative to the largest
 _PENDING = 2**24  # most pixels of small frames that wait for more of their shape
 
@@ -27,6 +32,15 @@ class Predictor:
 
   def __init__(self, detector: Detector):
     self._whole, self._part = _forwards(detector)
+    network = getattr(detector.model, "backbone", None)
+    self._why_whole = network.whole_frame if network else ""
+    # Of sizes that the network was not trained for, each told once.
+    self._caution, self._told = lambda size: "", set()
+    if network and detector.config is not None:
+      self._caution = lambda size: network.caution(size, detector.config.data.crop)
+    if self._why_whole:
+      self._network = network.paper_name
+      self._largest = min(WHOLE[detector.branch] ** 2, network.max_pixels or math.inf)
 
   def __call__(self, frame: np.ndarray, values: frames.Range = "auto") -> np.ndarray:
     """Returns H×W float32 probabilities of an H×W or H×W×3 array.
@@ -45,14 +59,23 @@ class Predictor:
     """Yields (key, H×W float32 probabilities) for (key, grey levels) pairs, in any order.
 
     Frames up to a window's area are computed whole: zero-padded to multiples of 32 as in
-    evaluation, batched by shape. Larger ones are computed by windows, see `tiled`.
+    evaluation, batched by shape. Larger ones are computed by windows, see `tiled`. Networks that
+    cannot be computed by windows (`Backbone.whole_frame`) compute frames up to the area of WHOLE²
+    whole, one at a time.
+
+    Raises:
+      FrameError: a frame is larger than that.
     """
     waiting: dict[tuple[int, int], list] = {}
     area = WINDOW**2
     for key, levels in items:
       height, width = padded_size(levels.shape[:2], PAD)
       if height * width > area:
-        yield key, self.tiled(levels)
+        if self._why_whole:
+          self.check_size(levels.shape[:2])
+          yield from self._batch([(key, levels)])
+        else:
+          yield key, self.tiled(levels)
         continue
       group = waiting.setdefault((height, width), [])
       group.append((key, levels))
@@ -64,8 +87,23 @@ class Predictor:
     for group in waiting.values():
       yield from self._batch(group)
 
+  def check_size(self, size: tuple[int, int]) -> None:
+    """Refuses a frame (rows, columns) that can be computed neither whole nor by windows."""
+    height, width = padded_size(size, PAD)
+    if self._why_whole and height * width > self._largest:
+      raise frames.FrameError(
+        f"{height}×{width} pixels (padded to multiples of {PAD}) are more than the "
+        f"{self._largest:,} that {self._network} computes as a whole; it cannot do so by windows: "
+        f"{self._why_whole}. Cut the frame into smaller ones, or use a network without this limit "
+        "(docs/deployment.md)"
+      )
+
   def _batch(self, group: list) -> Iterator[tuple[object, np.ndarray]]:
     height, width = padded_size(group[0][1].shape[:2], PAD)
+    caution = self._caution((height, width))
+    if caution and caution not in self._told:
+      self._told.add(caution)
+      logging.warning(caution)
     # Batch sizes are powers of two, so that a smaller last batch rarely needs a compilation.
     image = np.zeros((1 << (len(group) - 1).bit_length(), height, width, 3), np.float32)
     for row, (_, levels) in zip(image, group, strict=False):
@@ -86,7 +124,12 @@ class Predictor:
     Args:
       levels: H×W or H×W×3 grey levels in [0, 255].
       window, halo: in pixels, multiples of 32.
+
+    Raises:
+      ValueError: the network cannot be computed by windows.
     """
+    if self._why_whole:
+      raise ValueError(f"{self._network} cannot be computed by windows: {self._why_whole}.")
     height, width = padded_size(levels.shape[:2], PAD)
     cuts = [_cut(length, window, halo) for length in (height, width)]
     size = tuple(min(window, length) for length in (height, width))

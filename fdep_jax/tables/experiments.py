@@ -26,6 +26,7 @@ class Row(NamedTuple):
   teacher: str = ""  # row whose run with the same seed makes the pseudo-labels
   baseline: str = ""  # row to compare with; default the first with its first label and side
   note: str = ""
+  uncounted: int = 0  # parameters that the paper counts in P and the model does not have
 
 
 class Table(NamedTuple):

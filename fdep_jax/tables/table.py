@@ -147,10 +147,11 @@ def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
     lacks = "no value in a set without targets" if len(kept) < len(values) else why
     cells[name] = Cell(row.paper.get(name), kept, lacks)
   for name, (_, key, factor, _) in COSTS.items():
-    values = tuple(m[key] * factor for m in metrics if m[key] is not None)
+    more = row.uncounted if name == "params_m" else 0
+    values = tuple((m[key] + more) * factor for m in metrics if m[key] is not None)
     if name == "params_m" and unbuilt is not None and unbuilt.mode != "classical":
       try:
-        values = (build.parameters(unbuilt) * factor,)
+        values = ((build.parameters(unbuilt) + more) * factor,)
       except ValueError as error:
         why = f"{why}; P: {error}"
     cells[name] = Cell(row.paper.get(name), values, why, same_unit=name != "time_s")
