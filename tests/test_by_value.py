@@ -4,20 +4,20 @@ Nothing here calls the code that it checks: convolution, BatchNorm, resizing, lo
 written out below. Gradients are finite differences of these.
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from helpers import toy_config
+from plain import BATCH, LEVELS, SIZE, WIDTH, Plain, loop_of, randomise
 
-from fdep_jax import build, data, evaluate, forward, samf, settings, train
-from fdep_jax.backbones import Backbone, Logits
+from fdep_jax import build, evaluate, forward, samf
 from fdep_jax.fdep import FDEP
-from fdep_jax.layers import basic
 from fdep_jax.metrics import hse
-from fdep_jax.runtime import checkpoint, mesh
-from fdep_jax.runtime.signals import Signals
+from fdep_jax.runtime import checkpoint
 
 EPSILON = 1e-5  # of BatchNorm
 
@@ -126,15 +126,6 @@ def arrays(module, kind):
   return {"/".join(map(str, path)): np.asarray(value[...], np.float64) for path, value in flat}
 
 
-def randomise(module, seed=0):
-  """Gives norms, biases and statistics values that are not 0 and 1."""
-  rng = np.random.default_rng(seed)
-  for path, value in nnx.iter_graph(module):
-    if isinstance(value, nnx.Param | nnx.BatchStat):
-      spread = 0.2 * rng.normal(size=value.shape)
-      value.set_value(jnp.asarray(np.asarray(value[...]) + (abs(spread) if "var" in path else spread)))
-
-
 def fusion_and_inputs(kind, top_size, level_size):
   module = {"samf": samf.SAMF, "add": samf.Add}[kind](6, 5, rngs=nnx.Rngs(3))
   randomise(module)
@@ -189,29 +180,6 @@ def test_fusion_has_the_gradients_of_equations_1_to_6(kind):
 
 # The steps of a run.
 
-CHANNELS, WIDTH, LEVELS, SIZE, BATCH = 2, 3, 2, 8, 2
-
-
-class Plain(Backbone):
-  """A network without norms: 2×2 means, a 1×1 convolution, and two heads, one on a skip."""
-
-  stride = top_stride = 2
-  top_channels = CHANNELS
-
-  def __init__(self, *, rngs):
-    self.down = basic.Conv(3, CHANNELS, 1, rngs=rngs)
-    self.up = basic.Conv(CHANNELS, 1, 1, rngs=rngs)
-    self.side = basic.Conv(3, 1, 1, rngs=rngs)
-
-  def encode(self, image):
-    b, h, w, c = image.shape
-    return (image,), self.down(image.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)))
-
-  def decode(self, skips, top):
-    up = self.up(top).repeat(2, 1).repeat(2, 2)
-    side = self.side(skips[0])
-    return Logits(up + side * side, (side,))
-
 
 def plain_heads(p, image, levels):
   """Returns (side, final) of each branch."""
@@ -256,30 +224,6 @@ def adamw(p, grads, state, count, rate, decay):
     step = (m / (1 - 0.9**count)) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)
     moved[name] = p[name] - rate * (step + decay * p[name])
   return moved
-
-
-def images(seed, count):
-  rng = np.random.default_rng(seed)
-  return [
-    data.Sample(
-      f"{seed}_{i}",
-      np.repeat(rng.integers(0, 256, (SIZE, SIZE, 1), np.uint8), 3, 2),
-      rng.random((SIZE, SIZE)) < 0.15,
-    )
-    for i in range(count)
-  ]
-
-
-def loop_of(config, workdir):
-  """A run's loop on the plain network, without a prior: its levels come with the batches."""
-  levels = 0 if config.mode == "original" else LEVELS
-  model = FDEP(Plain(rngs=nnx.Rngs(1)), WIDTH, levels, bn_stats="shared", rngs=nnx.Rngs(2))
-  randomise(model)
-  found = build.Images(images(1, 4), images(2, 3), images(3, 5), 0.4, 0.2)
-  settings.claim_workdir(workdir, config)
-  return train.Loop(
-    config, workdir, mesh.make(1), found, None, None, None, model, Signals(mesh.minimum, 1)
-  )
 
 
 LINEAR = {"init_value": "learning_rate", "end_value": 0.0, "transition_steps": "steps"}
@@ -403,7 +347,7 @@ def test_the_branch_that_is_timed_and_counted_is_the_deployed_one(monkeypatch, m
 
 def test_what_is_timed_is_one_run_of_the_deployed_program(monkeypatch):
   ticks = iter([0.0, 9.0, 10.0, 10.5, 20.0, 20.2, 30.0, 30.3])  # the first run is a warm-up
-  monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(ticks))
+  monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
   config = toy_config(**{"mode": "original", "data.crop": 16})
   model = FDEP(Plain(rngs=nnx.Rngs(1)), num_levels=0, rngs=nnx.Rngs(2))
   cost = evaluate.cost(config, model, None, repeats=3)
