@@ -24,6 +24,7 @@ ORDER = [
   "benchmarks",
   "main",
   "tests.toy_backbones",
+  "tests.mutants",
   "tests",
 ]
 FILES = [ROOT / "main.py"]
