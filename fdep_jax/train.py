@@ -110,6 +110,10 @@ class Loop:
       "std": images.std,
       "dino_sha256": prior.sha256 if prior else None,
       "dino_levels": list(prior.blocks) if prior else None,
+      # With the masks of a teacher, if there is one.
+      "data_sha256": {
+        split: data.fingerprint(getattr(images, split)) for split in ("train", "val", "test")
+      },
     }
     optimizer = step_lib.make_optimizer(config, self.steps)
     state = step_lib.init_state(model, optimizer)
@@ -135,6 +139,15 @@ class Loop:
           f"{self.workdir} was trained with different DINOv2 weights (SHA-256 "
           f"{saved['dino_sha256']}) than {self.config.dino.checkpoint} "
           f"({self.meta['dino_sha256']}). Set dino.checkpoint to the file it was trained with."
+        )
+      # Checkpoints of older versions have no fingerprint of the data.
+      ours, theirs = self.meta["data_sha256"], saved.get("data_sha256", {})
+      changed = [split for split, found in theirs.items() if found != ours[split]]
+      if changed:
+        raise ValueError(
+          f"{self.workdir} was trained with different {' and '.join(changed)} images or masks "
+          f"than {self.config.data.root} has now. Put the data back (or the teacher of "
+          "pseudo-labels), or choose a different --workdir."
         )
       progress.step, progress.best_step = saved["step"], saved["best_step"]
       progress.evaluated = saved["evaluated"]

@@ -215,8 +215,8 @@ MUTANTS: list[Mutant] = [
   Mutant(
     "the warm-up is timed",
     "fdep_jax/evaluate.py",
-    "statistics.median(seconds[1:])",
-    "statistics.fmean(seconds)",
+    "min(seconds[1:])",
+    "min(seconds)",
     _tests("by_value", "test_what_is_timed_is_one_run_of_the_deployed_program"),
   ),
   Mutant(
@@ -420,12 +420,79 @@ MUTANTS: list[Mutant] = [
     'crc = zlib.crc32(b"", crc)',
     _tests("faults", "test_flipped_bits_of_values_are_noticed"),
   ),
+  Mutant(
+    "a run continues on other data",
+    "fdep_jax/train.py",
+    "if found != ours[split]]",
+    "if found is None]",
+    _tests("guards", "test_a_run_does_not_continue_on_other_data"),
+  ),
+  Mutant(
+    "a fingerprint leaves out the masks",
+    "fdep_jax/data/samples.py",
+    "for array in (sample.image, sample.mask):",
+    "for array in (sample.image,):",
+    _tests("guards", "test_a_fingerprint_depends_on_every_pixel_and_the_order"),
+  ),
+  Mutant(
+    "maps of other test images are compared",
+    "fdep_jax/tables/figures.py",
+    "known != data.fingerprint(images)",
+    "not known",
+    _tests("guards", "test_maps_of_other_test_images_are_not_compared"),
+  ),
+  *_mutants(
+    "fdep_jax/score.py",
+    _tests(
+      "guards",
+      "test_no_cell_of_a_csv_file_is_run_as_a_formula",
+      "test_a_small_file_that_unpacks_to_a_huge_array_is_refused_before_it_is_unpacked",
+    ),
+    ("a file name may be a formula", "columns.csv_text(stem)", "stem"),
+    ("any NPZ is unpacked", "if largest > MAX_BYTES:", "if largest < 0:"),
+  ),
+  Mutant(
+    "a name of a row may be a formula",
+    "fdep_jax/tables/table.py",
+    "tuple(map(csv_text, (result.row.name",
+    "tuple(map(str, (result.row.name",
+    _tests("guards", "test_no_cell_of_a_csv_file_is_run_as_a_formula"),
+  ),
+  *_mutants(
+    "fdep_jax/tables/table.py",
+    _tests("guards", "test_rows_are_timed_anew_at_the_papers_size_in_one_process"),
+    ("rows are timed at another size", "TIMED_SIZE = 448", "TIMED_SIZE = 256"),
+    (
+      "the deployed branch is timed with a prior",
+      "prior = None if light else build",
+      "prior = build",
+    ),
+  ),
   # Plan.
   *_mutants(
     "fdep_jax/plan.py",
     _tests("plan", "test_both_refusals_of_the_tpu_compiler_are_understood"),
     ("a plan reads MiB as GiB", '2 ** (10 * (1 + "KMGT"', '2 ** (10 * (2 + "KMGT"'),
     ("a plan forgets the arguments", "return value if whole else value + held", "return value"),
+  ),
+  *_mutants(
+    "fdep_jax/build.py",
+    _tests("guards", "test_a_plan_is_of_the_parameters_that_a_run_trains"),
+    (
+      "a plan freezes the ViT",
+      "variable = nnx.Param if config.dino.unfreeze else dinov2.Frozen\n  return",
+      "variable = dinov2.Frozen\n  return",
+    ),
+  ),
+  *_mutants(
+    "fdep_jax/plan.py",
+    _tests("guards", "test_a_plan_is_of_the_parameters_that_a_run_trains"),
+    ("a plan needs the network's top", "    if not on_dino:", "    if True:"),
+    (
+      "a trained ViT costs its forward pass",
+      'least["trained_vit"] = passes *',
+      'least["trained_vit"] = 2 * rows *',
+    ),
   ),
   # Export.
   *_mutants(
