@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 
+from fdep_jax.metrics import bootstrap
 from fdep_jax.tables import experiments, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -57,3 +58,13 @@ def test_the_readme_has_the_tables_means():
   readme = (ROOT / "README.md").read_text()
   written = re.findall(r"\d+\.\d\d ± \d+\.\d\d", readme)
   assert len(written) == 4 and all(f"| {mean} (3) |" in page for mean in written)
+
+
+def test_the_t_interval_in_the_text_is_that_of_the_seeds():
+  paired = json.loads((ROOT / "results/nuaa_cpu/table.json").read_text())["paired"]
+  (seeds,) = (found["hse"]["by_seed"] for name, found in paired.items()
+              if re.match(r"acm-fdep − acm-original, 3 seeds", name))  # fmt: skip
+  low, high = bootstrap.t_interval(seeds)
+  assert f"A t interval of the mean of three trainings is {low:+.0f} … {high:+.0f}".replace(
+    "-", "−"
+  ) in TEXT.replace("\n  ", " ")
