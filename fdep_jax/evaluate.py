@@ -170,7 +170,7 @@ def _watch(maps, shown: dict[int, dict]):
     yield index, probs
 
 
-def _fingerprint(state: dict) -> str:
+def fingerprint(state: dict) -> str:
   """Returns a SHA-256 of all parameters and running statistics."""
   digest = hashlib.sha256()
   kept = {"params": state["params"], "stats": state["stats"]}
@@ -267,7 +267,7 @@ def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, ne
   return {
     "checkpoint": f"step {best['step']}, "
     + ("the newest" if newest else f"the best on {config.eval.select_on}"),
-    "its parameters and statistics, SHA-256": _fingerprint(state),
+    "its parameters and statistics, SHA-256": fingerprint(state),
     "DINOv2, SHA-256 of its file": best["dino_sha256"] or "none",
     "normalisation": f"mean {images.mean:.6f}, standard deviation {images.std:.6f}",
     "data": f"{config.data.root}, {len(images.test)} test images",

@@ -55,6 +55,22 @@ def test_a_run_does_not_continue_on_other_data(tmp_path, split, part):
     train.Loop(config, tmp_path, loop.mesh, images, None, None, None, again_model(), loop.signals)
 
 
+def test_a_run_does_not_continue_with_another_teacher(tmp_path):
+  config = toy_config(mode="original")
+  loop = loop_of(config, tmp_path)
+  loop.progress.step = 3
+  loop.meta["data_sha256"]["teacher"] = "one"
+  loop.save()
+  loop.checkpoints.close()
+  parts = (config, tmp_path, loop.mesh, loop.images, None, None, None, again_model(), loop.signals)
+  identity = train.fingerprints(loop.images)
+  with pytest.raises(ValueError, match="with different weights of its teacher than there are now"):
+    train.Loop(*parts, identity | {"teacher": "another"})
+  same = train.Loop(*parts, identity | {"teacher": "one"})
+  same.checkpoints.close()
+  assert same.start == 3
+
+
 def again_model():
   return FDEP(Plain(rngs=nnx.Rngs(1)), WIDTH, 0, bn_stats="shared", rngs=nnx.Rngs(2))
 

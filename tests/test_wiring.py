@@ -270,6 +270,7 @@ class Seen:
 
   def labels(self, config):
     self.stopped(build, "load_prior", lambda config: "true")
+    self.patch.setattr(pseudo, "fingerprint", lambda config: "a teacher")
     self.stopped(pseudo, "relabel", lambda config, samples, _: (config.train.labels, len(samples)))
     return self.until_stop(train.train, config, self.folder / "a_run")
 

@@ -423,7 +423,7 @@ MUTANTS: list[Mutant] = [
   Mutant(
     "a run continues on other data",
     "fdep_jax/train.py",
-    "if found != ours[split]]",
+    "if found != ours.get(name)]",
     "if found is None]",
     _tests("guards", "test_a_run_does_not_continue_on_other_data"),
   ),
