@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test test-full lint
+.PHONY: quickstart test test-full lint mutants
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -28,3 +28,7 @@ test-full: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Deliberate bugs, each of which a test must notice (tests/mutants); an hour on two cores.
+mutants: .venv/dev
+	$(BIN)/python tests/mutants/run.py

@@ -160,10 +160,25 @@ def abstract(config: ConfigDict) -> tuple[Prior | None, nnx.Module]:
   """
   prior = None
   if config.mode != "original":
-    options = {**vit_arguments(config.dino.checkpoint), "dtype": jnp.dtype(config.dino.dtype)}
-    vit = nnx.eval_shape(lambda: dinov2.DINOv2(**options, rngs=nnx.Rngs(0)))
+    vit = nnx.eval_shape(lambda: _random_vit(config))
     prior = priors.from_module(vit, fused_levels(config, vit.depth), dinov2.prepare, "abstract")
-  return prior, nnx.eval_shape(lambda: create_model(config, prior))
+  return prior, nnx.eval_shape(lambda: random_model(config, prior))
+
+
+def random_model(config: ConfigDict, prior: Prior | None) -> nnx.Module:
+  """Builds the model for a prior of shapes only; a trained prior's weights are random.
+
+  To be traced (`jax.eval_shape`), as a trained ViT is part of the model.
+  """
+  if prior and not prior.frozen:
+    prior = priors.from_module(_random_vit(config), prior.blocks, dinov2.prepare, prior.sha256)
+  return create_model(config, prior)
+
+
+def _random_vit(config: ConfigDict) -> dinov2.DINOv2:
+  options = {**vit_arguments(config.dino.checkpoint), "dtype": jnp.dtype(config.dino.dtype)}
+  variable = nnx.Param if config.dino.unfreeze else dinov2.Frozen
+  return dinov2.DINOv2(**options, variable=variable, rngs=nnx.Rngs(0))
 
 
 def count_parameters(params: nnx.State) -> int:

@@ -1,5 +1,6 @@
 """Estimates the cost of a run on a TPU slice without a TPU, by compiling only (`--mode plan`)."""
 
+import dataclasses
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fdep_jax import build, forward, priors, settings
+from fdep_jax import ablations, build, forward, priors, settings
 from fdep_jax import step as step_lib
 from fdep_jax.priors import Prior, dinov2
 from fdep_jax.runtime import files, hlo, mesh, topology
@@ -75,7 +76,7 @@ def abstract(config: ConfigDict) -> Parts:
   """Builds prior, model and state as shapes only, without memory or weights."""
   prior, model = build.abstract(config)
   optimizer = step_lib.make_optimizer(config, 1000)
-  state = jax.eval_shape(lambda: step_lib.init_state(build.create_model(config, prior), optimizer))
+  state = jax.eval_shape(lambda: step_lib.init_state(build.random_model(config, prior), optimizer))
   return Parts(prior, model, state)
 
 
@@ -107,8 +108,8 @@ def _placed(tree, the_mesh: Mesh):
 
 
 def _placed_prior(config: ConfigDict, prior: Prior | None, the_mesh: Mesh):
-  if prior is None:
-    return None
+  if prior is None or not prior.frozen:  # a trained one is part of the state
+    return prior and dataclasses.replace(prior, weights=None)
   place = mesh.shared_out if config.dino.shard else lambda the_mesh, _: mesh.replicated(the_mesh)
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(the_mesh, a.shape)),
@@ -207,23 +208,31 @@ def _bytes(tree) -> int:
 def minimum(config: ConfigDict, parts: Parts, rows: int, training: bool) -> dict[str, float]:
   """Computes the least FLOPs for `rows` images, by part; no "network" if it is not in GMAC.
 
-  A backward pass costs twice the forward pass; the frozen prior has none.
+  A backward pass costs twice the forward pass; the frozen prior has none. The decoders on DINOv2
+  (model.on_dino) are not in GMAC, and a trained prior is counted with what is trained.
   """
   crop, model = config.data.crop, parts.model
+  model = model.model if isinstance(model, ablations.Unfrozen) else model
   passes = 2 * rows * (3 if training else 1)
-  least = {}
-  if config.model.backbone in GMAC:
+  least, on_dino = {}, config.model.on_dino != "no"
+  if config.model.backbone in GMAC and not on_dino:
     once, top = GMAC[config.model.backbone]
     branches = 2 if config.mode == "fdep" else 1
     least["network"] = passes * (once + branches * top) * 1e9 * (crop / 448) ** 2
   if parts.prior:
-    vit, channels = parts.prior.model, model.backbone.top_channels
+    vit = parts.prior.model
     tokens = (-(-crop // vit.patch)) ** 2
-    places = (crop // model.backbone.top_stride) ** 2
-    project = vit.width * channels * tokens
-    inside = 11.5 * channels**2 if config.model.fusion == "samf" else 0
-    least["samf"] = passes * len(parts.prior.blocks) * (project + inside * places)
-    least["frozen_vit"] = 2 * rows * _vit_macs(vit, tokens, max(parts.prior.blocks) + 1)
+    if not on_dino:
+      channels = model.backbone.top_channels
+      places = (crop // model.backbone.top_stride) ** 2
+      project = vit.width * channels * tokens
+      inside = 11.5 * channels**2 if config.model.fusion == "samf" else 0
+      least["samf"] = passes * len(parts.prior.blocks) * (project + inside * places)
+    macs = _vit_macs(vit, tokens, max(parts.prior.blocks) + 1)
+    if parts.prior.frozen:
+      least["frozen_vit"] = 2 * rows * macs
+    else:
+      least["trained_vit"] = passes * macs
   return least
 
 
@@ -291,6 +300,7 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
     "crop": config.data.crop,
     "dtype": config.train.dtype,
     "remat": config.train.remat,
+    "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.state["params"])),
     "effort": "quick" if jax.config.jax_exec_time_optimization_effort < 0 else "thorough",
     "hbm_limit_bytes": limit,
   }
@@ -319,7 +329,7 @@ def _report(config, parts: Parts, cost: Cost, chip, devices: int, training: bool
   least = minimum(config, parts, rows, training)
   whole = "network" in least
   flops = cost.flops + cost.prior_flops
-  own = least.get("network", 0) + least.get("samf", 0)
+  own = sum(least.get(part, 0) for part in ("network", "samf", "trained_vit"))
   report = {
     "hbm_bytes_per_chip": sum(cost.hbm.values()),
     "hbm_by_kind": cost.hbm,

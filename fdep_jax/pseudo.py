@@ -25,10 +25,7 @@ def relabel(config: ConfigDict, samples: Sequence[data.Sample], the_mesh) -> lis
   Raises:
     ValueError, FileNotFoundError: the teacher has no main branch, or is not trained yet.
   """
-  try:
-    teacher = detector.load(config.train.teacher, branch="main")
-  except (ValueError, FileNotFoundError) as error:
-    raise type(error)(f"train.teacher: {error}") from None
+  teacher = _load(config)
   _, params, stats, rng = nnx.split(teacher.model, nnx.Param, nnx.BatchStat, ...)
   apply = forward.make_forward(teacher.config, teacher.model, teacher.mean, teacher.std)
   prior = teacher.prior.placed(the_mesh, teacher.config.dino.shard)
@@ -42,3 +39,16 @@ def relabel(config: ConfigDict, samples: Sequence[data.Sample], the_mesh) -> lis
     sum(int(s.mask.sum()) for s in labelled), sum(int(s.mask.sum()) for s in samples),
   )  # fmt: skip
   return [*samples, *labelled] if config.train.labels == "both" else labelled
+
+
+def fingerprint(config: ConfigDict) -> str:
+  """Returns a SHA-256 of the teacher's parameters and statistics; raises as `relabel`."""
+  _, params, stats, _ = nnx.split(_load(config).model, nnx.Param, nnx.BatchStat, ...)
+  return evaluate.fingerprint({"params": params, "stats": stats})
+
+
+def _load(config: ConfigDict) -> detector.Detector:
+  try:
+    return detector.load(config.train.teacher, branch="main")
+  except (ValueError, FileNotFoundError) as error:
+    raise type(error)(f"train.teacher: {error}") from None

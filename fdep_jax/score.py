@@ -7,6 +7,7 @@ import argparse
 import csv
 import math
 import pathlib
+import zipfile
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from fdep_jax.report import plots
 from fdep_jax.runtime import files
 
 READABLE = (".png", ".bmp", ".tif", ".tiff", ".npy", ".npz")
+MAX_BYTES = 2**30  # of an unpacked array; a small NPZ may hold far more than the memory
 _NEEDS_A_CURVE = ("hse", "hse_p", "hse_t", "roc_auc", "ap")
 _BINARY = (
   "HSE needs probability maps: it is an area over thresholds, and all maps of {} together hold "
@@ -213,6 +215,13 @@ def _read(path):
 
 
 def _read_array(path):
+  if zipfile.is_zipfile(path):
+    with zipfile.ZipFile(path) as archive:
+      largest = max((member.file_size for member in archive.infolist()), default=0)
+    if largest > MAX_BYTES:
+      raise ValueError(
+        f"unpacks to {largest / 2**30:.1f} GiB; at most {MAX_BYTES / 2**30:g} are read"
+      )
   data = np.load(path, allow_pickle=False)
   if isinstance(data, np.ndarray):  # np.load looks at the content, not at the name
     return data
@@ -259,7 +268,7 @@ def _row(stem, prob, mask, options):
     )
 
   return {
-    "file": stem,
+    "file": columns.csv_text(stem),
     "height": mask.shape[0],
     "width": mask.shape[1],
     "targets": len(targets),

@@ -55,7 +55,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   the_mesh = mesh.make(config.host_devices, config.train.batch_size)
   with Signals(mesh.minimum, jax.process_count()) as signals:
     images = build.load_images(config)
+    identity = fingerprints(images)  # of the true masks: a teacher's may differ by rounding
     if config.train.labels != "true":
+      identity["teacher"] = pseudo.fingerprint(config)
       images = images._replace(train=pseudo.relabel(config, images.train, the_mesh))
     prior = build.load_prior(config)
     crops = _crop_bank(config, images.train) if config.dino.bank else None
@@ -68,10 +70,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
         settings.claim_workdir(workdir, config)
       _describe(config, images, prior)
       model = build.create_model(config, prior)
-      loop = Loop(config, workdir, the_mesh, images, prior, crops, levels, model, signals)
+      loop = Loop(config, workdir, the_mesh, images, prior, crops, levels, model, signals, identity)
       loop.train()
       signals.check()
       return evaluate.evaluate(workdir, config, (images, prior, model))
+
+
+def fingerprints(images: build.Images) -> dict[str, str]:
+  """Returns a SHA-256 of the images and masks of each split."""
+  return {split: data.fingerprint(getattr(images, split)) for split in ("train", "val", "test")}
 
 
 class Loop:
@@ -87,6 +94,7 @@ class Loop:
     levels: the bank of their levels, or None.
     model: newly initialised.
     signals: already entered.
+    identity: SHA-256 of what the run's data are; default that of `images`.
   """
 
   def __init__(
@@ -100,6 +108,7 @@ class Loop:
     levels: bank.Bank | None,
     model,
     signals: Signals,
+    identity: dict[str, str] | None = None,
   ):
     self.config, self.workdir, self.mesh, self.signals = config, workdir, the_mesh, signals
     self.images, self.crops, self.bank = images, crops, levels
@@ -110,6 +119,7 @@ class Loop:
       "std": images.std,
       "dino_sha256": prior.sha256 if prior else None,
       "dino_levels": list(prior.blocks) if prior else None,
+      "data_sha256": identity or fingerprints(images),
     }
     optimizer = step_lib.make_optimizer(config, self.steps)
     state = step_lib.init_state(model, optimizer)
@@ -135,6 +145,17 @@ class Loop:
           f"{self.workdir} was trained with different DINOv2 weights (SHA-256 "
           f"{saved['dino_sha256']}) than {self.config.dino.checkpoint} "
           f"({self.meta['dino_sha256']}). Set dino.checkpoint to the file it was trained with."
+        )
+      # Checkpoints of older versions have no fingerprint of the data.
+      ours, theirs = self.meta["data_sha256"], saved.get("data_sha256", {})
+      changed = [name for name, found in theirs.items() if found != ours.get(name)]
+      if changed:
+        texts = (
+          "weights of its teacher" if n == "teacher" else f"{n} images or masks" for n in changed
+        )
+        raise ValueError(
+          f"{self.workdir} was trained with different {' and '.join(texts)} than there are now. "
+          "Put them back, or choose a different --workdir."
         )
       progress.step, progress.best_step = saved["step"], saved["best_step"]
       progress.evaluated = saved["evaluated"]

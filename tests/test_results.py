@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 
+from fdep_jax.metrics import bootstrap
 from fdep_jax.tables import experiments, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,14 +30,17 @@ def test_there_are_results():
 def test_every_run_is_of_todays_config_and_in_the_table(name):
   found, results = collected(name)
   assert not any(result.why for result in results)  # none is missing, none of another config
-  committed = json.loads((ROOT / "results" / name / "table.json").read_text())
-  comparisons = committed.pop("paired")
+  folder = ROOT / "results" / name
+  committed = json.loads((folder / "table.json").read_text())
+  comparisons = {
+    comparison: {metric: table.Gap(**gap) for metric, gap in metrics.items()}
+    for comparison, metrics in committed.pop("paired").items()
+  }
   assert committed == json.loads(json.dumps(table.as_json(found, results)))
-  page = (ROOT / "results" / name / "table.md").read_text()
-  lines = table.markdown(found, results).splitlines()
-  assert set(lines) <= set(page.splitlines())
-  for comparison, metrics in comparisons.items():
-    assert comparison in page and all(f"{gap['mean']:+.2f}" in page for gap in metrics.values())
+  # The whole texts: a row or a column in another place is another text.
+  assert (folder / "table.md").read_text() == table.markdown(found, results, comparisons)
+  assert (folder / "table.csv").read_text() == table.as_csv(found, results)
+  assert (folder / "table.tex").read_text() == table.latex(found, results)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,3 +61,42 @@ def test_the_readme_has_the_tables_means():
   readme = (ROOT / "README.md").read_text()
   written = re.findall(r"\d+\.\d\d ± \d+\.\d\d", readme)
   assert len(written) == 4 and all(f"| {mean} (3) |" in page for mean in written)
+
+
+def test_the_rows_of_the_text_are_those_of_the_table():
+  rows = {row["name"]: row for row in committed_table()["rows"]}
+  written = {
+    cells[0]: cells[1:]
+    for line in TEXT.splitlines()
+    if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 6
+  }
+  for label, name, branch in (
+    ("ACM as published", "acm-original", ""),
+    ("FDEP w/o CO-ISD (needs DINOv2)", "acm-fdep_wo_coisd", ""),
+    ("FDEP, light branch (deployed)", "acm-fdep", ""),
+    ("FDEP, main branch (needs DINOv2)", "acm-fdep", "main"),
+  ):
+    cell = rows[name]["cells"]["hse"]
+    values = rows[name]["main_branch"]["hse"] if branch else cell["ours"]
+    paper = "" if branch else f"{cell['paper']:.2f}"
+    means = [f"{value:.2f}" for value in (*values, statistics.fmean(values))]
+    assert written[label] == [*means, paper], label
+
+
+def test_the_intervals_of_the_text_are_those_of_the_table():
+  found = committed_table()["paired"]["acm-fdep − acm-original, 3 seeds"]
+  claims = (
+    f"{heading} {found[key]['mean']:+.2f} ({found[key]['low']:+.2f} … {found[key]['high']:+.2f})"
+    for heading, key in (("HSE", "hse"), ("IoU", "iou"), ("Pd", "pd"))
+  )
+  assert ", ".join(claims) in " ".join(TEXT.split())
+
+
+def test_the_t_interval_in_the_text_is_that_of_the_seeds():
+  seeds = committed_table()["paired"]["acm-fdep − acm-original, 3 seeds"]["hse"]["by_seed"]
+  ends = " … ".join(f"{end:+.0f}" for end in bootstrap.t_interval(seeds)).replace("-", "−")
+  assert f"A t interval of the mean of three trainings is {ends}," in " ".join(TEXT.split())
+
+
+def committed_table() -> dict:
+  return json.loads((ROOT / "results/nuaa_cpu/table.json").read_text())

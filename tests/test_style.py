@@ -25,6 +25,7 @@ ORDER = [
   "benchmarks",
   "main",
   "tests.toy_backbones",
+  "tests.mutants",
   "tests",
 ]
 FILES = [ROOT / "main.py"]

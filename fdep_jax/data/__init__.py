@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fdep_jax.data.folders import DataError, MissingDataError, read, validate
 from fdep_jax.data.pipeline import CropBank, canvas_size, eval_batches, padded_size, train_iterator
-from fdep_jax.data.samples import Sample, split_validation, statistics
+from fdep_jax.data.samples import Sample, fingerprint, split_validation, statistics
 from fdep_jax.data.synthetic import scenes
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
   "Sample",
   "canvas_size",
   "eval_batches",
+  "fingerprint",
   "load",
   "padded_size",
   "read",

@@ -1,5 +1,6 @@
 """Decodes labelled infrared frames, computes their statistics, and splits off validation images."""
 
+import hashlib
 import io
 import re
 import struct
@@ -85,6 +86,16 @@ def statistics(samples: Sequence[Sample]) -> tuple[float, float]:
     raise ValueError("statistics of no samples; give the train split")
   grey = [np.asarray(Image.fromarray(s.image).convert("L"), np.float64) / 255 for s in samples]
   return float(np.mean([g.mean() for g in grey])), float(np.mean([g.std() for g in grey]))
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+  """Returns a SHA-256 of the images and masks, in order; names and file formats do not matter."""
+  digest = hashlib.sha256()
+  for sample in samples:
+    for array in (sample.image, sample.mask):
+      digest.update(repr(array.shape).encode())
+      digest.update(np.ascontiguousarray(array))
+  return digest.hexdigest()
 
 
 def split_validation(

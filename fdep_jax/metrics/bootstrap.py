@@ -67,6 +67,21 @@ def compare(a, b, resamples=1000, level=0.95, seed=0):
   return out
 
 
+def t_interval(values, level=0.95):
+  """Computes Student's interval of the mean of a few trainings, one value a seed.
+
+  Returns:
+    (low, high); NaN for fewer than two values.
+  """
+  from scipy import special
+
+  count = len(values)
+  if count < 2:
+    return np.nan, np.nan
+  reach = special.stdtrit(count - 1, (1 + level) / 2) * np.std(values, ddof=1) / count**0.5
+  return float(np.mean(values) - reach), float(np.mean(values) + reach)
+
+
 def draw(images, resamples, seed):
   """Draws how often each image is in each resample: resamples × images."""
   rng = np.random.default_rng(seed)

@@ -16,6 +16,11 @@ class Column(NamedTuple):
     return "-" if value is None else f"{value * self.factor:.{self.decimals}f}"
 
 
+def csv_text(text: str) -> str:
+  """Returns a text that no spreadsheet runs as a formula, with an apostrophe in front if needed."""
+  return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
 METRICS = {  # by their names in the paper's tables (configs/tables/paper.json)
   "iou": Column("IoU", "iou", 100, 2),
   "niou": Column("nIoU", "niou", 100, 2),

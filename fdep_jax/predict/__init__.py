@@ -25,6 +25,7 @@ from fdep_jax import detector as detector_lib
 from fdep_jax import untrained
 from fdep_jax.data import frames
 from fdep_jax.detector import Detector
+from fdep_jax.metrics import columns
 from fdep_jax.predict.tiling import Predictor
 from fdep_jax.runtime import files, mesh
 
@@ -353,7 +354,7 @@ def _write_targets(out: pathlib.Path, settings: dict, done: list[Frame], unreada
     page = "" if frame.page is None else frame.page
     for number, t in enumerate(frame.targets, 1):
       shown = (f"{t.row:.2f}", f"{t.col:.2f}", t.area, f"{t.peak:.4f}", f"{t.confidence:.4f}")
-      writer.writerow([frame.file, *shown, *t.box, page, number])
+      writer.writerow([columns.csv_text(frame.file), *shown, *t.box, page, number])
   content = {
     **settings,
     "frames": [

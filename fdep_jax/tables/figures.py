@@ -134,8 +134,15 @@ def _totals(folder: pathlib.Path, branch: str, root: str, synthetic) -> hse.Accu
   maps = _maps_folder(folder, branch)
   if maps is None:
     return None
-  total = hse.Accumulator()
-  for sample in _test_images(root, synthetic):
+  total, images = hse.Accumulator(), _test_images(root, synthetic)
+  # Of the images that were evaluated; older versions did not write it.
+  known = json.loads((folder / "metrics.json").read_text()).get("test_sha256")
+  if known is not None and known != data.fingerprint(images):
+    raise ValueError(
+      f"{folder} was evaluated on different test images or masks than {root} has now. Put the data "
+      "back, or evaluate the run again (--mode eval)."
+    )
+  for sample in images:
     total.update(np.load(maps / _file(sample)), sample.mask)
   return total
 
