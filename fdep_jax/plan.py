@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from fdep_jax import build, forward, priors, settings
 from fdep_jax import step as step_lib
-from fdep_jax.priors import Prior, dinov2
+from fdep_jax.priors import Prior
 from fdep_jax.runtime import files, hlo, mesh, topology
 
 # GMAC of convolutions and linear layers for one 448×448 image, counted on the published networks:
@@ -217,17 +217,9 @@ def minimum(config: ConfigDict, parts: Parts, rows: int, training: bool) -> dict
     project = vit.width * channels * tokens
     inside = 11.5 * channels**2 if config.model.fusion == "samf" else 0
     least["samf"] = passes * len(parts.prior.blocks) * (project + inside * places)
-    least["frozen_vit"] = 2 * rows * _vit_macs(vit, tokens, max(parts.prior.blocks) + 1)
+    side = -(-crop // vit.patch)
+    least["frozen_vit"] = 2 * rows * vit.macs(side, side, parts.prior.blocks)
   return least
-
-
-def _vit_macs(vit: dinov2.DINOv2, patches: int, depth: int) -> float:
-  length = 1 + vit.registers + patches
-  block = vit.blocks
-  matrices = (block.qkv, block.project, block.expand, block.reduce)
-  products = sum(math.prod(matrix.kernel.shape[1:]) for matrix in matrices)
-  embed = patches * math.prod(vit.patch_embed.kernel.shape)
-  return embed + depth * (length * products + 2 * length**2 * vit.width)
 
 
 def command(flags) -> None:

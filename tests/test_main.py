@@ -92,7 +92,7 @@ def test_missing_data_and_weights_are_named_together():
     build.check_inputs(config)
   message = str(info.value)
   assert "nowhere/SIRST3" in message and "nowhere/dinov2.pth" in message
-  assert "python -m converters.dinov2 IN OUT" in message and "--config.data.root" in message
+  assert "python -m converters IN OUT" in message and "--config.data.root" in message
 
 
 def test_the_papers_config_does_not_fall_back_on_anything(tmp_path):
