@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import ablations, data, priors
+from fdep_jax import ablations, data, priors, settings
 from fdep_jax.backbones import network_class
 from fdep_jax.fdep import FDEP
 from fdep_jax.priors import Foundation, Prior, dinov2
@@ -47,7 +47,7 @@ def check_inputs(config: ConfigDict) -> None:
   """
   check_crop(config)
   missing = []
-  root, checkpoint = config.data.root, config.dino.checkpoint
+  root, checkpoint = config.data.root, config.prior.checkpoint
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
     missing.append(
       f"data.root: there is no folder {root}. Download the dataset and lay it out as "
@@ -56,9 +56,9 @@ def check_inputs(config: ConfigDict) -> None:
     )
   if config.mode != "original" and checkpoint != "random" and not os.path.isfile(checkpoint):
     missing.append(
-      f"dino.checkpoint: there is no file {checkpoint}. Download dinov2_vitl14_pretrain.pth from "
+      f"prior.checkpoint: there is no file {checkpoint}. Download dinov2_vitl14_pretrain.pth from "
       "the facebookresearch/dinov2 repository, or another prior (docs/priors.md), or convert your "
-      "own file with `python -m converters IN OUT` and set --config.dino.checkpoint=OUT."
+      "own file with `python -m converters IN OUT` and set --config.prior.checkpoint=OUT."
     )
   if missing:
     raise FileNotFoundError("\n".join(missing))
@@ -84,27 +84,28 @@ def load_prior(config: ConfigDict) -> Prior | None:
   """Loads the prior with the levels to fuse; returns None if only the detector is trained."""
   if config.mode == "original":
     return None
+  settings.adopt(config)
   import converters
   from converters.foundation import fingerprint
 
-  dtype = jnp.dtype(config.dino.dtype)
-  variable = nnx.Param if config.dino.unfreeze else dinov2.Frozen
-  if config.dino.checkpoint == "random":
+  dtype = jnp.dtype(config.prior.dtype)
+  variable = nnx.Param if config.prior.unfreeze else dinov2.Frozen
+  if config.prior.checkpoint == "random":
     model = dinov2.DINOv2(**RANDOM_PRIOR, dtype=dtype, variable=variable, rngs=nnx.Rngs(0))
     sha256 = "random"
   else:
-    model = converters.load_prior(config.dino.checkpoint, dtype=dtype, variable=variable)
-    sha256 = fingerprint(config.dino.checkpoint)
+    model = converters.load_prior(config.prior.checkpoint, dtype=dtype, variable=variable)
+    sha256 = fingerprint(config.prior.checkpoint)
   return _prior(config, model, sha256)
 
 
 def _prior(config: ConfigDict, model: Foundation, sha256: str) -> Prior:
-  normalisation = config.dino.get("normalisation", "model")
-  satellite = "sat493m" in os.path.basename(config.dino.checkpoint).lower()
+  normalisation = config.prior.normalisation
+  satellite = "sat493m" in os.path.basename(config.prior.checkpoint).lower()
   if satellite and normalisation != "satellite":
     logging.warning(
       "%s is named like DINOv3's satellite weights, which need prior.normalisation=satellite; it "
-      "is %s", config.dino.checkpoint, normalisation,
+      "is %s", config.prior.checkpoint, normalisation,
     )  # fmt: skip
   levels = fused_levels(config, model.depth)
   return priors.from_module(
@@ -114,10 +115,10 @@ def _prior(config: ConfigDict, model: Foundation, sha256: str) -> Prior:
 
 def fused_levels(config: ConfigDict, depth: int) -> tuple[int, ...]:
   """Returns the 0-based blocks to fuse, of a prior with `depth` blocks."""
-  levels = tuple(config.dino.levels) or priors.quarter_levels(depth)
+  levels = tuple(config.prior.levels) or priors.quarter_levels(depth)
   wrong = [level for level in levels if not 0 <= level < depth]
   if wrong:
-    raise ValueError(f"dino.levels names blocks {wrong}; this prior has 0 to {depth - 1}.")
+    raise ValueError(f"prior.levels names blocks {wrong}; this prior has 0 to {depth - 1}.")
   return levels
 
 
@@ -157,7 +158,7 @@ def named_model(checkpoint: str) -> tuple[type[Foundation], dict]:
     if arguments is not None:
       return found, arguments
   raise ValueError(
-    f"dino.checkpoint is {checkpoint!r}, whose name does not contain the ViT's size. "
+    f"prior.checkpoint is {checkpoint!r}, whose name does not contain the ViT's size. "
     "Plans read no weights: give a name such as dinov2_vitl14_pretrain.pth, dino_vits16.pth or "
     "dinov3_vitb16.pth (the file need not exist)."
   )
@@ -172,12 +173,13 @@ def abstract(config: ConfigDict) -> tuple[Prior | None, nnx.Module]:
   """Builds prior and model as shapes only, without memory or weights.
 
   Raises:
-    ValueError: the name of `dino.checkpoint` does not contain the ViT's size.
+    ValueError: the name of `prior.checkpoint` does not contain the ViT's size.
   """
   prior = None
+  settings.adopt(config)
   if config.mode != "original":
-    found, arguments = named_model(config.dino.checkpoint)
-    options = {**arguments, "dtype": jnp.dtype(config.dino.dtype)}
+    found, arguments = named_model(config.prior.checkpoint)
+    options = {**arguments, "dtype": jnp.dtype(config.prior.dtype)}
     model = nnx.eval_shape(lambda: found(**options, rngs=nnx.Rngs(0)))
     prior = _prior(config, model, "abstract")
   return prior, nnx.eval_shape(lambda: create_model(config, prior))
@@ -193,7 +195,7 @@ def parameters(config: ConfigDict) -> int:
   """Counts the parameters (P of the paper) of the model that a config builds, without weights.
 
   Raises:
-    ValueError: the name of `dino.checkpoint` does not contain the ViT's size.
+    ValueError: the name of `prior.checkpoint` does not contain the ViT's size.
   """
   config = config.copy_and_resolve_references()
   config.model.bn_stats = "shared"  # same count; saves tracing the decoder

@@ -179,6 +179,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
   """
   workdir = files.expand(workdir)
   config = config or settings.load(workdir)
+  settings.adopt(config)
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   if not checkpoints.steps():
     raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
@@ -233,7 +234,7 @@ def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, mode
   """Makes the function that yields the test images' maps for a state."""
   the_mesh = mesh.make(config.host_devices)
   apply = forward.make_forward(config, model, images.mean, images.std)
-  prior = prior.placed(the_mesh, config.dino.shard) if prior else None
+  prior = prior.placed(the_mesh, config.prior.shard) if prior else None
 
   def maps(state: dict):
     state = mesh.put_replicated(state, the_mesh)
@@ -257,7 +258,7 @@ def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, ne
 def _show(workdir, config, images, recorder, totals, metrics, shown, about) -> None:
   """Writes `examples.png` and `report.html`, and prints the table."""
   if shown:
-    source = "no prior" if config.mode == "original" else f"prior: {config.dino.checkpoint}"
+    source = "no prior" if config.mode == "original" else f"prior: {config.prior.checkpoint}"
     caption = f"{config.model.backbone}, {config.mode}, {source}, step {metrics['checkpoint']}"
     samples = [images.test[i] for i in shown]
     report.examples(workdir / "examples.png", samples, list(shown.values()), caption)

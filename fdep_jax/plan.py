@@ -103,7 +103,7 @@ def _placed(tree, the_mesh: Mesh):
 def _placed_prior(config: ConfigDict, prior: Prior | None, the_mesh: Mesh):
   if prior is None:
     return None
-  place = mesh.shared_out if config.dino.shard else lambda the_mesh, _: mesh.replicated(the_mesh)
+  place = mesh.shared_out if config.prior.shard else lambda the_mesh, _: mesh.replicated(the_mesh)
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(the_mesh, a.shape)),
     prior,
@@ -112,7 +112,7 @@ def _placed_prior(config: ConfigDict, prior: Prior | None, the_mesh: Mesh):
 
 def _batch(config: ConfigDict, prior: Prior | None, the_mesh: Mesh) -> dict:
   batch = _rows(config.train.batch_size, config.data.crop, the_mesh)
-  if prior and config.dino.bank:  # the levels come with the batch
+  if prior and config.prior.bank:  # the levels come with the batch
     side = -(-config.data.crop // prior.patch)
     shape = (config.train.batch_size, side, side, prior.width)
     level = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=mesh.split(the_mesh))
@@ -342,8 +342,8 @@ def _report(config, parts: Parts, cost: Cost, chip, devices: int, training: bool
 def _ways_out(config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed) -> dict:
   """Finds options that make the step fit, and the largest batch without them, by compiling each."""
   options = [{"train.remat": kind} for kind in step_lib.REMAT if kind != config.train.remat]
-  if parts.prior and not config.dino.shard and the_mesh.devices.size > 1:
-    options += [{"dino.shard": True}, {**options[-1], "dino.shard": True}]
+  if parts.prior and not config.prior.shard and the_mesh.devices.size > 1:
+    options += [{"prior.shard": True}, {**options[-1], "prior.shard": True}]
   helps = []
   for option in options:
     if option.get("train.remat") == "none":

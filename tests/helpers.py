@@ -67,7 +67,7 @@ def toy_config(**changes):
       "data.synthetic_train": 12,
       "data.synthetic_test": 3,
       "data.val_fraction": 0.25,
-      "dino.checkpoint": "random",
+      "prior.checkpoint": "random",
       "train.batch_size": 4,
       "train.steps": 8,
       "checkpoint.every_steps": 4,
@@ -114,7 +114,7 @@ def take_steps(backbone, devices):
   4e-2 after three, where in float64 five stay within 2e-10.
   """
   config = toy_config(**{"model.backbone": backbone, "train.batch_size": 8})
-  config.train.dtype = config.dino.dtype = "float64"
+  config.train.dtype = config.prior.dtype = "float64"
   prior = build.load_prior(config)
   model = build.create_model(config, prior)
   optimizer = optax.sgd(1e-2)

@@ -69,7 +69,7 @@ def make_network(name: str) -> backbones.Backbone:
 
 def make_config(name: str, **changes):
   config = base.get_config()
-  settings = {"model.backbone": name, "data.root": "synthetic", "dino.checkpoint": "random"}
+  settings = {"model.backbone": name, "data.root": "synthetic", "prior.checkpoint": "random"}
   config.update_from_flattened_dict({**settings, "data.crop": 64, **changes})
   return config
 

@@ -189,7 +189,7 @@ class Bank:
     if lines:
       raise ValueError(
         "\n  ".join([f"{path.parent} contains a different prior bank:", *lines])
-        + "\nDelete the folder, or set dino.bank_folder to a different one."
+        + "\nDelete the folder, or set prior.bank_folder to a different one."
       )
 
   def _check_room(self) -> None:
@@ -201,9 +201,9 @@ class Bank:
     if self._total() > room:
       fits = room // (self.bytes_per_crop * len(self._crops.samples))
       raise ValueError(
-        f"dino.bank={self._crops.per_image} needs {self._total() / 1e9:.1f} GB in {self._folder} "
+        f"prior.bank={self._crops.per_image} needs {self._total() / 1e9:.1f} GB in {self._folder} "
         f"({len(self._crops)} crops of {self.bytes_per_crop / 1e6:.2f} MB); {room / 1e9:.1f} GB "
-        "are free. " + (f"dino.bank={fits} fits." if fits else "Not even dino.bank=1 fits.")
+        "are free. " + (f"prior.bank={fits} fits." if fits else "Not even prior.bank=1 fits.")
       )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if self._total() > memory:
