@@ -16,8 +16,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+import converters
 from configs import base
-from fdep_jax import backbones, build, data, evaluate, report, settings
+from fdep_jax import backbones, build, data, evaluate, priors, report, settings
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.backbones import Backbone, Logits
@@ -50,6 +51,25 @@ def toy_backbone():
     backbones.__path__ = known
     sys.modules.pop("fdep_jax.backbones.toy", None)
     vars(backbones).pop("toy", None)
+
+
+@contextlib.contextmanager
+def toy_prior():
+  """Makes a tiny foundation model and its converter known, as dropped-in files are."""
+  folders = (
+    (priors, ROOT / "tests/toy_priors"),
+    (converters, ROOT / "tests/toy_priors/converters"),
+  )
+  known = [list(package.__path__) for package, _ in folders]
+  for (package, folder), before in zip(folders, known, strict=True):
+    package.__path__ = [*before, str(folder)]
+  try:
+    yield importlib.import_module("fdep_jax.priors.toyprior")
+  finally:
+    for (package, _), before in zip(folders, known, strict=True):
+      package.__path__ = before
+      sys.modules.pop(f"{package.__name__}.toyprior", None)
+      vars(package).pop("toyprior", None)
 
 
 # Toy runs.

@@ -24,6 +24,8 @@ ORDER = [
   "benchmarks",
   "main",
   "tests.toy_backbones",
+  "tests.toy_priors",
+  "tests.toy_priors.converters",
   "tests",
 ]
 FILES = [ROOT / "main.py"]
