@@ -157,7 +157,11 @@ class Names:
 def tables() -> Iterator[tuple[str, Table]]:
   """Yields the table of each kind of prior that has one, by name."""
   for name in priors.names():
-    yield name, table(name)
+    try:
+      found = table(name)
+    except ValueError:  # a new kind without a table keeps none of the others from loading
+      continue
+    yield name, found
 
 
 def table(name: str) -> Table:
@@ -374,6 +378,11 @@ def vit_sizes(title: str, state, naming: Naming) -> dict[str, int | bool]:
   blocks = [int(match[1]) for name in state if (match := re.fullmatch(pattern, name))]
   if not blocks:
     raise ValueError(f"not a {title} checkpoint: there is no {naming.block}0.")
+  if max(blocks) >= 4 * len(set(blocks)):  # would take memory for blocks that are not there
+    raise ValueError(
+      f"not a {title} checkpoint: it has {len(set(blocks))} blocks, one of them {naming.block}"
+      f"{max(blocks)}."
+    )
   if naming.registers:
     sizes["registers"] = (0, 0, *np.shape(state.get(naming.registers, ())))[-2]
   first = f"{naming.block}{min(blocks)}."

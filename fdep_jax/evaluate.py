@@ -249,7 +249,7 @@ def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, ne
     "checkpoint": f"step {best['step']}, "
     + ("the newest" if newest else f"the best on {config.eval.select_on}"),
     "its parameters and statistics, SHA-256": _fingerprint(state),
-    "DINOv2, SHA-256 of its file": best["dino_sha256"] or "none",
+    "prior, SHA-256 of its file": best["dino_sha256"] or "none",
     "normalisation": f"mean {images.mean:.6f}, standard deviation {images.std:.6f}",
     "data": f"{config.data.root}, {len(images.test)} test images",
   }
