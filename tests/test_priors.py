@@ -68,6 +68,11 @@ def run(model, image, levels=None):
   return both(state, image)
 
 
+def maps_of(model, image, blocks):
+  graph, state = nnx.split(model)
+  return jax.jit(lambda state, image: nnx.merge(graph, state)(image, blocks))(state, image)
+
+
 def flat(model):
   return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
@@ -192,10 +197,10 @@ def test_a_call_gives_a_map_for_each_level_in_the_order_asked_for(kind):
   model = make(kind)
   image = image_of(model)
   last = model.depth - 1
-  maps = jax.jit(lambda x: model(x, (last, 0)))(image)
+  maps = maps_of(model, image, (last, 0))
   assert [level.shape for level in maps] == 2 * [(1, 2, 3, model.width)]
   assert all(level.dtype == jnp.float32 and np.isfinite(level).all() for level in maps)
-  first = jax.jit(lambda x: model.levels(x, (0,)))(image)[0]
+  (first,) = maps_of(model, image, (0,))
   np.testing.assert_allclose(maps[1], first, atol=1e-5)
   assert relative_error(maps[0], np.asarray(first)) > 0.05
 
@@ -210,8 +215,8 @@ def test_an_image_is_prepared_for_the_patch_and_with_the_models_own_numbers(kind
   np.testing.assert_allclose(grey[0, 1, 1], expected, rtol=1e-5)
   prior = priors.from_module(model, (0,), "random")
   image = np.full((1, 2 * patch, patch, 3), 128, np.uint8)
-  (level,) = prior.levels(jnp.asarray(image))
-  (same,) = model.levels(model.prepare(image / np.float32(255)), (0,))
+  (level,) = jax.jit(lambda prior, image: prior.levels(image))(prior, image)
+  (same,) = maps_of(model, model.prepare(image / np.float32(255)), (0,))
   np.testing.assert_allclose(level, same, atol=1e-5)
 
 
@@ -406,7 +411,7 @@ def test_bfloat16_stays_near_float32(kind):
   half = load(foundation.state_dict(model), kind, dtype=jnp.bfloat16)
   assert half.dtype == jnp.bfloat16
   image, levels = image_of(model), (0, model.depth - 1)
-  ours, theirs = (jax.jit(lambda x, m=m: m(x, levels))(image) for m in (half, model))
+  ours, theirs = (maps_of(m, image, levels) for m in (half, model))
   for a, b in zip(ours, theirs, strict=True):
     assert a.dtype == jnp.float32
     assert relative_error(a, np.asarray(b)) < 0.02
@@ -587,6 +592,7 @@ def test_a_run_takes_any_kind_by_its_file(tmp_path):
   assert isinstance(prior.model, dinov3.DINOv3) and prior.blocks == (0, 1, 2, 3)
   assert prior.sha256 == foundation.fingerprint(path)
   # 32 px crops of a run are whole patches of 16; others are resized to the next ones.
-  levels = prior.levels(jnp.zeros((1, 40, 32, 3), jnp.uint8))
+  image = jax.ShapeDtypeStruct((1, 40, 32, 3), jnp.uint8)
+  levels = jax.eval_shape(lambda prior, image: prior.levels(image), prior, image)
   assert levels[0].shape == (1, 3, 2, 64)
   assert dinov2.prepare(np.zeros((1, 14, 14, 3))).shape == (1, 14, 14, 3)
