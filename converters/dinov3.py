@@ -29,7 +29,7 @@ _NAMINGS = (
   _HUB._replace(block="model.layer."),  # transformers 5 in memory
 )
 _PERIODS = "rope_embed.periods"
-_NO_BIAS_WIDTH = 4096  # ViT-7B, which has no biases of queries, keys and values
+NO_BIAS_WIDTH = 4096  # ViT-7B, which has no biases of queries, keys and values
 
 
 def _without_keys(bias: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ def _block_rules(model: dinov3.DINOv3) -> list[Rule]:
     bias.ours,
     (upstream, (query, None, value)),
     PLAIN._replace(read=_without_keys),
-    np.zeros if model.width >= _NO_BIAS_WIDTH else None,
+    np.zeros if model.width >= NO_BIAS_WIDTH else None,
   )
   if model.blocks.swiglu:  # the gate first, as in DINOv2's single matrix
     mlp = [
@@ -90,7 +90,7 @@ def _block_rules(model: dinov3.DINOv3) -> list[Rule]:
 def _sizes(state, naming: Naming) -> dict:
   sizes = foundation.vit_sizes(dinov3.DINOv3.title, state, naming)
   periods = np.shape(state.get(_PERIODS, ()))
-  head = 128 if sizes["width"] >= _NO_BIAS_WIDTH else foundation.HEAD_WIDTH
+  head = 128 if sizes["width"] >= NO_BIAS_WIDTH else foundation.HEAD_WIDTH
   if len(periods) == 1 and periods[0]:
     head = 4 * periods[0]
   return {**sizes, "heads": 0 if sizes["width"] % head else sizes["width"] // head}

@@ -14,6 +14,7 @@ from flax import nnx
 from helpers import relative_error, toy_config, toy_prior
 
 import converters
+from converters import dinov3 as convert_dinov3
 from converters import foundation
 from fdep_jax import build, data, priors
 from fdep_jax.layers import transformer
@@ -231,7 +232,8 @@ def test_satellite_weights_are_normalised_as_the_setting_says(caplog):
   name = "nowhere/dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
   for changes, warns in (({}, True), (satellite, False)):
     caplog.clear()
-    build.abstract(toy_config(**{"prior.checkpoint": name, "data.root": "x", **changes}))
+    changes = {"prior.checkpoint": name, "model.backbone": "acm", **changes}
+    build.abstract(toy_config(**changes))
     assert ("prior.normalisation=satellite" in caplog.text) is warns
 
 
@@ -499,18 +501,16 @@ def test_dinov2_as_transformers_5_holds_it_in_memory_loads(gated):
   assert_same(load(renamed, "dinov2"), model)
 
 
-def test_the_largest_dinov3_needs_no_biases_and_others_do():
-  wide = make("dinov3", width=4096, depth=1, heads=32, swiglu=True, hidden=8)
-  state = foundation.state_dict(wide)
+def test_the_largest_dinov3_needs_no_biases_and_others_do(monkeypatch):
+  state = foundation.state_dict(make("dinov3", width=256, depth=1, heads=2, swiglu=True, hidden=8))
   del state["blocks.0.attn.qkv.bias"]
-  loaded = converters.load_prior(state)
-  assert loaded.blocks.heads == 32 and not np.any(loaded.blocks.qkv.bias[...])
-  del state["rope_embed.periods"]
-  assert converters.load_prior(state).blocks.heads == 32
-  small = foundation.state_dict(make("dinov3"))
-  del small["blocks.0.attn.qkv.bias"]
   with pytest.raises(ValueError, match="blocks.0.attn.qkv.bias: missing"):
-    converters.load_prior(small)
+    converters.load_prior(state)
+  monkeypatch.setattr(convert_dinov3, "NO_BIAS_WIDTH", 256)  # ViT-7B's is 4096
+  loaded = converters.load_prior(state)
+  assert loaded.blocks.heads == 2 and not np.any(loaded.blocks.qkv.bias[...])
+  del state["rope_embed.periods"]
+  assert converters.load_prior(state).blocks.heads == 2
 
 
 def names(*found):
