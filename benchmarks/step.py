@@ -55,7 +55,7 @@ class JaxWorker:
 
     self.version = f"jax {jax.__version__}"
     vit = dinov2.DINOv2(**dinov2.SIZES[vit], rngs=nnx.Rngs(0))
-    self.prior = priors.from_module(vit, dinov2.quarter_levels(vit.depth), dinov2.prepare, "random")
+    self.prior = priors.from_module(vit, dinov2.quarter_levels(vit.depth), "random")
     self.calls = {}
 
   def describe(self):

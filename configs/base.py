@@ -42,17 +42,22 @@ def get_config():
   c.data.synthetic_train = 400  # scenes
   c.data.synthetic_test = 60  # scenes
 
-  c.dino = ConfigDict()
-  c.dino.checkpoint = "weights/dinov2_vitl14_pretrain.pth"  # or "random" (quick start only)
-  c.dino.levels = ()  # 0-based blocks; () for the quarter depths, ViT-L: 5, 11, 17, 23
-  c.dino.dtype = "float32"  # of its matrix products; bfloat16 on accelerators
-  c.dino.unfreeze = False  # train it, too (Tab. 6); with mode fdep_wo_coisd
-  c.dino.shard = False  # share its weights out among the devices: less memory, more traffic
+  c.prior = ConfigDict()
+  c.prior.checkpoint = "weights/dinov2_vitl14_pretrain.pth"  # or "random" (quick start only)
+  # model | imagenet | satellite: mean and deviation of its input; model: what its kind has. Weights
+  # of DINOv3 that saw satellite images need satellite, and their file does not say so.
+  c.prior.normalisation = "model"
+  c.prior.levels = ()  # 0-based blocks; () for the quarter depths, ViT-L: 5, 11, 17, 23
+  c.prior.dtype = "float32"  # of its matrix products; bfloat16 on accelerators
+  c.prior.unfreeze = False  # train it, too (Tab. 6); with mode fdep_wo_coisd
+  c.prior.shard = False  # share its weights out among the devices: less memory, more traffic
   # K > 0: training draws from K crops of each image, whose levels are computed once
   # (fdep_jax/priors/bank.py). 0: draws new crops at every step, the paper's recipe.
-  c.dino.bank = 0
-  c.dino.bank_refresh_epochs = 0.0  # epochs after which the crops are drawn anew; 0: never
-  c.dino.bank_folder = ""  # default workdir/bank; runs of one data, seed and prior may share it
+  c.prior.bank = 0
+  c.prior.bank_refresh_epochs = 0.0  # epochs after which the crops are drawn anew; 0: never
+  c.prior.bank_folder = ""  # default workdir/bank; runs of one data, seed and prior may share it
+
+  c.dino = c.prior  # the section's old name: one section under two names
 
   c.loss = ConfigDict()
   c.loss.light_weight = 1.0  # λ of L_main + λ·L_light, paper §3.3

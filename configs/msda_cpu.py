@@ -23,7 +23,7 @@ def get_config():
   c.data.crop = 96  # pixels
   c.data.crop_margin = 32
   c.data.target_crop_prob = 0.25
-  c.dino.checkpoint = "weights/dinov2_vits14_pretrain.pth"
+  c.prior.checkpoint = "weights/dinov2_vits14_pretrain.pth"
   c.train.batch_size = 8
   c.train.steps = 400
   c.train.schedule = "warmup_cosine_decay_schedule"

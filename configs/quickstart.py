@@ -18,7 +18,7 @@ def get_config():
   c.data.crop = 64
   c.data.synthetic_size = 96
   c.data.target_crop_prob = 0.5
-  c.dino.checkpoint = os.environ.get("FDEP_DINO", "random")
+  c.prior.checkpoint = os.environ.get("FDEP_DINO", "random")
   c.train.batch_size = 8
   c.train.steps = 300
   c.train.schedule = "warmup_cosine_decay_schedule"

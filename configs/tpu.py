@@ -30,6 +30,6 @@ def get_config(network=""):
     )
   c = importlib.import_module(f"configs.{network}").get_config()
   c.train.dtype = "bfloat16"
-  c.dino.dtype = "bfloat16"
+  c.prior.dtype = "bfloat16"
   c.train.remat = NETWORKS[network]
   return c

@@ -10,10 +10,10 @@ from flax import nnx
 
 from converters import rules
 from converters.torch_file import read_torch
-from fdep_jax import backbones
+from fdep_jax import backbones, priors
 from fdep_jax.priors.dinov2 import DINOv2
 
-__all__ = ["load_backbone", "load_dinov2", "read_torch", "to_torch"]
+__all__ = ["load_backbone", "load_dinov2", "load_prior", "read_torch", "to_torch"]
 
 PathOrState = str | os.PathLike | dict[str, np.ndarray]
 
@@ -59,6 +59,14 @@ def to_torch(net: backbones.Backbone) -> dict[str, np.ndarray]:
   """
   table = _table(type(net).__module__.rsplit(".", 1)[-1])
   return rules.unfill(net, table.rules(net), _dead(table, net), _fixed(table))
+
+
+def load_prior(path_or_state: PathOrState, dtype=jnp.float32, **options) -> priors.Foundation:
+  """Loads a foundation model of any kind; see `converters.foundation.load_prior`."""
+  # Imported here: its tables are of this package.
+  from converters.foundation import load_prior as load
+
+  return load(path_or_state, dtype, **options)
 
 
 def load_dinov2(path_or_state: PathOrState, dtype=jnp.float32, **options) -> DINOv2:

@@ -13,7 +13,7 @@ from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.backbones.msda import MSDANet
 from fdep_jax.fdep import FUSIONS
 from fdep_jax.layers import basic, ops
-from fdep_jax.priors import dinov2
+from fdep_jax.priors import Foundation
 
 
 class PartlyShared(nnx.Module):
@@ -213,7 +213,7 @@ class Unfrozen(nnx.Module):
     levels: 0-based blocks whose outputs are fused.
   """
 
-  def __init__(self, model: nnx.Module, vit: dinov2.DINOv2, levels: tuple[int, ...]):
+  def __init__(self, model: nnx.Module, vit: Foundation, levels: tuple[int, ...]):
     self.model, self.vit, self.levels = model, vit, levels
 
   @property

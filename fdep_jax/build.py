@@ -1,20 +1,20 @@
 """Builds data, prior and model from a config."""
 
+import logging
 import os
-import re
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import ablations, data, priors
+from fdep_jax import ablations, data, priors, settings
 from fdep_jax.backbones import network_class
 from fdep_jax.fdep import FDEP
-from fdep_jax.priors import Prior, dinov2
+from fdep_jax.priors import Foundation, Prior, dinov2
 
-# ViT of the quick start, which needs no DINOv2 file.
-RANDOM_PRIOR = {"width": 96, "depth": 4, "heads": 4}
+# Small DINOv2 of the quick start, which needs no weight file.
+RANDOM_PRIOR = dict(dinov2.DINOv2.small)
 
 
 class Images(NamedTuple):
@@ -50,7 +50,7 @@ def check_inputs(config: ConfigDict) -> None:
   """
   check_network(config)
   missing = []
-  root, checkpoint = config.data.root, config.dino.checkpoint
+  root, checkpoint = config.data.root, config.prior.checkpoint
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
     missing.append(
       f"data.root: there is no folder {root}. Download the dataset and lay it out as "
@@ -59,9 +59,9 @@ def check_inputs(config: ConfigDict) -> None:
     )
   if config.mode != "original" and checkpoint != "random" and not os.path.isfile(checkpoint):
     missing.append(
-      f"dino.checkpoint: there is no file {checkpoint}. Download dinov2_vitl14_pretrain.pth from "
-      "the facebookresearch/dinov2 repository (docs/data.md), or convert your own file with "
-      "`python -m converters.dinov2 IN OUT` and set --config.dino.checkpoint=OUT."
+      f"prior.checkpoint: there is no file {checkpoint}. Download dinov2_vitl14_pretrain.pth from "
+      "the facebookresearch/dinov2 repository, or another prior (docs/priors.md), or convert your "
+      "own file with `python -m converters IN OUT` and set --config.prior.checkpoint=OUT."
     )
   if missing:
     raise FileNotFoundError("\n".join(missing))
@@ -86,29 +86,44 @@ def load_images(config: ConfigDict) -> Images:
 
 
 def load_prior(config: ConfigDict) -> Prior | None:
-  """Loads DINOv2 with the levels to fuse; returns None if only the detector is trained."""
+  """Loads the prior with the levels to fuse; returns None if only the detector is trained."""
   if config.mode == "original":
     return None
+  settings.adopt(config)
   import converters
-  from converters.dinov2 import fingerprint
+  from converters.foundation import fingerprint
 
-  dtype = jnp.dtype(config.dino.dtype)
-  variable = nnx.Param if config.dino.unfreeze else dinov2.Frozen
-  if config.dino.checkpoint == "random":
-    vit = dinov2.DINOv2(**RANDOM_PRIOR, dtype=dtype, variable=variable, rngs=nnx.Rngs(0))
+  dtype = jnp.dtype(config.prior.dtype)
+  variable = nnx.Param if config.prior.unfreeze else dinov2.Frozen
+  if config.prior.checkpoint == "random":
+    model = dinov2.DINOv2(**RANDOM_PRIOR, dtype=dtype, variable=variable, rngs=nnx.Rngs(0))
     sha256 = "random"
   else:
-    vit = converters.load_dinov2(config.dino.checkpoint, dtype=dtype, variable=variable)
-    sha256 = fingerprint(config.dino.checkpoint)
-  return priors.from_module(vit, fused_levels(config, vit.depth), dinov2.prepare, sha256)
+    model = converters.load_prior(config.prior.checkpoint, dtype=dtype, variable=variable)
+    sha256 = fingerprint(config.prior.checkpoint)
+  return _prior(config, model, sha256)
+
+
+def _prior(config: ConfigDict, model: Foundation, sha256: str) -> Prior:
+  normalisation = config.prior.normalisation
+  satellite = "sat493m" in os.path.basename(config.prior.checkpoint).lower()
+  if satellite and normalisation != "satellite":
+    logging.warning(
+      "%s is named like DINOv3's satellite weights, which need prior.normalisation=satellite; it "
+      "is %s", config.prior.checkpoint, normalisation,
+    )  # fmt: skip
+  levels = fused_levels(config, model.depth)
+  return priors.from_module(
+    model, levels, sha256, None if normalisation == "model" else normalisation
+  )
 
 
 def fused_levels(config: ConfigDict, depth: int) -> tuple[int, ...]:
-  """Returns the 0-based blocks to fuse, of a ViT with `depth` blocks."""
-  levels = tuple(config.dino.levels) or dinov2.quarter_levels(depth)
+  """Returns the 0-based blocks to fuse, of a prior with `depth` blocks."""
+  levels = tuple(config.prior.levels) or priors.quarter_levels(depth)
   wrong = [level for level in levels if not 0 <= level < depth]
   if wrong:
-    raise ValueError(f"dino.levels names blocks {wrong}; this ViT has 0 to {depth - 1}.")
+    raise ValueError(f"prior.levels names blocks {wrong}; this prior has 0 to {depth - 1}.")
   return levels
 
 
@@ -133,56 +148,65 @@ def create_model(config: ConfigDict, prior: Prior | None) -> FDEP:
   return model
 
 
-def vit_arguments(checkpoint: str) -> dict:
-  """Derives the arguments of `DINOv2` from a file name; the file need not exist.
+def named_model(checkpoint: str) -> tuple[type[Foundation], dict]:
+  """Derives a prior's class and its arguments from a file name; the file need not exist.
 
   Raises:
     ValueError: the name does not contain the ViT's size.
   """
   if checkpoint == "random":
-    return RANDOM_PRIOR
-  name = os.path.basename(checkpoint).lower()
-  size = re.search(r"vit[-_]?([sblg])[-_]?14", name)
-  if not size:
-    raise ValueError(
-      f"dino.checkpoint is {checkpoint!r}, whose name does not contain the ViT's size. "
-      "Plans read no weights: give a name such as dinov2_vitl14_pretrain.pth (s, b, l or g; the "
-      "file need not exist)."
-    )
-  return {**dinov2.SIZES[f"vit{size.group(1)}14"], "registers": 4 if "reg" in name else 0}
+    return dinov2.DINOv2, RANDOM_PRIOR
+  file = os.path.basename(checkpoint).lower()
+  for name in priors.names():
+    found = priors.model_class(name)
+    arguments = found.size_of(file)
+    if arguments is not None:
+      return found, arguments
+  raise ValueError(
+    f"prior.checkpoint is {checkpoint!r}, whose name does not contain the ViT's size. "
+    "Plans read no weights: give a name such as dinov2_vitl14_pretrain.pth, dino_vits16.pth or "
+    "dinov3_vitb16.pth (the file need not exist)."
+  )
+
+
+def vit_arguments(checkpoint: str) -> dict:
+  """Derives a prior's arguments from a file name, as `named_model` does."""
+  return named_model(checkpoint)[1]
 
 
 def abstract(config: ConfigDict) -> tuple[Prior | None, nnx.Module]:
   """Builds prior and model as shapes only, without memory or weights.
 
   Raises:
-    ValueError: the name of `dino.checkpoint` does not contain the ViT's size.
+    ValueError: the name of `prior.checkpoint` does not contain the ViT's size.
   """
   prior = None
+  settings.adopt(config)
   if config.mode != "original":
-    vit = nnx.eval_shape(lambda: _random_vit(config))
-    prior = priors.from_module(vit, fused_levels(config, vit.depth), dinov2.prepare, "abstract")
+    model = nnx.eval_shape(lambda: _random_prior(config))
+    prior = _prior(config, model, "abstract")
   return prior, nnx.eval_shape(lambda: random_model(config, prior))
 
 
 def random_model(config: ConfigDict, prior: Prior | None) -> nnx.Module:
   """Builds the model for a prior of shapes only; a trained prior's weights are random.
 
-  To be traced (`jax.eval_shape`), as a trained ViT is part of the model.
+  To be traced (`jax.eval_shape`), as a trained prior is part of the model.
   """
   if prior and not prior.frozen:
-    prior = priors.from_module(_random_vit(config), prior.blocks, dinov2.prepare, prior.sha256)
+    prior = _prior(config, _random_prior(config), prior.sha256)
   return create_model(config, prior)
 
 
-def _random_vit(config: ConfigDict) -> dinov2.DINOv2:
-  options = {**vit_arguments(config.dino.checkpoint), "dtype": jnp.dtype(config.dino.dtype)}
-  variable = nnx.Param if config.dino.unfreeze else dinov2.Frozen
-  return dinov2.DINOv2(**options, variable=variable, rngs=nnx.Rngs(0))
+def _random_prior(config: ConfigDict) -> nnx.Module:
+  found, arguments = named_model(config.prior.checkpoint)
+  options = {**arguments, "dtype": jnp.dtype(config.prior.dtype)}
+  variable = nnx.Param if config.prior.unfreeze else dinov2.Frozen
+  return found(**options, variable=variable, rngs=nnx.Rngs(0))
 
 
 def count_parameters(params: nnx.State) -> int:
-  """Counts parameters (P of the paper), DINOv2 excluded even when trained."""
+  """Counts parameters (P of the paper), the prior excluded even when trained."""
   flat = nnx.to_flat_state(params)
   return sum(leaf.size for path, leaf in flat if path[0] != "vit")
 
@@ -191,7 +215,7 @@ def parameters(config: ConfigDict) -> int:
   """Counts the parameters (P of the paper) of the model that a config builds, without weights.
 
   Raises:
-    ValueError: the name of `dino.checkpoint` does not contain the ViT's size.
+    ValueError: the name of `prior.checkpoint` does not contain the ViT's size.
   """
   config = config.copy_and_resolve_references()
   config.model.bn_stats = "shared"  # same count; saves tracing the decoder

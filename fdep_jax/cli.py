@@ -134,9 +134,13 @@ def parse(argv):
 
   try:
     argv = find_config(argv)
-    return program_flags()(argv)
+    found = program_flags()(argv)
   except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
+  renamed = settings.old_flags(argv)
+  if renamed:
+    print(renamed, file=sys.stderr)
+  return found
 
 
 def find_config(argv):

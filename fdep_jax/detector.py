@@ -38,11 +38,11 @@ def load(
     which: "best" (the default; the newest if none was selected), "last", a step, or the path
       of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or an exported
       `light.safetensors`.
-    branch: "light", or "main", which needs the run's DINOv2 weights; default the deployed one.
+    branch: "light", or "main", which needs the run's prior weights; default the deployed one.
 
   Raises:
-    ValueError: the run has no such branch or step, or was trained with different DINOv2 weights.
-    FileNotFoundError: no run, no checkpoint, or no DINOv2 weights.
+    ValueError: the run has no such branch or step, or was trained with different prior weights.
+    FileNotFoundError: no run, no checkpoint, or no prior weights.
   """
   if str(which).endswith(".safetensors"):
     if branch == "main":
@@ -59,10 +59,10 @@ def load(
     )
   prior = None
   if branch == "main":
-    if config.dino.checkpoint != "random" and not os.path.isfile(config.dino.checkpoint):
+    if config.prior.checkpoint != "random" and not os.path.isfile(config.prior.checkpoint):
       raise FileNotFoundError(
-        "The main branch needs the run's DINOv2 weights, but there is no file "
-        f"{config.dino.checkpoint}. Put it there, or use --branch light if the run has one."
+        "The main branch needs the run's prior weights, but there is no file "
+        f"{config.prior.checkpoint}. Put it there, or use --branch light if the run has one."
       )
     prior = build.load_prior(config)
   model = build.create_model(config, prior)
@@ -78,8 +78,8 @@ def load(
     checkpoints.close()
   if prior and prior.sha256 != meta["dino_sha256"]:
     raise ValueError(
-      f"{workdir} was trained with different DINOv2 weights (SHA-256 {meta['dino_sha256']}) than "
-      f"{config.dino.checkpoint} ({prior.sha256}). Put back the file it was trained with."
+      f"{workdir} was trained with different prior weights (SHA-256 {meta['dino_sha256']}) than "
+      f"{config.prior.checkpoint} ({prior.sha256}). Put back the file it was trained with."
     )
   nnx.update(model, state["params"], state["stats"])
   source = f"{workdir}, step {step}"

@@ -198,6 +198,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
   """
   workdir = files.expand(workdir)
   config = config or settings.load(workdir)
+  settings.adopt(config)
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   if not checkpoints.steps():
     raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
@@ -265,7 +266,7 @@ def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, mode
   """Makes the function that yields the test images' maps for a state."""
   the_mesh = mesh.make(config.host_devices)
   apply = forward.make_forward(config, model, images.mean, images.std)
-  prior = prior.placed(the_mesh, config.dino.shard) if prior else None
+  prior = prior.placed(the_mesh, config.prior.shard) if prior else None
 
   def maps(state: dict):
     state = mesh.put_replicated(state, the_mesh)
@@ -280,7 +281,7 @@ def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, ne
     "checkpoint": f"step {best['step']}, "
     + ("the newest" if newest else f"the best on {config.eval.select_on}"),
     "its parameters and statistics, SHA-256": fingerprint(state),
-    "DINOv2, SHA-256 of its file": best["dino_sha256"] or "none",
+    "prior, SHA-256 of its file": best["dino_sha256"] or "none",
     "normalisation": f"mean {images.mean:.6f}, standard deviation {images.std:.6f}",
     "data": f"{config.data.root}, {len(images.test)} test images",
   }
@@ -289,7 +290,7 @@ def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, ne
 def _show(workdir, config, images, recorder, totals, metrics, shown, about) -> None:
   """Writes `examples.png` and `report.html`, and prints the table."""
   if shown:
-    source = "no prior" if config.mode == "original" else f"prior: {config.dino.checkpoint}"
+    source = "no prior" if config.mode == "original" else f"prior: {config.prior.checkpoint}"
     caption = f"{config.model.backbone}, {config.mode}, {source}, step {metrics['checkpoint']}"
     samples = [images.test[i] for i in shown]
     report.examples(workdir / "examples.png", samples, list(shown.values()), caption)

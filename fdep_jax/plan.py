@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fdep_jax import ablations, build, forward, priors, settings
 from fdep_jax import step as step_lib
-from fdep_jax.priors import Prior, dinov2
+from fdep_jax.priors import Prior
 from fdep_jax.runtime import files, hlo, mesh, topology
 
 # GMAC of convolutions, linear layers and products of attention for one 448×448 image, counted on
@@ -110,7 +110,7 @@ def _placed(tree, the_mesh: Mesh):
 def _placed_prior(config: ConfigDict, prior: Prior | None, the_mesh: Mesh):
   if prior is None or not prior.frozen:  # a trained one is part of the state
     return prior and dataclasses.replace(prior, weights=None)
-  place = mesh.shared_out if config.dino.shard else lambda the_mesh, _: mesh.replicated(the_mesh)
+  place = mesh.shared_out if config.prior.shard else lambda the_mesh, _: mesh.replicated(the_mesh)
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(the_mesh, a.shape)),
     prior,
@@ -119,7 +119,7 @@ def _placed_prior(config: ConfigDict, prior: Prior | None, the_mesh: Mesh):
 
 def _batch(config: ConfigDict, prior: Prior | None, the_mesh: Mesh) -> dict:
   batch = _rows(config.train.batch_size, config.data.crop, the_mesh)
-  if prior and config.dino.bank:  # the levels come with the batch
+  if prior and config.prior.bank:  # the levels come with the batch
     side = -(-config.data.crop // prior.patch)
     shape = (config.train.batch_size, side, side, prior.width)
     level = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=mesh.split(the_mesh))
@@ -228,21 +228,13 @@ def minimum(config: ConfigDict, parts: Parts, rows: int, training: bool) -> dict
       project = vit.width * channels * tokens
       inside = 11.5 * channels**2 if config.model.fusion == "samf" else 0
       least["samf"] = passes * len(parts.prior.blocks) * (project + inside * places)
-    macs = _vit_macs(vit, tokens, max(parts.prior.blocks) + 1)
+    side = -(-crop // vit.patch)
+    macs = vit.macs(side, side, parts.prior.blocks)
     if parts.prior.frozen:
       least["frozen_vit"] = 2 * rows * macs
     else:
       least["trained_vit"] = passes * macs
   return least
-
-
-def _vit_macs(vit: dinov2.DINOv2, patches: int, depth: int) -> float:
-  length = 1 + vit.registers + patches
-  block = vit.blocks
-  matrices = (block.qkv, block.project, block.expand, block.reduce)
-  products = sum(math.prod(matrix.kernel.shape[1:]) for matrix in matrices)
-  embed = patches * math.prod(vit.patch_embed.kernel.shape)
-  return embed + depth * (length * products + 2 * length**2 * vit.width)
 
 
 def command(flags) -> None:
@@ -366,8 +358,8 @@ def _report(config, parts: Parts, cost: Cost, chip, devices: int, training: bool
 def _ways_out(config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed) -> dict:
   """Finds options that make the step fit, and the largest batch without them, by compiling each."""
   options = [{"train.remat": kind} for kind in step_lib.REMAT if kind != config.train.remat]
-  if parts.prior and not config.dino.shard and the_mesh.devices.size > 1:
-    options += [{"dino.shard": True}, {**options[-1], "dino.shard": True}]
+  if parts.prior and not config.prior.shard and the_mesh.devices.size > 1:
+    options += [{"prior.shard": True}, {**options[-1], "prior.shard": True}]
   helps = []
   for option in options:
     if option.get("train.remat") == "none":

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ from fdep_jax.runtime import files
 # A run may be continued with different values of these: they do not change a step's result.
 _FREE = re.compile(
   r"train\.(steps|epochs|nonfinite|remat)|(log|checkpoint)\..*|host_devices|distributed"
-  r"|profile_steps|dino\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
+  r"|profile_steps|prior\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
 )
 
 
@@ -27,7 +28,8 @@ _CHOICES = {
   "model.share": ("both", "encoder", "decoder"),
   "model.on_dino": ("no", "plain", "msda"),
   "data.augment": ("recipe", "dihedral", "none"),
-  "dino.dtype": ("float32", "bfloat16"),
+  "prior.normalisation": ("model", "imagenet", "satellite"),
+  "prior.dtype": ("float32", "bfloat16"),
   "train.dtype": ("float32", "bfloat16"),
   "train.nonfinite": ("stop", "skip"),
   "train.remat": ("none", "products"),
@@ -41,6 +43,76 @@ _POSITIVE = (
 )  # fmt: skip
 
 
+# A section and the name that earlier versions gave it. `configs/base.py` has it under both, so
+# whatever sets or reads the old name still works; run folders have the new one.
+_OLD, _NEW = "dino", "prior"
+_SINCE = {"normalisation": "model"}  # settings of the section that earlier versions lacked
+
+
+def new_name(name: str) -> str:
+  """Returns the name that a setting has now: prior.bank for dino.bank."""
+  return f"{_NEW}.{name.removeprefix(f'{_OLD}.')}" if name.startswith(f"{_OLD}.") else name
+
+
+def adopt(config: ConfigDict, source: str = "the config") -> None:
+  """Takes over settings under their old names, in place; says so in one line.
+
+  Raises:
+    ValueError: one setting has two values, one under each name.
+  """
+  if _OLD not in config and _NEW not in config:
+    return
+  if _OLD in config and _NEW in config and config[_OLD] is config[_NEW]:
+    return
+  with config.unlocked():
+    if _NEW not in config:
+      config[_NEW] = config[_OLD]
+      with config[_NEW].unlocked():
+        config[_NEW].update({k: v for k, v in _SINCE.items() if k not in config[_NEW]})
+      logging.info("%s has settings named %s.*, which are now called %s.*", source, _OLD, _NEW)
+    elif _OLD in config:
+      _merge(config, source)
+    config[_OLD] = config[_NEW]
+
+
+def _merge(config: ConfigDict, source: str) -> None:
+  """Takes each setting from the section where it is not the default."""
+  from configs import base
+
+  default, old, new = base.get_config()[_NEW], config[_OLD], config[_NEW]
+  taken, clashes = [], []
+  for name, value in old.items():
+    if name not in new or new[name] == value or value == default.get(name):
+      continue
+    if new[name] == default.get(name):
+      new[name] = value
+      taken.append(f"{_OLD}.{name}")
+    else:
+      clashes.append(f"{_OLD}.{name} is {value!r} and {_NEW}.{name} is {new[name]!r}")
+  if clashes:
+    raise ValueError(
+      f"{source}: {'; '.join(clashes)}. {_OLD} is the old name of {_NEW}; leave it out."
+    )
+  if taken:
+    logging.info("%s sets %s, which is now called %s.*", source, ", ".join(taken), _NEW)
+
+
+def old_flags(argv: list[str]) -> str:
+  """Returns one line on a command line's settings that have new names; "" if there are none."""
+  names = [argument.partition("=")[0].removeprefix("--config.") for argument in argv]
+  old = [name for name in dict.fromkeys(names) if new_name(name) != name]
+  if not old:
+    return ""
+  return f"{', '.join(old)}: now called {', '.join(map(new_name, old))}; the old names still work."
+
+
+def as_dict(config: ConfigDict) -> dict:
+  """Returns a config as nested dicts, each section once, under the name that it has now."""
+  values = config.to_dict()
+  old = values.pop(_OLD, None)
+  return values if old is None or _NEW in values else {**values, _NEW: old}
+
+
 def flat(config: ConfigDict) -> dict[str, object]:
   """Returns every setting by its dotted name, as JSON stores it."""
 
@@ -51,7 +123,7 @@ def flat(config: ConfigDict) -> dict[str, object]:
     else:
       yield prefix[:-1], list(value) if isinstance(value, tuple) else value
 
-  return dict(walk("", config.to_dict()))
+  return dict(walk("", as_dict(config)))
 
 
 def explain_flags(argv: list[str], error: Exception) -> str:
@@ -71,7 +143,7 @@ def explain_flags(argv: list[str], error: Exception) -> str:
       return f"{path}: {refusal}"
     for argument in arguments:
       name = argument.removeprefix("--config.")
-      if name == argument or name in known:
+      if name == argument or new_name(name) in known:
         continue
       near = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
       near += [k for k in difflib.get_close_matches(name, known, 3, 0.5) if k not in near]
@@ -87,6 +159,7 @@ def _split_flag(argument: str, following: str) -> tuple[str, str]:
 
 def check(config: ConfigDict) -> None:
   """Raises one ValueError that lists all missing settings or, if none is, all wrong values."""
+  adopt(config)
   values, problems = flat(config), []
   _check_complete(values, "the config")
   for name, choices in _CHOICES.items():
@@ -110,13 +183,18 @@ def check(config: ConfigDict) -> None:
       classical.parse(values["model.backbone"])
     except ValueError as error:
       problems.append(f"model.backbone: {error}")
-  for name in ("data.crop_margin", "dino.bank", "dino.bank_refresh_epochs", "loss.distill_weight"):
+  for name in (
+    "data.crop_margin",
+    "prior.bank",
+    "prior.bank_refresh_epochs",
+    "loss.distill_weight",
+  ):
     if values[name] < 0:
       problems.append(f"{name} is {values[name]}; it must not be negative.")
-  if values["dino.checkpoint"] == "random" and values["data.root"] != "synthetic":
+  if values["prior.checkpoint"] == "random" and values["data.root"] != "synthetic":
     problems.append(
-      'dino.checkpoint is "random", which only the quick start on synthetic scenes may use. '
-      "Name a DINOv2 checkpoint."
+      'prior.checkpoint is "random", which only the quick start on synthetic scenes may use. '
+      "Name a prior's weight file."
     )
   if values["train.batch_size"] % max(values["host_devices"], 1):
     problems.append(
@@ -164,14 +242,14 @@ def _ablation_problems(values: dict) -> list[str]:
     ("model.share", values["model.share"] != "both", ("fdep",)),
     ("loss.distill_weight", values["loss.distill_weight"] > 0, ("fdep",)),
     ("model.on_dino", values["model.on_dino"] != "no", ("fdep_wo_coisd",)),
-    ("dino.unfreeze", values["dino.unfreeze"], ("fdep_wo_coisd",)),
+    ("prior.unfreeze", values["prior.unfreeze"], ("fdep_wo_coisd",)),
   ):
     if is_used and mode not in modes:
       problems.append(f"{name} is {values[name]!r}, which needs mode {modes[0]}; it is {mode!r}.")
-  if values["dino.unfreeze"] and values["dino.bank"]:
-    problems.append("dino.bank needs a frozen DINOv2. Set dino.bank=0 or dino.unfreeze=False.")
-  if values["dino.unfreeze"] and values["dino.dtype"] != "float32":
-    problems.append("dino.unfreeze trains DINOv2, which needs dino.dtype=float32.")
+  if values["prior.unfreeze"] and values["prior.bank"]:
+    problems.append("prior.bank needs a frozen DINOv2. Set prior.bank=0 or prior.unfreeze=False.")
+  if values["prior.unfreeze"] and values["prior.dtype"] != "float32":
+    problems.append("prior.unfreeze trains DINOv2, which needs prior.dtype=float32.")
   if (values["train.labels"] != "true") != bool(values["train.teacher"]):
     problems.append(
       f"train.labels is {values['train.labels']!r} and train.teacher {values['train.teacher']!r}; "
@@ -223,7 +301,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
       )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, config.to_dict())
+    files.write_json(path, as_dict(config))
   except OSError as error:
     raise ValueError(
       f"{workdir} cannot be written ({error.strerror}). Choose a different folder."
@@ -245,10 +323,12 @@ def load(workdir: str | os.PathLike) -> ConfigDict:
 def _read(workdir: str | os.PathLike) -> ConfigDict:
   path = pathlib.Path(workdir) / "config.json"
   try:
-    return ConfigDict(json.loads(path.read_text()))
+    config = ConfigDict(json.loads(path.read_text()))
   except FileNotFoundError:
     raise FileNotFoundError(
       f"{path} does not exist: {workdir} is not the folder of a run."
     ) from None
   except ValueError as error:
     raise ValueError(f"{path} is not a config: {error}") from None
+  adopt(config, str(path))
+  return config

@@ -60,11 +60,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       identity["teacher"] = pseudo.fingerprint(config)
       images = images._replace(train=pseudo.relabel(config, images.train, the_mesh))
     prior = build.load_prior(config)
-    crops = _crop_bank(config, images.train) if config.dino.bank else None
+    crops = _crop_bank(config, images.train) if config.prior.bank else None
     levels = None
     if crops and prior:
-      folder = pathlib.Path(config.dino.bank_folder or workdir / "bank")
-      levels = bank.Bank(folder, crops, prior, keep_old=bool(config.dino.bank_folder))
+      folder = pathlib.Path(config.prior.bank_folder or workdir / "bank")
+      levels = bank.Bank(folder, crops, prior, keep_old=bool(config.prior.bank_folder))
     with files.locked(workdir) if mesh.writes() else contextlib.nullcontext():
       if mesh.writes():
         settings.claim_workdir(workdir, config)
@@ -127,7 +127,7 @@ class Loop:
     state, self.progress = self._restore(state)
     self.start = self.progress.step
     self.state = mesh.put_replicated(state, the_mesh)
-    self.prior = prior.placed(the_mesh, config.dino.shard) if prior else None
+    self.prior = prior.placed(the_mesh, config.prior.shard) if prior else None
     self.take_step = step_lib.make_step(config, model, optimizer, images.mean, images.std)
     self.forward = forward.make_forward(config, model, images.mean, images.std)
     self.selection = images.val if config.eval.select_on == "val" else images.test
@@ -142,9 +142,9 @@ class Loop:
       state, saved = self.checkpoints.restore(state)
       if saved["dino_sha256"] != self.meta["dino_sha256"]:
         raise ValueError(
-          f"{self.workdir} was trained with different DINOv2 weights (SHA-256 "
-          f"{saved['dino_sha256']}) than {self.config.dino.checkpoint} "
-          f"({self.meta['dino_sha256']}). Set dino.checkpoint to the file it was trained with."
+          f"{self.workdir} was trained with different prior weights (SHA-256 "
+          f"{saved['dino_sha256']}) than {self.config.prior.checkpoint} "
+          f"({self.meta['dino_sha256']}). Set prior.checkpoint to the file it was trained with."
         )
       # Checkpoints of older versions have no fingerprint of the data.
       ours, theirs = self.meta["data_sha256"], saved.get("data_sha256", {})
@@ -351,13 +351,13 @@ def _crop_bank(config: ConfigDict, samples: list[data.Sample]) -> data.CropBank:
   per_epoch = len(samples) / config.train.batch_size  # steps
   return data.CropBank(
     samples,
-    per_image=config.dino.bank,
+    per_image=config.prior.bank,
     size=config.data.crop,
     seed=config.seed,
     augment=config.data.augment,
     target_crop_prob=config.data.target_crop_prob,
     crop_margin=config.data.crop_margin,
-    refresh_steps=round(config.dino.bank_refresh_epochs * per_epoch),
+    refresh_steps=round(config.prior.bank_refresh_epochs * per_epoch),
   )
 
 
@@ -369,5 +369,5 @@ def _describe(config: ConfigDict, images: build.Images, prior: Prior | None) -> 
   )  # fmt: skip
   logging.info("the best checkpoint is selected on %s", config.eval.select_on)
   if prior:
-    source = "RANDOM weights" if prior.sha256 == "random" else config.dino.checkpoint
+    source = "RANDOM weights" if prior.sha256 == "random" else config.prior.checkpoint
     logging.info("prior: ViT of width %d from %s, levels %s", prior.width, source, prior.blocks)

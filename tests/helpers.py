@@ -16,8 +16,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+import converters
 from configs import base
-from fdep_jax import backbones, build, data, evaluate, report, settings
+from fdep_jax import backbones, build, data, evaluate, priors, report, settings
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.backbones import Backbone, Logits
@@ -52,6 +53,25 @@ def toy_backbone():
     vars(backbones).pop("toy", None)
 
 
+@contextlib.contextmanager
+def toy_prior():
+  """Makes a tiny foundation model and its converter known, as dropped-in files are."""
+  folders = (
+    (priors, ROOT / "tests/toy_priors"),
+    (converters, ROOT / "tests/toy_priors/converters"),
+  )
+  known = [list(package.__path__) for package, _ in folders]
+  for (package, folder), before in zip(folders, known, strict=True):
+    package.__path__ = [*before, str(folder)]
+  try:
+    yield importlib.import_module("fdep_jax.priors.toyprior")
+  finally:
+    for (package, _), before in zip(folders, known, strict=True):
+      package.__path__ = before
+      sys.modules.pop(f"{package.__name__}.toyprior", None)
+      vars(package).pop("toyprior", None)
+
+
 # Toy runs.
 
 
@@ -67,7 +87,7 @@ def toy_config(**changes):
       "data.synthetic_train": 12,
       "data.synthetic_test": 3,
       "data.val_fraction": 0.25,
-      "dino.checkpoint": "random",
+      "prior.checkpoint": "random",
       "train.batch_size": 4,
       "train.steps": 8,
       "checkpoint.every_steps": 4,
@@ -114,7 +134,7 @@ def take_steps(backbone, devices):
   4e-2 after three, where in float64 five stay within 2e-10.
   """
   config = toy_config(**{"model.backbone": backbone, "train.batch_size": 8})
-  config.train.dtype = config.dino.dtype = "float64"
+  config.train.dtype = config.prior.dtype = "float64"
   prior = build.load_prior(config)
   model = build.create_model(config, prior)
   optimizer = optax.sgd(1e-2)

@@ -155,7 +155,7 @@ def test_msdas_decoder_has_its_parameters_and_the_projections():
 
 def test_an_unfrozen_prior_is_trained_saved_and_not_counted(toy, tmp_path):
   changes = {"mode": "fdep_wo_coisd", "model.on_dino": "plain", "train.steps": 2}
-  config = toy_config(**changes, **{"dino.unfreeze": True})
+  config = toy_config(**changes, **{"prior.unfreeze": True})
   prior, _, _, state = parts(config)
   before = {k: np.asarray(v) for k, v in checkpoint.flatten(state["params"]).items()}
   vit = [name for name in before if name.startswith("vit/")]
@@ -174,7 +174,7 @@ def test_an_unfrozen_prior_is_trained_saved_and_not_counted(toy, tmp_path):
 def test_a_frozen_and_an_unfrozen_prior_give_the_same_at_the_start(toy):
   outputs = []
   for unfreeze in (False, True):
-    config = toy_config(mode="fdep_wo_coisd", **{"dino.unfreeze": unfreeze})
+    config = toy_config(mode="fdep_wo_coisd", **{"prior.unfreeze": unfreeze})
     prior, model, _, state = parts(config)
     apply = forward.make_forward(config, model, 0.5, 0.2)
     prior = prior.placed(train.mesh.make())
@@ -243,11 +243,11 @@ def test_settings_that_do_not_go_together_are_refused():
   config = toy_config(
     mode="original",
     **{"model.share": "encoder", "loss.distill_weight": 1.0, "model.on_dino": "plain"},
-    **{"dino.unfreeze": True, "dino.bank": 2, "train.labels": "both"},
+    **{"prior.unfreeze": True, "prior.bank": 2, "train.labels": "both"},
   )
   with pytest.raises(ValueError) as info:
     settings.check(config)
   message = str(info.value)
   assert "6 problems" in message
-  for name in ("model.share", "loss.distill_weight", "model.on_dino", "dino.unfreeze", "teacher"):
+  for name in ("model.share", "loss.distill_weight", "model.on_dino", "prior.unfreeze", "teacher"):
     assert name in message

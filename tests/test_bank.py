@@ -136,13 +136,13 @@ def test_a_bank_that_the_disk_cannot_hold_is_refused_before_anything_is_written(
   one = 4 * 2 * 2 * prior.width * 2  # levels, tokens, width, bytes
   usage = shutil.disk_usage(tmp_path)._replace(free=3 * 3 * one + 1)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-  with pytest.raises(ValueError, match=r"dino\.bank=5 needs 0\.0 GB .*dino\.bank=3 fits"):
+  with pytest.raises(ValueError, match=r"prior\.bank=5 needs 0\.0 GB .*prior\.bank=3 fits"):
     bank.Bank(tmp_path / "bank", crops, prior)
   assert not list(tmp_path.iterdir())
 
 
 def test_training_from_a_bank_resumes_exactly_and_its_step_has_no_vit(toy, tmp_path):
-  changes = {"dino.bank": 2, "dino.bank_refresh_epochs": 2.0, "log.every_steps": 1}
+  changes = {"prior.bank": 2, "prior.bank_refresh_epochs": 2.0, "log.every_steps": 1}
   config = toy_config(**changes)
   train.train(config, tmp_path / "a")
   train.train(toy_config(**changes, **{"train.steps": 5}), tmp_path / "b")

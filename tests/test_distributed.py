@@ -68,7 +68,7 @@ def finish(processes, code=0):
 
 @pytest.mark.slow
 def test_two_processes_train_evaluate_and_save_what_one_does(toy, tmp_path):
-  changes = {"log.every_steps": 1, "train.steps": 5, "checkpoint.every_steps": 2, "dino.bank": 2}
+  changes = {"log.every_steps": 1, "train.steps": 5, "checkpoint.every_steps": 2, "prior.bank": 2}
   changes["log.compile_cache"] = ""
   running = start_processes(changes, f"train.train(config, {str(tmp_path / 'two')!r})")
   one = toy_config(**changes, host_devices=4)

@@ -175,9 +175,9 @@ FAST = ("acm-original", "acm-fdep_wo_coisd", "acm-fdep", "dino-plain", "dino-pla
 
 def miniature(row: experiments.Row, monkeypatch, backbone: str | None = None):
   config = experiments.resolve(base.get_config(), row, 0, "runs")
-  size = next((s for s in TINY if f"vit{s[0].lower()}14" in config.dino.checkpoint), "L/14")
+  size = next((s for s in TINY if f"vit{s[0].lower()}14" in config.prior.checkpoint), "L/14")
   monkeypatch.setattr(build, "RANDOM_PRIOR", TINY[size])
-  config.dino.checkpoint, config.data.root = "random", "synthetic"
+  config.prior.checkpoint, config.data.root = "random", "synthetic"
   config.data.crop, config.train.batch_size = 32, 2
   if backbone:
     config.model.backbone = backbone

@@ -71,7 +71,7 @@ def make_config(name: str, **changes):
   config = base.get_config()
   if not backbones.network_class(name).top_channels:
     config.mode = "original"
-  settings = {"model.backbone": name, "data.root": "synthetic", "dino.checkpoint": "random"}
+  settings = {"model.backbone": name, "data.root": "synthetic", "prior.checkpoint": "random"}
   config.update_from_flattened_dict({**settings, "data.crop": 64, **changes})
   return config
 

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.numpy import save
 
 import converters
-from converters import rules
-from fdep_jax import predict, score
+from converters import foundation, rules
+from fdep_jax import predict, priors, score
 from fdep_jax.data import frames
 
 COUNTS = [100, pytest.param(2000, marks=pytest.mark.slow)]
@@ -213,3 +213,73 @@ def test_broken_checkpoints_are_converted_or_refused(tmp_path, marker, toy, monk
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(net)))
     path.unlink()
   assert 0 < converted < count
+
+
+def small_prior(kind):
+  sizes = {"width": 16, "depth": 2, "heads": 1, "patch": 4}
+  sizes |= {} if kind == "dinov3" else {"grid": 2}
+  return foundation.state_dict(priors.model_class(kind)(**sizes, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kind", priors.names())
+def test_broken_prior_files_are_loaded_or_refused(tmp_path, marker, kind, count):
+  seeds = checkpoints(tmp_path, small_prior(kind), marker)
+  loaded = 0
+  for case in range(count // 3):
+    path = tmp_path / f"{case}.pth"
+    path.write_bytes(edited(np.random.default_rng(case), seeds))
+    with limited(case):
+      try:
+        model = converters.load_prior(path, heads=1)
+      except ValueError as error:
+        assert str(path) in str(error) and len(str(error)) < 10_000
+      else:
+        loaded += 1
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(model)))
+    path.unlink()
+  assert 0 < loaded < count // 3
+
+
+def edited_arrays(rng: np.random.Generator, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A state_dict with one to three names, shapes or types changed."""
+  state = dict(state)
+  for _ in range(rng.integers(1, 4)):
+    name = list(state)[rng.integers(len(state))]
+    array, other = state[name], list(state)[rng.integers(len(state))]
+    match rng.integers(9):
+      case 0:
+        del state[name]
+      case 1:
+        state[other] = array
+      case 2:
+        state[name.replace("1", "999")] = state.pop(name)
+      case 3:
+        state[f"teacher.{name}"] = state.pop(name)
+      case 4:
+        state[name] = array.reshape(-1)[: rng.integers(array.size + 1)]
+      case 5:
+        state[name] = array[None] if rng.random() < 0.5 else np.float32(0)
+      case 6:
+        state[name] = array.astype(rng.choice(["int8", "complex64", "bool", "float16", "U4"]))
+      case 7:
+        state[name] = np.moveaxis(array, 0, -1)
+      case 8:
+        state[rng.choice(["head.weight", "stages.0.0.gamma", "x" * 500, "", "blocks.7"])] = array
+  return state
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kind", priors.names())
+def test_edited_priors_are_loaded_or_refused(kind, count):
+  sound, loaded = small_prior(kind), 0
+  for case in range(count // 2):
+    with limited(case):
+      try:
+        model = converters.load_prior(edited_arrays(np.random.default_rng(case), sound), heads=1)
+      except ValueError as error:
+        assert 20 < len(str(error)) < 30_000
+      else:
+        loaded += 1
+        assert model.frozen and model.depth <= 2
+  assert loaded < 0.8 * count // 2

@@ -168,8 +168,8 @@ def test_a_small_file_that_unpacks_to_a_huge_array_is_refused_before_it_is_unpac
     {"mode": "fdep", "model.share": "encoder"},
     {"mode": "fdep", "model.share": "decoder"},
     {"mode": "fdep_wo_coisd", "model.on_dino": "plain"},
-    {"mode": "fdep_wo_coisd", "dino.unfreeze": True},
-    {"mode": "fdep_wo_coisd", "model.on_dino": "plain", "dino.unfreeze": True},
+    {"mode": "fdep_wo_coisd", "prior.unfreeze": True},
+    {"mode": "fdep_wo_coisd", "model.on_dino": "plain", "prior.unfreeze": True},
   ],
 )
 def test_a_plan_is_of_the_parameters_that_a_run_trains(toy, monkeypatch, changes):
@@ -190,12 +190,12 @@ def test_a_plan_is_of_the_parameters_that_a_run_trains(toy, monkeypatch, changes
   ]
   assert shapes[:2] == shapes[2:]
   least = plan.minimum(config, parts, 2, training=True)
-  trained = bool(changes.get("dino.unfreeze"))
+  trained = bool(changes.get("prior.unfreeze"))
   assert ("trained_vit" in least, "frozen_vit" in least) == (trained, not trained)
   assert ("samf" in least) == ("model.on_dino" not in changes)
   if trained:
     frozen = config.copy_and_resolve_references()
-    frozen.dino.unfreeze = False
+    frozen.prior.unfreeze = False
     other = plan.abstract(frozen)
     size = lambda state: sum(leaf.size for leaf in jax.tree.leaves(state["params"]))  # noqa: E731
     of_vit = sum(leaf.size for leaf in jax.tree.leaves(other.prior.weights))

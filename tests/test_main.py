@@ -45,7 +45,7 @@ def folder_config(root, **changes):
     "mode": "original",
     "data.root": str(root),
     "data.val_fraction": 0.5,
-    "dino.checkpoint": base.get_config().dino.checkpoint,
+    "prior.checkpoint": base.get_config().prior.checkpoint,
     "train.batch_size": 2,
     "train.steps": 2,
   }
@@ -81,22 +81,22 @@ def test_the_tpu_config_is_the_networks_own_in_bfloat16():
   for name, remat in tpu.NETWORKS.items():
     own = settings.flat(importlib.import_module(f"configs.{name}").get_config())
     found = settings.flat(tpu.get_config(name))
-    wanted = {"train.dtype": "bfloat16", "dino.dtype": "bfloat16", "train.remat": remat}
+    wanted = {"train.dtype": "bfloat16", "prior.dtype": "bfloat16", "train.remat": remat}
     assert found == own | wanted and own["train.dtype"] == "float32"
 
 
 def test_missing_data_and_weights_are_named_together():
   config = msda.get_config()
-  config.data.root, config.dino.checkpoint = "nowhere/SIRST3", "nowhere/dinov2.pth"
+  config.data.root, config.prior.checkpoint = "nowhere/SIRST3", "nowhere/dinov2.pth"
   with pytest.raises(FileNotFoundError) as info:
     build.check_inputs(config)
   message = str(info.value)
   assert "nowhere/SIRST3" in message and "nowhere/dinov2.pth" in message
-  assert "python -m converters.dinov2 IN OUT" in message and "--config.data.root" in message
+  assert "python -m converters IN OUT" in message and "--config.data.root" in message
 
 
 def test_the_papers_config_does_not_fall_back_on_anything(tmp_path):
-  absent = ("--config.data.root=nowhere/SIRST3", "--config.dino.checkpoint=nowhere/x.pth")
+  absent = ("--config.data.root=nowhere/SIRST3", "--config.prior.checkpoint=nowhere/x.pth")
   done = command("--config", "configs/msda.py", "--workdir", tmp_path / "run", *absent)
   assert done.returncode == 2 and "nowhere/SIRST3" in done.stderr
   assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
@@ -119,9 +119,9 @@ def test_every_bad_value_of_a_config_is_listed():
 
 def test_settings_that_an_older_run_lacks_are_named(tmp_path):
   values = base.get_config().to_dict()
-  del values["dino"]["bank"], values["train"]["remat"]
+  del values["prior"]["bank"], values["train"]["remat"]
   (tmp_path / "config.json").write_text(json.dumps(values))
-  message = r"config.json lacks 2 settings.*\n.*dino.bank \(.*: 0\)\n.*train.remat \(.*\"none\"\)"
+  message = r"config.json lacks 2 settings.*\n.*prior.bank \(.*: 0\)\n.*train.remat \(.*\"none\"\)"
   for read in (settings.load, detector_lib.load):
     with pytest.raises(ValueError, match=message):
       read(tmp_path)
@@ -133,7 +133,7 @@ def test_settings_that_an_older_run_lacks_are_named(tmp_path):
 
 def test_only_the_quick_start_may_use_a_random_prior(toy, tmp_path):
   config = folder_config(
-    make_folder(tmp_path / "data"), mode="fdep", **{"dino.checkpoint": "random"}
+    make_folder(tmp_path / "data"), mode="fdep", **{"prior.checkpoint": "random"}
   )
   assert "only the quick start" in refused(config, tmp_path / "run")
 
@@ -207,7 +207,7 @@ def test_a_file_that_is_no_dinov2_is_refused(toy, tmp_path, content):
 
     name = "conv.weight" if content == "other" else "blocks.0.norm1.weight"
     save_file({name: np.zeros((16,), np.float32)}, path)
-  config = folder_config(root, mode="fdep", **{"dino.checkpoint": str(path)})
+  config = folder_config(root, mode="fdep", **{"prior.checkpoint": str(path)})
   message = refused(config, tmp_path / "run")
   assert str(path) in message and not marker.exists()
   if content == "attack":

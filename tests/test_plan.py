@@ -138,7 +138,7 @@ def test_twice_the_devices_with_twice_the_batch_cost_the_same_each(toy, tmp_path
     assert large[key] == pytest.approx(small[key], rel=0.05)
 
 
-@pytest.mark.parametrize("change", [{"train.remat": "products"}, {"dino.shard": True}])
+@pytest.mark.parametrize("change", [{"train.remat": "products"}, {"prior.shard": True}])
 def test_saving_memory_does_not_change_the_step(toy, change):
   rng = np.random.default_rng(0)
   batch = {
@@ -152,7 +152,7 @@ def test_saving_memory_does_not_change_the_step(toy, change):
     model = build.create_model(config, prior)
     optimizer = optax.sgd(0.1)
     the_mesh = mesh.make(8)
-    placed = prior.placed(the_mesh, config.dino.shard)
+    placed = prior.placed(the_mesh, config.prior.shard)
     sizes.append(sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(placed)))
     step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
     state = mesh.put_replicated(step_lib.init_state(model, optimizer), the_mesh)
@@ -166,11 +166,11 @@ def test_saving_memory_does_not_change_the_step(toy, change):
       if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-  assert sizes[1] < 0.5 * sizes[0] if "dino.shard" in change else sizes[1] == sizes[0]
+  assert sizes[1] < 0.5 * sizes[0] if "prior.shard" in change else sizes[1] == sizes[0]
 
 
 def test_sharing_out_gathers_one_block_at_a_time(toy):
-  config = slice_config(**{"dino.shard": True})
+  config = slice_config(**{"prior.shard": True})
   parts = plan.abstract(config)
   collectives = plan.compile_train(config, parts, mesh.make(4)).collectives
   gathered = [c for c in collectives if c["op"] == "all-gather"]

@@ -411,7 +411,7 @@ def test_a_branch_that_was_not_trained_is_refused(trained, tmp_path):
     path.write_text(json.dumps(config | {"mode": mode}))
     with pytest.raises(ValueError, match=f"mode {mode}, which has no {branch} branch"):
       predict.load(tmp_path / "run", branch=branch)
-  config["dino"]["checkpoint"] = "nowhere/vit.pth"
+  config["prior"]["checkpoint"] = "nowhere/vit.pth"
   path.write_text(json.dumps(config))
   assert predict.load(tmp_path / "run").branch == "light"  # needs none
   with pytest.raises(FileNotFoundError, match="nowhere/vit.pth"):

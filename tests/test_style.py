@@ -26,6 +26,8 @@ ORDER = [
   "main",
   "tests.toy_backbones",
   "tests.mutants",
+  "tests.toy_priors",
+  "tests.toy_priors.converters",
   "tests",
 ]
 FILES = [ROOT / "main.py"]

@@ -209,14 +209,18 @@ class Seen:
     jaxpr = jax.make_jaxpr(lambda p, image: p.levels(image))(prior, image)
     return "bf16" in str(jaxpr)
 
+  def prepared(self, config):
+    prior, _ = build.abstract(config)
+    return prior.prepare(jnp.zeros((1, 14, 14, 3)))[0, 0, 0]
+
   def frozen(self, config):
     config.mode = "fdep_wo_coisd"
     self.patch.setitem(build.RANDOM_PRIOR, "width", 8)
     return build.load_prior(config).frozen
 
   def weights(self, config):
-    self.stopped(converters, "load_dinov2", lambda path, **_: path)
-    config.dino.checkpoint = config.dino.checkpoint.replace("random", "one")
+    self.stopped(converters, "load_prior", lambda path, **_: path)
+    config.prior.checkpoint = config.prior.checkpoint.replace("random", "one")
     return self.until_stop(build.load_prior, config)
 
   def shard(self, config):
@@ -228,7 +232,7 @@ class Seen:
     return found
 
   def bank_folder(self, config):
-    config.dino.bank = 2
+    config.prior.bank = 2
     self.patch.setattr(build, "load_prior", lambda config: object())
     self.stopped(bank, "Bank", lambda folder, *_, keep_old: (folder.name, keep_old))
     return self.until_stop(train.train, config, self.folder / "a_run")
@@ -393,14 +397,15 @@ EFFECTS = {
   "data.synthetic_size": [(72, "loaded")],
   "data.synthetic_train": [(10, "loaded")],
   "data.synthetic_test": [(4, "loaded")],
-  "dino.checkpoint": [("vits14.pth", "weights")],
-  "dino.levels": [((1, 2), "blocks")],
-  "dino.dtype": [("bfloat16", "prior_type")],
-  "dino.unfreeze": [(True, "frozen")],
-  "dino.shard": [(True, "shard")],
-  "dino.bank": [(3, "crops")],
-  "dino.bank_refresh_epochs": [(2.0, "crops")],
-  "dino.bank_folder": [("elsewhere", "bank_folder")],
+  "prior.checkpoint": [("vits14.pth", "weights")],
+  "prior.normalisation": [("satellite", "prepared")],
+  "prior.levels": [((1, 2), "blocks")],
+  "prior.dtype": [("bfloat16", "prior_type")],
+  "prior.unfreeze": [(True, "frozen")],
+  "prior.shard": [(True, "shard")],
+  "prior.bank": [(3, "crops")],
+  "prior.bank_refresh_epochs": [(2.0, "crops")],
+  "prior.bank_folder": [("elsewhere", "bank_folder")],
   "loss.light_weight": [(0.5, "loss")],
   "loss.distill_weight": [(0.5, "loss")],
   "loss.edge_mode": [("released", "loss")],
@@ -431,7 +436,7 @@ EFFECTS = {
 BESIDE = {
   "model.on_dino": {"mode": "fdep_wo_coisd"},
   "train.epochs": {"train.steps": 0},
-  "dino.bank_refresh_epochs": {"dino.bank": 2},
+  "prior.bank_refresh_epochs": {"prior.bank": 2},
   "train.labels": {"train.teacher": "one"},
 }
 

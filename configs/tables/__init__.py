@@ -64,7 +64,7 @@ def msda(mode: str, fusion: str = "samf", vit: str = "L/14") -> Row:
   """MSDA-Net with the given prior, as Tables 3, 4 and S2 vary it."""
   changes, name = {}, f"msda-{mode}"
   if vit != "L/14":
-    changes["dino.checkpoint"] = VITS[vit]
+    changes["prior.checkpoint"] = VITS[vit]
     name += f"-vit_{vit[0].lower()}"
   if fusion != "samf":
     changes["model.fusion"] = fusion

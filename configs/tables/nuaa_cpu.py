@@ -31,8 +31,8 @@ def get_config():
   c.data.crop = CROP
   c.data.crop_margin = 32
   c.data.target_crop_prob = TARGET_CROPS
-  c.dino.checkpoint = "weights/dinov2_vits14_pretrain.pth"
-  c.dino.bank = CROPS_PER_IMAGE
+  c.prior.checkpoint = "weights/dinov2_vits14_pretrain.pth"
+  c.prior.bank = CROPS_PER_IMAGE
   c.train.batch_size = BATCH
   c.train.steps = STEPS
   c.train.learning_rate = LEARNING_RATE
@@ -52,7 +52,7 @@ def get_config():
 
 
 def get_table():
-  shared = {"dino.bank_folder": "{workdir}/bank_seed{seed}"}
+  shared = {"prior.bank_folder": "{workdir}/bank_seed{seed}"}
   rows = tuple(
     row._replace(
       side="",

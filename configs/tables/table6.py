@@ -22,7 +22,7 @@ def get_table():
       changes["model.on_dino"] = decoder
       name = f"dino-{decoder}"
     if not printed["frozen"]:
-      changes["dino.unfreeze"] = True
+      changes["prior.unfreeze"] = True
       name += "-unfrozen"
     label = (printed["scheme"], "✓" if printed["frozen"] else "")
     changes = tables.network("msda", "fdep_wo_coisd", **changes)

@@ -19,7 +19,7 @@ def get_table():
   for printed in tables.paper("tableS1"):
     changes, name = {}, "msda-fdep"
     if printed["levels"] != DEFAULT:
-      changes["dino.levels"] = tuple(int(level) - 1 for level in printed["levels"].split("/"))
+      changes["prior.levels"] = tuple(int(level) - 1 for level in printed["levels"].split("/"))
       name += f"-levels_{printed['levels'].replace('/', '_')}"
     changes = tables.network("msda", "fdep", **changes)
     paper = tables.numbers(printed)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdep_jax import build, evaluate
+from fdep_jax import build, evaluate, settings
 from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Backbone
 from fdep_jax.detector import Detector
@@ -169,7 +169,7 @@ def _write_light(detector, light: Light, forward, path, about) -> Callable:
   from safetensors.numpy import save_file
 
   arrays = {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(light.weights).items()}
-  more = {"config": detector.config.to_dict(), "mean": detector.mean, "std": detector.std}
+  more = {"config": settings.as_dict(detector.config), "mean": detector.mean, "std": detector.std}
   save_file(arrays, path, {"fdep_jax": json.dumps({**about, **more})})
   reread = make_light(detector_lib.load_light(path))
   return lambda image: forward(reread.weights, image)

@@ -19,15 +19,24 @@ import shutil
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
 from fdep_jax.data import CropBank
-from fdep_jax.priors import Prior
+from fdep_jax.priors import NORMALISATIONS, Normalisation, Prior
 from fdep_jax.runtime import files, mesh
 
 _DTYPE = np.dtype(ml_dtypes.bfloat16)
+
+
+def _listed(normalisation: Normalisation) -> list[list[float]]:
+  return [list(values) for values in normalisation]
+
+
+# What banks were made with that do not say so.
+_BEFORE = {"normalisation": _listed(NORMALISATIONS["imagenet"])}
 
 
 class Bank:
@@ -55,7 +64,8 @@ class Bank:
     self._identity = {
       "format": 1,
       "dino_sha256": prior.sha256,
-      "dino_dtype": str(prior.model.patch_embed.kernel[...].dtype),
+      "dino_dtype": str(jnp.dtype(prior.model.dtype)),
+      "normalisation": _listed(prior.prepare.normalisation),
       "levels": list(prior.blocks),
       "crop": crops.size,
       "crops": len(crops),
@@ -170,7 +180,7 @@ class Bank:
     return len(self._crops) * self.bytes_per_crop
 
   def _check_identity(self, path: pathlib.Path) -> None:
-    theirs = json.loads(path.read_text())
+    theirs = {**_BEFORE, **json.loads(path.read_text())}
     lines = [
       f"{key}: {theirs.get(key)} there, {value} here"
       for key, value in self._identity.items()
@@ -179,7 +189,7 @@ class Bank:
     if lines:
       raise ValueError(
         "\n  ".join([f"{path.parent} contains a different prior bank:", *lines])
-        + "\nDelete the folder, or set dino.bank_folder to a different one."
+        + "\nDelete the folder, or set prior.bank_folder to a different one."
       )
 
   def _check_room(self) -> None:
@@ -191,9 +201,9 @@ class Bank:
     if self._total() > room:
       fits = room // (self.bytes_per_crop * len(self._crops.samples))
       raise ValueError(
-        f"dino.bank={self._crops.per_image} needs {self._total() / 1e9:.1f} GB in {self._folder} "
+        f"prior.bank={self._crops.per_image} needs {self._total() / 1e9:.1f} GB in {self._folder} "
         f"({len(self._crops)} crops of {self.bytes_per_crop / 1e6:.2f} MB); {room / 1e9:.1f} GB "
-        "are free. " + (f"dino.bank={fits} fits." if fits else "Not even dino.bank=1 fits.")
+        "are free. " + (f"prior.bank={fits} fits." if fits else "Not even prior.bank=1 fits.")
       )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if self._total() > memory:

@@ -144,7 +144,7 @@ def put_replicated(tree, mesh: Mesh):
 
 
 def put_frozen(tree, mesh: Mesh, shard: bool):
-  """Puts the prior's weights on every device, or splits them (`dino.shard`)."""
+  """Puts the prior's weights on every device, or splits them (`prior.shard`)."""
   return jax.tree.map(
     lambda array: _put(array, shared_out(mesh, array.shape) if shard else replicated(mesh)), tree
   )

@@ -83,8 +83,9 @@ def from_flags(values) -> tuple[Table, ConfigDict]:
   table = load(path)
   if values.seeds:
     table = table._replace(seeds=_seeds(values.seeds))
-  taken = {name for row in table.rows for name in row.changes} | {"seed"}
-  clashes = sorted(taken & set(config_flags.get_override_values(holder)))
+  taken = {settings.new_name(name) for row in table.rows for name in row.changes} | {"seed"}
+  given = {settings.new_name(name) for name in config_flags.get_override_values(holder)}
+  clashes = sorted(taken & given)
   if clashes:
     raise ValueError(
       f"The rows of {path} set {', '.join(clashes)} themselves (seeds: --seeds 0,1,2). Leave "
@@ -110,7 +111,7 @@ def resolve(base: ConfigDict, row: Row, seed: int, workdir: str | os.PathLike) -
   """
   config = base.copy_and_resolve_references()
   known = settings.flat(config)
-  unknown = [name for name in row.changes if name not in known]
+  unknown = [name for name in row.changes if settings.new_name(name) not in known]
   if unknown:
     raise ValueError(f"Row {row.name} changes {', '.join(unknown)}, which no config has.")
   for name, value in row.changes.items():

@@ -221,7 +221,7 @@ def _can_begin(run: Run, begin: float) -> bool:
 def _train(run: Run, signals: "_Signals", view: "_View") -> int:
   """Trains a run in its own process; returns the exit code."""
   run.folder.mkdir(parents=True, exist_ok=True)
-  arguments = (run.config.to_dict(), str(run.folder))
+  arguments = (settings.as_dict(run.config), str(run.folder))
   daemon = run.config.mode != "classical"  # whose pool a daemon could not start
   process = _PROCESSES.Process(target=_life, args=arguments, daemon=daemon)
   process.start()

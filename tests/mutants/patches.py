@@ -480,7 +480,7 @@ MUTANTS: list[Mutant] = [
     _tests("guards", "test_a_plan_is_of_the_parameters_that_a_run_trains"),
     (
       "a plan freezes the ViT",
-      "variable = nnx.Param if config.dino.unfreeze else dinov2.Frozen\n  return",
+      "variable = nnx.Param if config.prior.unfreeze else dinov2.Frozen\n  return",
       "variable = dinov2.Frozen\n  return",
     ),
   ),
