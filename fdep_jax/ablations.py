@@ -53,6 +53,10 @@ class PartlyShared(nnx.Module):
       setattr(ours, path[-1], getattr(theirs, path[-1]))
 
   @property
+  def network(self) -> type[Backbone]:
+    return type(self.backbone)
+
+  @property
   def in_channels(self) -> int:
     return self.backbone.in_channels
 
@@ -138,6 +142,7 @@ class OnDino(nnx.Module):
     num_levels: number of levels.
   """
 
+  network = Backbone  # its loss is the sum over heads
   in_channels = 3
 
   def __init__(
@@ -215,6 +220,10 @@ class Unfrozen(nnx.Module):
 
   def __init__(self, model: nnx.Module, vit: Foundation, levels: tuple[int, ...]):
     self.model, self.vit, self.levels = model, vit, levels
+
+  @property
+  def network(self) -> type[Backbone]:
+    return self.model.network
 
   @property
   def in_channels(self) -> int:

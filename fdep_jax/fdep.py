@@ -68,6 +68,10 @@ class FDEP(nnx.Module):
         self.main_stats[path] = MainStat(jnp.array(stats[path][...]))
 
   @property
+  def network(self) -> type[Backbone]:
+    return type(self.backbone)
+
+  @property
   def in_channels(self) -> int:
     return self.backbone.in_channels
 

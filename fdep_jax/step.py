@@ -10,7 +10,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fdep_jax import ablations, forward, losses
-from fdep_jax.backbones import network_class
 from fdep_jax.layers.basic import NormParam
 
 # Values of the forward pass to keep for the backward one, by `train.remat`; others are recomputed.
@@ -80,7 +79,7 @@ def make_loss(config: ConfigDict, model) -> Callable:
   weight = {"main": 1.0, "light": config.loss.light_weight if config.mode == "fdep" else 1.0}
   weight["distill"] = config.loss.distill_weight
   compute = jnp.dtype(config.train.dtype)
-  network = network_class(config.model.backbone)
+  network = model.network
 
   def loss(params, stats, rng, image, levels, mask):
     if compute != jnp.float32:

@@ -104,7 +104,15 @@ MUTANTS: list[Mutant] = [
     ("ties at the threshold are dropped", "hard = losses >=", "hard = losses >"),
     ("only vertical edges are weighted", "return vertical | horizontal", "return vertical"),
     ("the released mode weights as intended", '| (edge_mode == "released")', "| (edge_mode == 0)"),
-    ("only the last head is trained", "for logits in heads)", "for logits in heads[-1:])"),
+  ),
+  *_mutants(
+    "fdep_jax/backbones/__init__.py",
+    _STEP,
+    (
+      "only the last head is trained",
+      "for head in logits.heads)",
+      "for head in logits.heads[-1:])",
+    ),
   ),
   *_mutants(
     "fdep_jax/step.py",
