@@ -127,7 +127,8 @@ def test_maps_of_other_test_images_are_not_compared(tmp_path, seen):
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
 def test_no_cell_of_a_csv_file_is_run_as_a_formula(tmp_path, start):
   text = f"{start}HYPERLINK(1)"
-  assert columns.csv_text(text) == f"'{text}" and columns.csv_text("a=1") == "a=1"
+  safe = f"'{text}".replace("\r", " ")
+  assert columns.csv_text(text) == safe and columns.csv_text("a=1") == "a=1"
   assert columns.csv_text("") == ""
   row = Row(text, (text,), {}, {}, side=text)
   cells = {"iou": table.Cell(50.0, (40.0,), why=text)}
@@ -135,7 +136,7 @@ def test_no_cell_of_a_csv_file_is_run_as_a_formula(tmp_path, start):
     Table("T", ("Run",), ("iou",), (row,)), [table.Result(row, [], [], "", cells)]
   )
   (line,) = csv.DictReader(io.StringIO(made, newline=""))
-  assert {line[k] for k in ("row", "Run", "side", "why")} == {f"'{text}"}
+  assert {line[k] for k in ("row", "Run", "side", "why")} == {safe}
   assert line["difference"] == "-10"  # a number stays one
   if start in "=+-@":
     for kind in ("maps", "masks"):

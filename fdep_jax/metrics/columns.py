@@ -17,8 +17,12 @@ class Column(NamedTuple):
 
 
 def csv_text(text: str) -> str:
-  """Returns a text that no spreadsheet runs as a formula, with an apostrophe in front if needed."""
-  return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+  """Returns a text that no spreadsheet runs as a formula, with an apostrophe in front if needed.
+
+  Carriage returns become spaces: Python's csv writer does not quote them, so they would end a line.
+  """
+  mark = "'" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else ""
+  return mark + text.replace("\r", " ")
 
 
 METRICS = {  # by their names in the paper's tables (configs/tables/paper.json)

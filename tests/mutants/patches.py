@@ -123,8 +123,8 @@ MUTANTS: list[Mutant] = [
     ("the edge mode is not handed on", ", config.loss.edge_mode)", ")"),
     (
       "distillation runs the other way",
-      'distillation(logits["main"], logits["light"])',
-      'distillation(logits["light"], logits["main"])',
+      'distillation(logits["main"], logits["light"], ',
+      'distillation(logits["light"], logits["main"], ',
     ),
     (
       "distillation has the weight 1",
