@@ -95,7 +95,8 @@ def test_the_intervals_of_the_text_are_those_of_the_table():
 def test_the_t_interval_in_the_text_is_that_of_the_seeds():
   seeds = committed_table()["paired"]["acm-fdep − acm-original, 3 seeds"]["hse"]["by_seed"]
   ends = " … ".join(f"{end:+.0f}" for end in bootstrap.t_interval(seeds)).replace("-", "−")
-  assert f"A t interval of the mean of three trainings is {ends}," in " ".join(TEXT.split())
+  claim = f"The 95 % t interval of the mean over the three seeds is {ends} HSE."
+  assert claim in " ".join(TEXT.split())
 
 
 def committed_table() -> dict:
