@@ -130,8 +130,6 @@ def test_no_cell_of_a_csv_file_is_run_as_a_formula(tmp_path, start):
   safe = f"'{text}".replace("\r", " ")
   assert columns.csv_text(text) == safe and columns.csv_text("a=1") == "a=1"
   assert columns.csv_text("") == ""
-  if start == "\r":
-    return  # a line's end in a cell is a matter of the CSV module, not of formulas
   row = Row(text, (text,), {}, {}, side=text)
   cells = {"iou": table.Cell(50.0, (40.0,), why=text)}
   made = table.as_csv(
