@@ -49,7 +49,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("root", ["synthetic", "folder"])
-def test_train_held_out_and_test_images_are_disjoint_and_nothing_is_lost(folder, root):
+def test_train_held_out_and_test_images_are_disjoint_and_nothing_is_lost(toy, folder, root):
   config = toy_config(**{"data.root": str(folder) if root == "folder" else "synthetic"})
   found = build.load_images(config)
   train_, val, test = (set(keys(samples)) for samples in found[:3])
