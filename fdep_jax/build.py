@@ -50,18 +50,25 @@ def check_inputs(config: ConfigDict) -> None:
   root, checkpoint = config.data.root, config.dino.checkpoint
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
     missing.append(
-      f"data.root: there is no folder {root}. Download the dataset and lay it out as "
+      f"data.root: there is no folder {_place(root)}. Download the dataset and lay it out as "
       "images/ masks/ splits/{train,test}.txt (docs/data.md), or set "
       "--config.data.root=PATH to a different folder."
     )
   if config.mode != "original" and checkpoint != "random" and not os.path.isfile(checkpoint):
     missing.append(
-      f"dino.checkpoint: there is no file {checkpoint}. Download dinov2_vitl14_pretrain.pth from "
-      "the facebookresearch/dinov2 repository (docs/data.md), or convert your own file with "
+      f"dino.checkpoint: there is no file {_place(checkpoint)}. Download "
+      "dinov2_vitl14_pretrain.pth from the facebookresearch/dinov2 repository (docs/data.md), or "
+      "convert your own file with "
       "`python -m converters.dinov2 IN OUT` and set --config.dino.checkpoint=OUT."
     )
   if missing:
     raise FileNotFoundError("\n".join(missing))
+
+
+def _place(path: str) -> str:
+  """Returns the path, and where it leads from here if it is relative."""
+  absolute = os.path.abspath(os.path.expanduser(path))
+  return path if os.path.isabs(path) else f"{path} (here: {absolute})"
 
 
 def load_images(config: ConfigDict) -> Images:
@@ -69,15 +76,21 @@ def load_images(config: ConfigDict) -> Images:
   if config.data.root == "synthetic":
     size = config.data.synthetic_size
     train = data.scenes(config.data.synthetic_train, size, seed=1)
-    test = data.scenes(config.data.synthetic_test, size, seed=2)
   else:
     train = data.load(config.data.root, "train")
-    test = data.load(config.data.root, "test")
+  test = load_test(config)
   mean, std = data.statistics(train)
   val = []
   if config.eval.select_on == "val":
     train, val = data.split_validation(train, config.data.val_fraction, seed=0)
   return Images(train, val, test, mean, std)
+
+
+def load_test(config: ConfigDict) -> list[data.Sample]:
+  """Reads the test split."""
+  if config.data.root == "synthetic":
+    return data.scenes(config.data.synthetic_test, config.data.synthetic_size, seed=2)
+  return data.load(config.data.root, "test")
 
 
 def load_prior(config: ConfigDict) -> Prior | None:
@@ -96,6 +109,22 @@ def load_prior(config: ConfigDict) -> Prior | None:
     vit = converters.load_dinov2(config.dino.checkpoint, dtype=dtype, variable=variable)
     sha256 = fingerprint(config.dino.checkpoint)
   return priors.from_module(vit, fused_levels(config, vit.depth), dinov2.prepare, sha256)
+
+
+def check_prior(sha256: str | None, saved: dict, workdir, config: ConfigDict) -> None:
+  """Raises ValueError if a checkpoint was trained with DINOv2 weights of a different SHA-256.
+
+  Args:
+    sha256: of the weights at hand.
+    saved: the JSON object of the checkpoint.
+    workdir, config: of the run.
+  """
+  if sha256 != saved["dino_sha256"]:
+    raise ValueError(
+      f"{workdir} was trained with different DINOv2 weights (SHA-256 {saved['dino_sha256']}) than "
+      f"{config.dino.checkpoint} ({sha256}). Put back the file it was trained with, or name it: "
+      "--config.dino.checkpoint=FILE."
+    )
 
 
 def fused_levels(config: ConfigDict, depth: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 
+from fdep_jax import arguments
 from fdep_jax.runtime.signals import Preempted
 
 NEEDS = {  # mode: the flags that it cannot run without
@@ -23,6 +24,23 @@ NEEDS = {  # mode: the flags that it cannot run without
   "sweep": ("config", "workdir"),
   "table": ("workdir",),
 }
+TAKES = {  # mode: the flags that it may have besides; it refuses all others
+  "train": (),
+  "eval": ("checkpoint", "out"),
+  "predict": ("workdir", "checkpoint", "branch", "threshold", "range", "out"),
+  "export": ("workdir", "checkpoint", "out"),
+  "score": ("out",),
+  "plan": ("workdir", "out", "thorough"),
+  "report": (),
+  "sweep": ("task", "seeds"),
+  "table": ("config", "seeds", "out"),
+}
+USES = {mode: (*NEEDS[mode], *TAKES[mode]) for mode in NEEDS}
+OF_RUN = {  # mode: the settings of a trained run that it may change, as a pattern
+  "eval": r"data\.(root|synthetic_\w+)|eval\.(batch_size|save_probs)|dino\.(checkpoint|shard)"
+  r"|host_devices|distributed|log\.compile_cache",
+  "predict": r"dino\.checkpoint|log\.compile_cache",
+}
 COMMANDS = {  # mode: the module whose `command` runs it; imported only then
   "predict": "fdep_jax.predict",
   "export": "fdep_jax.export",
@@ -34,6 +52,9 @@ COMMANDS = {  # mode: the module whose `command` runs it; imported only then
 }
 
 
+_WORDS: list[str] = []  # of the command line that `parse` reads
+
+
 @functools.cache
 def program_flags():
   """Defines the flags once and returns them, an absl `FlagValues`."""
@@ -41,12 +62,14 @@ def program_flags():
   from ml_collections import config_flags
 
   config_flags.DEFINE_config_file(
-    "config", help_string="settings of a run: a file, or the name of a shipped one (quickstart)"
+    "config",
+    help_string="settings of a run: a file, or the name of a shipped one (quickstart)",
+    sys_argv=_WORDS,
   )
   flags.DEFINE_string("workdir", None, "folder of the run")
   flags.DEFINE_enum("mode", "train", list(NEEDS), "train evaluates too; see README.md")
   flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
-  flags.DEFINE_string("checkpoint", None, "predict, export: best, last, a step, or a path")
+  flags.DEFINE_string("checkpoint", None, "predict, export, eval: best, last, a step, or a path")
   flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")
   flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
   flags.DEFINE_string("range", "auto", "predict: values shown as black and white: LOW,HIGH or full")
@@ -82,7 +105,7 @@ def main(argv):
   if mode in COMMANDS:
     importlib.import_module(COMMANDS[mode]).command(values)
     return
-  config = values.config if mode == "train" else settings.load(values.workdir)
+  config = values.config or settings.load(values.workdir)
   settings.check(config)
   from fdep_jax import evaluate, train
   from fdep_jax.runtime import mesh
@@ -91,13 +114,14 @@ def main(argv):
   if mode == "train":
     train.train(config, values.workdir)
   else:
-    evaluate.evaluate(values.workdir, config)
+    evaluate.command(values, config)
 
 
 def run_score(argv):
   """Runs `--mode score` without absl."""
   from fdep_jax import score
 
+  arguments.check(argv, USES, OF_RUN)
   values = score.parse(argv)
   check_given("score", values)
   score.command(values)
@@ -108,6 +132,10 @@ def check_given(mode, values):
   missing = [f"--{name}" for name in NEEDS[mode] if not getattr(values, name)]
   if missing:
     raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
+  if mode == "plan" and values.out and values.workdir:
+    raise ValueError("--out and --workdir both name the folder for plan.json. Give one.")
+  if mode == "table" and values.seeds and values.config is None:
+    raise ValueError("--seeds chooses runs of a table. Name it (--config), or leave --seeds out.")
 
 
 def parse(argv):
@@ -117,8 +145,12 @@ def parse(argv):
   from fdep_jax import settings
 
   try:
-    argv = find_config(argv)
-    return program_flags()(argv)
+    arguments.check(argv[1:], USES, OF_RUN)
+    _WORDS[:] = argv = _config_of_run(find_config(argv))
+    left = program_flags()(argv)
+    arguments.check_words(left[1:], argv)
+    settings.check_flags(program_flags(), OF_RUN)
+    return left
   except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
 
@@ -142,6 +174,21 @@ def find_config(argv):
     elif i + 1 < len(argv):
       argv[i + 1] = _shipped(argv[i + 1])
   return argv
+
+
+def _config_of_run(argv):
+  """Returns the arguments with --config=of_run.py:RUN if they change settings of a run."""
+  words = arguments.given(argv[1:], ["config"])
+  if arguments.mode_of(argv[1:]) not in OF_RUN or "config" in words or not words:
+    return argv
+  workdir = [_value(argv, i) for i, a in enumerate(argv) if a.lstrip("-").startswith("workdir")]
+  file = pathlib.Path(__file__).with_name("of_run.py")
+  return [argv[0], f"--config={file}:{workdir[-1]}", *argv[1:]]
+
+
+def _value(argv, i):
+  _, equals, value = argv[i].partition("=")
+  return value if equals else argv[i + 1]
 
 
 def _shipped(value):
@@ -192,7 +239,7 @@ def use_huge_pages():
 
 def start():
   """Runs the program: `main.py` and the console script `fdep` call this."""
-  if _mode(sys.argv[1:]) == "score":
+  if arguments.mode_of(sys.argv[1:]) == "score":
     run_main(sys.argv[1:], run_score)
     return
   try:
@@ -209,13 +256,3 @@ def start():
     )
   use_huge_pages()
   app.run(run_main, flags_parser=parse)
-
-
-def _mode(arguments):
-  """Returns the value of --mode, the last if it is repeated; None if it is not given."""
-  mode = None
-  for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-    name, equals, value = argument.partition("=")
-    if name in ("--mode", "-mode"):
-      mode = value if equals else following
-  return mode

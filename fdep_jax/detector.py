@@ -29,7 +29,10 @@ class Detector(NamedTuple):
 
 
 def load(
-  workdir: str | os.PathLike | None, which: str | int | None = None, branch: str | None = None
+  workdir: str | os.PathLike | None,
+  which: str | int | None = None,
+  branch: str | None = None,
+  config: ConfigDict | None = None,
 ) -> Detector:
   """Loads one branch of a trained run.
 
@@ -39,6 +42,7 @@ def load(
       of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or an exported
       `light.safetensors`.
     branch: "light", or "main", which needs the run's DINOv2 weights; default the deployed one.
+    config: of the run, if DINOv2's file is not where its config.json says.
 
   Raises:
     ValueError: the run has no such branch or step, or was trained with different DINOv2 weights.
@@ -47,9 +51,11 @@ def load(
   if str(which).endswith(".safetensors"):
     if branch == "main":
       raise ValueError(f"{which} holds the light branch only. Give the --workdir of its run.")
+    if workdir is not None:
+      raise ValueError(f"{which} needs no run: leave --workdir out. Predictions go to --out.")
     return load_light(which)
-  workdir, which = _find_checkpoint(workdir, which)
-  config = settings.load(workdir)
+  workdir, which = find_checkpoint(workdir, which)
+  config = config or settings.load(workdir)
   trained = {"original": ("light",), "fdep_wo_coisd": ("main",)}.get(config.mode, ("light", "main"))
   branch = branch or trained[0]
   if branch not in trained:
@@ -62,7 +68,8 @@ def load(
     if config.dino.checkpoint != "random" and not os.path.isfile(config.dino.checkpoint):
       raise FileNotFoundError(
         "The main branch needs the run's DINOv2 weights, but there is no file "
-        f"{config.dino.checkpoint}. Put it there, or use --branch light if the run has one."
+        f"{config.dino.checkpoint} (here: {os.path.abspath(config.dino.checkpoint)}). Name it with "
+        "--config.dino.checkpoint=FILE and --workdir RUN, or use --branch light if the run has one."
       )
     prior = build.load_prior(config)
   model = build.create_model(config, prior)
@@ -70,17 +77,14 @@ def load(
   _, params, stats, _ = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   try:
-    step, best = _choose_step(checkpoints, workdir, which)
+    step, best = choose_step(checkpoints, workdir, which)
     # For the light branch this reads only a part of the checkpoint: no fusion modules.
     state, meta = checkpoints.restore({"params": params, "stats": stats}, step, best=best)
     step = meta["step"]
   finally:
     checkpoints.close()
-  if prior and prior.sha256 != meta["dino_sha256"]:
-    raise ValueError(
-      f"{workdir} was trained with different DINOv2 weights (SHA-256 {meta['dino_sha256']}) than "
-      f"{config.dino.checkpoint} ({prior.sha256}). Put back the file it was trained with."
-    )
+  if prior:
+    build.check_prior(prior.sha256, meta, workdir, config)
   nnx.update(model, state["params"], state["stats"])
   source = f"{workdir}, step {step}"
   return Detector(model, branch, config, meta["mean"], meta["std"], prior, source, workdir, step)
@@ -119,8 +123,25 @@ def load_light(path: str | os.PathLike) -> Detector:
   return Detector(model, "light", config, mean, std, None, source, files.expand(path), step)
 
 
-def _find_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
-  """Returns the run folder, and "best", "last" or a step."""
+def find_checkpoint(
+  workdir: str | os.PathLike | None, which: str | int | None
+) -> tuple[pathlib.Path, str | int]:
+  """Returns the run folder, and "best", "last" or a step; arguments as for `load`.
+
+  Raises:
+    FileNotFoundError: a path is no checkpoint.
+    ValueError: a path is of a different run than `workdir`, or there is neither.
+  """
+  run, which = _parse_checkpoint(workdir, which)
+  if workdir is not None and run.resolve() != files.expand(workdir).resolve():
+    raise ValueError(
+      f"--checkpoint is of the run {run}, and --workdir is {workdir}. Leave --workdir out, or name "
+      "a checkpoint of that run: best, last or a step."
+    )
+  return run, which
+
+
+def _parse_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
   which = "best" if which is None else which
   if str(which) in ("best", "last") or str(which).isdecimal():
     if workdir is None:
@@ -141,8 +162,14 @@ def _find_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
   return path, "best"
 
 
-def _choose_step(checkpoints, workdir, which: str | int) -> tuple[int | None, bool]:
-  """Returns the step (None: the newest whole one) and whether to read it from `best/`."""
+def choose_step(
+  checkpoints: checkpoint.Checkpoints, workdir: pathlib.Path, which: str | int
+) -> tuple[int | None, bool]:
+  """Returns the step (None: the newest whole one) and whether to read it from `best/`.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no such checkpoint.
+  """
   steps, best = checkpoints.steps(), checkpoints.best_step()
   if not steps and best is None:
     raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import build, data, forward, report, settings
+from fdep_jax import build, data, detector, forward, report, settings
 from fdep_jax.metrics import columns, hse
 from fdep_jax.priors import Prior
 from fdep_jax.runtime import checkpoint, files, hlo, mesh
@@ -161,42 +161,66 @@ def _fingerprint(state: dict) -> str:
   return digest.hexdigest()
 
 
-def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loaded=None) -> dict:
+def command(flags, config: ConfigDict) -> None:
+  """Runs `--mode eval`; `config` is the run's, with what the command line changes."""
+  workdir = files.expand(flags.workdir)
+  own, values = settings.flat(settings.load(workdir)), settings.flat(config)
+  others = [k for k in values if k.startswith("data.") and values[k] != own[k]]
+  reasons = [f"{name}={values[name]}" for name in others]
+  reasons += [f"--checkpoint {flags.checkpoint}"] if flags.checkpoint else []
+  if reasons and not flags.out:
+    raise ValueError(
+      f"The results with {' and '.join(reasons)} are not those of the run: name a folder for them, "
+      "--out DIR."
+    )
+  if flags.out and (files.expand(flags.out) / "config.json").exists():
+    raise ValueError(f"--out {flags.out} is the folder of a run. Name a different one.")
+  evaluate(workdir, config, which=flags.checkpoint, out=flags.out)
+
+
+def evaluate(
+  workdir: str | os.PathLike,
+  config: ConfigDict | None = None,
+  loaded=None,
+  which: str | int | None = None,
+  out: str | os.PathLike | None = None,
+) -> dict:
   """Scores the best and the newest checkpoint on the test split.
 
-  Writes `metrics.json`, `report.html` and `examples.png`, and prints the table.
+  Writes `metrics.json`, `report.html` and `examples.png`, and prints the table. Images are
+  normalised as the run's were, also those of other data.
 
   Args:
     workdir: folder of a run.
     config: of the run; default its config.json.
     loaded: (images, prior, model) if the caller has them.
+    which: scores this checkpoint only: "best", "last", a step, or a path in the run's folder.
+    out: folder to write; default the run's.
 
   Returns:
     The content of `metrics.json`.
 
   Raises:
     FileNotFoundError: the run, its checkpoint, its data or its weights do not exist.
+    ValueError: there is no such checkpoint, or DINOv2's weights are not those of the training.
   """
   workdir = files.expand(workdir)
+  out = workdir if out is None else files.expand(out)
   config = config or settings.load(workdir)
-  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  if not checkpoints.steps():
-    raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
+  images = None
   if loaded is None:
+    _check_checkpoint(workdir, which, config)
     build.check_inputs(config)
     prior = build.load_prior(config)
-    loaded = build.load_images(config), prior, build.create_model(config, prior)
-  images, prior, model = loaded
+    model = build.create_model(config, prior)
+  else:
+    images, prior, model = loaded
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   like = {"params": params, "stats": stats, "rng": rng}
-  # Reads both now, as a training in progress replaces them.
-  last_state, last = checkpoints.restore(like)
-  best_state, best = (
-    checkpoints.restore(like, best=True)
-    if checkpoints.best_step() is not None
-    else (last_state, last)
-  )
-  checkpoints.close()
+  (best_state, best), (last_state, last) = _restore(workdir, which, config, like)
+  if images is None:
+    build.check_prior(prior.sha256 if prior else None, best, workdir, config)
+    images = build.Images([], [], build.load_test(config), best["mean"], best["std"])
 
   maps_of = _maps_of(config, images, prior, model)
   newest = None
@@ -205,7 +229,7 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
   shown = {i: {} for i in _examples(images.test)}
   recorder = report.Recorder(images.test)
   maps = _watch(maps_of(best_state), shown)
-  save = workdir / "probs" if config.eval.save_probs and mesh.writes() else None
+  save = out / "probs" if config.eval.save_probs and mesh.writes() else None
   totals = accumulate(recorder.watch(maps) if mesh.writes() else maps, images.test, save)
   chosen = results({name: total.result() for name, total in totals.items()})
   for name, total in totals.items():
@@ -217,16 +241,50 @@ def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loade
     "deployed": forward.deployed_branch(config.mode),
     **cost(config, model, prior),
     "split": "test",
-    "selected_on": config.eval.select_on,
+    "selected_on": config.eval.select_on if which in (None, "best") else None,
     "images": len(images.test),
-    "last": newest or chosen,
+    "data": config.data.root,
     "steps": last.get("steps"),
   }
+  if which is None:
+    metrics["last"] = newest or chosen
   if mesh.writes():
-    files.write_json(workdir / "metrics.json", metrics)
-    about = _about(config, images, best, best_state, newest=best is last)
-    _show(workdir, config, images, recorder, totals, metrics, shown, about)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "metrics.json", metrics)
+    words = _words(config, which, best, last)
+    about = _about(config, images, best, best_state, words)
+    name = workdir.resolve().name + (f" ({words}, {config.data.root})" if out != workdir else "")
+    _show(out, name, config, images, recorder, totals, metrics, shown, about)
+    print(f"{len(images.test)} test images of {config.data.root}, {words}")
+    print(table(metrics))
   return metrics
+
+
+def _check_checkpoint(workdir: pathlib.Path, which: str | int | None, config: ConfigDict) -> None:
+  """Raises as `evaluate` if the checkpoint does not exist, before anything is loaded."""
+  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+  if which is not None:
+    run, which = detector.find_checkpoint(workdir, which)
+    detector.choose_step(checkpoints, run, which)
+  elif not checkpoints.steps():
+    raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
+
+
+def _restore(workdir: pathlib.Path, which: str | int | None, config: ConfigDict, like: dict):
+  """Returns (state, JSON object) of the checkpoint to score, and those of the newest.
+
+  Reads both now, as a training in progress replaces them.
+  """
+  _check_checkpoint(workdir, which, config)
+  with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+    if which is not None:
+      step, best = detector.choose_step(checkpoints, *detector.find_checkpoint(workdir, which))
+      chosen = checkpoints.restore(like, step, best=best)
+      return chosen, chosen
+    last = checkpoints.restore(like)
+    if checkpoints.best_step() is None:
+      return last, last
+    return checkpoints.restore(like, best=True), last
 
 
 def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, model) -> Callable:
@@ -242,11 +300,19 @@ def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, mode
   return maps
 
 
-def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, newest: bool) -> dict:
+def _words(config: ConfigDict, which: str | int | None, best: dict, last: dict) -> str:
+  """Says which checkpoint is scored and why."""
+  if which not in (None, "best"):
+    return f"step {best['step']} (--checkpoint {which})"
+  if best["best_step"] is None:
+    return f"step {best['step']}, the newest, as none is selected"
+  return f"step {best['step']}, the best on {config.eval.select_on}"
+
+
+def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, words: str) -> dict:
   """Describes the scored checkpoint for the report."""
   return {
-    "checkpoint": f"step {best['step']}, "
-    + ("the newest" if newest else f"the best on {config.eval.select_on}"),
+    "checkpoint": words,
     "its parameters and statistics, SHA-256": _fingerprint(state),
     "DINOv2, SHA-256 of its file": best["dino_sha256"] or "none",
     "normalisation": f"mean {images.mean:.6f}, standard deviation {images.std:.6f}",
@@ -254,20 +320,15 @@ def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, ne
   }
 
 
-def _show(workdir, config, images, recorder, totals, metrics, shown, about) -> None:
-  """Writes `examples.png` and `report.html`, and prints the table."""
+def _show(out, name, config, images, recorder, totals, metrics, shown, about) -> None:
+  """Writes `examples.png` and `report.html` of the run `name` into the folder `out`."""
   if shown:
     source = "no prior" if config.mode == "original" else f"prior: {config.dino.checkpoint}"
     caption = f"{config.model.backbone}, {config.mode}, {source}, step {metrics['checkpoint']}"
     samples = [images.test[i] for i in shown]
-    report.examples(workdir / "examples.png", samples, list(shown.values()), caption)
+    report.examples(out / "examples.png", samples, list(shown.values()), caption)
+  path = out / "report.html"
   flat = settings.flat(config)
-  path = workdir / "report.html"
-  report.write(path, workdir.resolve().name, images.test, recorder, totals, metrics, flat, about)
+  report.write(path, name, images.test, recorder, totals, metrics, flat, about)
   logging.info("wrote %s", path)
-  logging.info("wrote %s", workdir / "metrics.json")
-  print(
-    f"{len(images.test)} test images, step {metrics['checkpoint']} "
-    f"(best on {config.eval.select_on})"
-  )
-  print(table(metrics))
+  logging.info("wrote %s", out / "metrics.json")

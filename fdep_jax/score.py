@@ -24,10 +24,12 @@ _BINARY = (
 
 
 def parse(argv) -> argparse.Namespace:
-  """Parses the flags of `--mode score`; exits with 2 if one is unknown."""
-  parser = argparse.ArgumentParser(
-    description="Scores probability maps against masks.", allow_abbrev=False
-  )
+  """Parses the flags of `--mode score`.
+
+  Raises:
+    ValueError: a flag or a word is unknown.
+  """
+  parser = _Parser(description="Scores probability maps against masks.", allow_abbrev=False)
   folders = lambda text: text.split(",")  # noqa: E731
   parser.add_argument("--mode", choices=["score"], required=True)
   parser.add_argument(
@@ -36,6 +38,11 @@ def parse(argv) -> argparse.Namespace:
   parser.add_argument("--masks", help="folder of masks with the same file names")
   parser.add_argument("--out", help="folder for metrics.json, curves.npz, images.csv and pr.png")
   return parser.parse_args(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise ValueError(f"--mode score: {message}.")
 
 
 def command(flags) -> None:

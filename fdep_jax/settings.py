@@ -3,9 +3,11 @@
 import difflib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import re
+from collections.abc import Container, Iterable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -17,6 +19,9 @@ _FREE = re.compile(
   r"|profile_steps|dino\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
 )
 
+
+# Paths: a begun run may be continued with the same files at another place.
+_PLACES = ("data.root", "dino.checkpoint")
 
 _ADDRESS = re.compile(r"[^,\s]+:\d+,(\d+),(\d+)")  # of `distributed`
 
@@ -67,8 +72,8 @@ def explain_flags(argv: list[str], error: Exception) -> str:
     spec.loader.exec_module(module)
     try:
       known = list(flat(module.get_config(*own)))
-    except (TypeError, ValueError) as refusal:
-      return f"{path}: {refusal}"
+    except (OSError, TypeError, ValueError) as refusal:
+      return str(refusal) if path.endswith("of_run.py") else f"{path}: {refusal}"
     for argument in arguments:
       name = argument.removeprefix("--config.")
       if name == argument or name in known:
@@ -78,6 +83,91 @@ def explain_flags(argv: list[str], error: Exception) -> str:
       hint = f"The nearest are {', '.join(near)}." if near else f"There are {', '.join(known)}."
       lines.append(f"The config has no setting {name!r}. {hint}")
   return "\n".join(lines) or str(error)
+
+
+def check_flags(values, of_run: Mapping[str, str]) -> None:
+  """Applies the rules of lengths, and refuses settings on a command line that have no effect.
+
+  Args:
+    values: parsed flags, an absl `FlagValues`.
+    of_run: {mode: pattern of the settings that it may change in a trained run}.
+
+  Raises:
+    ValueError: one line a setting.
+  """
+  from ml_collections import config_flags
+
+  config = values.config
+  if config is None:
+    return
+  given, mode = config_flags.get_override_values(values["config"]), values.mode
+  if mode in of_run:
+    wrong = [name for name in given if not re.fullmatch(of_run[mode], name)]
+    if wrong:
+      known = [name for name in flat(config) if re.fullmatch(of_run[mode], name)]
+      raise ValueError(
+        f"--mode {mode} cannot change {', '.join(wrong)}, which a trained run has fixed or which "
+        f"{mode} does not use. It may change {', '.join(known)}."
+      )
+    return
+  settle_length(config, given)
+  lines = []
+  if mode == "plan":
+    lines = [
+      f"{name} has no effect: --topology says what a plan is for. Leave it out."
+      for name in ("host_devices", "distributed", "log.compile_cache")
+      if name in given
+    ]
+  if mode in ("train", "plan"):
+    lines += idle(config, given)
+  if lines:
+    raise ValueError("\n".join(lines))
+
+
+def settle_length(config: ConfigDict, given: Container[str]) -> None:
+  """Lets a command line's train.epochs win over a train.steps of the config file.
+
+  Raises:
+    ValueError: the command line gives both.
+  """
+  if "train.epochs" not in given or config.train.steps <= 0:
+    return
+  if "train.steps" in given:
+    raise ValueError(
+      f"train.steps={config.train.steps} and train.epochs={config.train.epochs} are both given, "
+      "and each is a length. Give one."
+    )
+  logging.warning(
+    "train.epochs=%s is given, so the config's train.steps=%s is left out",
+    config.train.epochs, config.train.steps,
+  )  # fmt: skip
+  config.train.steps = 0
+
+
+def idle(config: ConfigDict, given: Iterable[str]) -> list[str]:
+  """Lists those of the given settings that have no effect beside the others, with the reason."""
+  values = flat(config)
+  mode = values["mode"]
+  rates = [v for k, v in values.items() if k.startswith("train.schedule_args.")]
+  rules = (  # pattern, whether it has no effect, why
+    (r"dino\..*|model\.(fusion|share|on_dino)", mode == "original", "mode original uses no prior"),
+    (r"model\.bn_stats|loss\.light_weight", mode != "fdep", f"mode {mode} trains one branch"),
+    (r"model\.fusion", values["model.on_dino"] != "no", "model.on_dino replaces the fusion"),
+    (r"dino\.bank_\w+", not values["dino.bank"], "dino.bank is 0"),
+    (r"data\.synthetic_\w+", values["data.root"] != "synthetic", "data.root is not synthetic"),
+    (r"data\.val_fraction", values["eval.select_on"] != "val", "eval.select_on is not val"),
+    (
+      r"train\.learning_rate",
+      "learning_rate" not in rates,
+      'no argument of the schedule (train.schedule_args) is "learning_rate"',
+    ),
+  )
+  found = {}
+  for name in given:
+    for pattern, without_effect, why in rules:
+      if without_effect and re.fullmatch(pattern, name):
+        found.setdefault(name, f"{name} has no effect: {why}. Leave it out.")
+  return list(found.values())
 
 
 def _split_flag(argument: str, following: str) -> tuple[str, str]:
@@ -114,7 +204,9 @@ def check(config: ConfigDict) -> None:
   if values["train.batch_size"] % max(values["host_devices"], 1):
     problems.append(
       f"train.batch_size is {values['train.batch_size']}, which {values['host_devices']} host "
-      "devices cannot share equally."
+      "devices cannot share equally. Use "
+      f"{-(-values['train.batch_size'] // values['host_devices']) * values['host_devices']}, or "
+      "change host_devices."
     )
   address = _ADDRESS.fullmatch(values["distributed"])
   if values["distributed"] not in ("off", "auto") and not (
@@ -200,20 +292,44 @@ def _comparable(config: ConfigDict) -> dict[str, object]:
   return values | {"train.teacher": os.path.basename(values.get("train.teacher", "").rstrip("/"))}
 
 
-def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+def check_workdir(workdir: pathlib.Path, config: ConfigDict, moved: bool = False) -> None:
+  """Raises if a folder belongs to a run with different settings.
+
+  Args:
+    workdir: of the run; need not exist.
+    config: to train.
+    moved: accepts different paths of data and DINOv2; the caller compares their contents.
+
+  Raises:
+    ValueError: settings differ; the message lists all.
+  """
+  if not (workdir / "config.json").exists():
+    return
+  lines = differing(_read(workdir), config)
+  if moved:
+    lines = [line for line in lines if line.partition(":")[0] not in _PLACES]
+  if not lines:
+    return
+  more = "Choose a different --workdir, or use the settings of that run."
+  if all(line.startswith(("train.steps:", "train.epochs:")) for line in lines):
+    more = (
+      f"Its {config.train.schedule} stretches with the length (train.schedule_args), so the steps "
+      "that are done would have had other learning rates: a longer run is a different run. Choose "
+      "a different --workdir. Runs with a constant rate can be made longer."
+    )
+  raise ValueError(
+    "\n  ".join([f"{workdir} contains a run of a different config:", *lines]) + f"\n{more}"
+  )
+
+
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict, moved: bool = False) -> None:
   """Claims a run folder: writes `config.json`, or raises if it belongs to a different run.
 
   Raises:
-    ValueError: settings differ (the message lists all), or the folder cannot be written.
+    ValueError: as `check_workdir`, or the folder cannot be written.
   """
+  check_workdir(workdir, config, moved)
   path = workdir / "config.json"
-  if path.exists():
-    lines = differing(_read(workdir), config)
-    if lines:
-      raise ValueError(
-        "\n  ".join([f"{workdir} contains a run of a different config:", *lines])
-        + "\nChoose a different --workdir, or use the settings of that run."
-      )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(path, config.to_dict())

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdep_jax import build, evaluate
+from fdep_jax import build, evaluate, settings
 from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Backbone
 from fdep_jax.detector import Detector
@@ -68,9 +68,16 @@ def export(
       cannot be written.
     RuntimeError: a written file gives different numbers than the run.
   """
+  if str(which).endswith(".safetensors"):
+    raise ValueError(f"{which} is an exported file. Export from the run instead.")
+  run, _ = detector_lib.find_checkpoint(workdir, which)
+  if settings.load(run).mode == "fdep_wo_coisd":
+    raise ValueError(
+      f"{run} trained the main branch only, which needs DINOv2 at every frame, and export writes "
+      "the light branch. Use --mode predict --branch main for this run, or train with "
+      "--config.mode=fdep, which trains both."
+    )
   detector = detector_lib.load(workdir, which, "light")
-  if detector.folder.is_file():
-    raise ValueError(f"{detector.folder} is an exported file. Export from the run instead.")
   out = pathlib.Path(out if out is not None else detector.folder / "export").expanduser()
   try:
     out.mkdir(parents=True, exist_ok=True)

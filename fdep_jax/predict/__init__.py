@@ -108,7 +108,7 @@ def command(flags) -> None:
   values = frames.parse_range(flags.range)
   out = pathlib.Path(flags.out or pathlib.Path(flags.workdir or ".") / "predictions").expanduser()
   _inputs(pathlib.Path(flags.input).expanduser(), out)  # checks folders before loading
-  detector = load(flags.workdir, flags.checkpoint, flags.branch)
+  detector = load(flags.workdir, flags.checkpoint, flags.branch, flags.config)
   mesh.cache_programs(detector.config)
   result = run(flags.input, out, detector, threshold=flags.threshold, values=values)
   print(result)

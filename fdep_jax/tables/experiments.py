@@ -83,6 +83,8 @@ def from_flags(values) -> tuple[Table, ConfigDict]:
   if values.seeds:
     table = table._replace(seeds=_seeds(values.seeds))
   taken = {name for row in table.rows for name in row.changes} | {"seed"}
+  if taken & {"train.steps", "train.epochs"}:  # either is a length
+    taken |= {"train.steps", "train.epochs"}
   clashes = sorted(taken & set(config_flags.get_override_values(holder)))
   if clashes:
     raise ValueError(
