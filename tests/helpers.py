@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import optax
 from flax import nnx
+from PIL import Image
 
 from configs import base
 from fdep_jax import backbones, build, data, evaluate, report, settings
@@ -50,6 +51,22 @@ def toy_backbone():
     backbones.__path__ = known
     sys.modules.pop("fdep_jax.backbones.toy", None)
     vars(backbones).pop("toy", None)
+
+
+def make_folder(path: pathlib.Path, count: int = 4) -> pathlib.Path:
+  """A small dataset with one target an image."""
+  rng = np.random.default_rng(0)
+  for part in ("images", "masks", "splits"):
+    (path / part).mkdir(parents=True)
+  for i in range(count):
+    mask = np.zeros((40, 48), np.uint8)
+    mask[10 + i : 13 + i, 20:23] = 255
+    Image.fromarray(rng.integers(0, 200, (40, 48), np.uint8)).save(path / f"images/{i}.png")
+    Image.fromarray(mask).save(path / f"masks/{i}.png")
+  half = count // 2
+  (path / "splits/train.txt").write_text("\n".join(map(str, range(half))))
+  (path / "splits/test.txt").write_text("\n".join(map(str, range(half, count))))
+  return path
 
 
 # Toy runs.
