@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+from fdep_jax.metrics import masks
 
 
 class Sample(NamedTuple):
@@ -36,15 +38,19 @@ _DECODING_ERRORS = (
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def _open(content: bytes) -> Image.Image:
+def _open(content: bytes, deep: bool = False) -> Image.Image:
+  """Opens a picture as viewers show it, turned as its EXIF data say."""
   try:
     picture = Image.open(io.BytesIO(content), formats=_FORMATS)
     picture.load()
+    picture = ImageOps.exif_transpose(picture)
   except _DECODING_ERRORS as error:
     reason = re.sub(r" <_io[^>]*>", "", str(error))
     raise ValueError(f"cannot be decoded ({reason}); is it damaged? Fetch it again") from None
   # Pillow opens 16-bit RGB PNGs as 8-bit ones by dropping the low byte, so its mode is not enough.
   bits = content[24] if content[:8] == _PNG else 8
+  if deep and (picture.mode in _EIGHT_BIT and bits <= 8 or picture.mode[0] in "IF"):
+    return picture
   if bits == 16 or picture.mode not in _EIGHT_BIT:
     raise ValueError(
       f"holds more than 8 bits per channel (mode {picture.mode}). Scale it to 8 bits; the right "
@@ -68,9 +74,13 @@ def decode_grey(content: bytes) -> np.ndarray:
   return np.array(_open(content).convert("L"))
 
 
-def binarise(grey: np.ndarray) -> np.ndarray:
-  """Marks the target pixels of a mask: > 127. 85 of IRSTD-1K's masks have values in between."""
-  return grey > 127
+def decode_mask(content: bytes) -> tuple[np.ndarray, str]:
+  """Decodes the bytes of a mask file to H×W bool, and a warning or "".
+
+  Raises:
+    ValueError: damaged, or as `metrics.masks`, whose rule it applies.
+  """
+  return masks.binary(masks.levels(_open(content, deep=True)))
 
 
 def statistics(samples: Sequence[Sample]) -> tuple[float, float]:

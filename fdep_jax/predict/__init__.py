@@ -186,12 +186,14 @@ def run(
 def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
   """Lists the pictures, sorted: {name: (path, stem of its output files)}; at least one."""
   if source.is_file():
+    if source.suffix.lower() in frames.VIDEOS:
+      raise ValueError(frames.about_video(source))
     return {source.name: (source, source.stem)}
   if not source.is_dir():
     raise FileNotFoundError(f"{source} does not exist. Give a picture or a folder of pictures.")
   if source.resolve() == out.resolve():
     raise ValueError(f"{out} is also the input folder. Choose a different --out.")
-  paths, others = [], 0
+  paths, others, videos = [], 0, []
   for folder, names, inside in os.walk(source):
     folder = pathlib.Path(folder)
     names[:] = [
@@ -203,6 +205,10 @@ def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.
         paths.append((folder / name).relative_to(source))
       else:
         others += 1
+        if pathlib.Path(name).suffix.lower() in frames.VIDEOS:
+          videos.append(folder / name)
+  if videos:
+    logging.warning("%s", frames.about_video(videos[0]))
   if not paths:
     raise ValueError(
       f"{source} contains no pictures ({', '.join(frames.SUFFIXES)}), only {others} other files."
