@@ -76,6 +76,9 @@ def get_config():
 
   c.eval = ConfigDict()
   c.eval.every_epochs = 1.0  # how often the held-out images are scored during training
+  # Least number of steps between two such evaluations: an epoch of a small set is a few steps.
+  # OUR CHOICE.
+  c.eval.least_steps = 20
   c.eval.select_on = "val"  # val | test: what the best checkpoint is chosen on. PAL: test
   c.eval.batch_size = 16  # most images evaluated at once
   c.eval.save_probs = False  # write the probability maps to workdir/probs

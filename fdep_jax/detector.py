@@ -1,6 +1,7 @@
 """Loads one branch of a trained run, or of an exported file."""
 
 import json
+import logging
 import os
 import pathlib
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from fdep_jax import build, settings
 from fdep_jax.fdep import FDEP
 from fdep_jax.priors import Prior
 from fdep_jax.runtime import checkpoint, files
+
+POOR = 0.02  # HSE on the images that select, below which their order means nothing
 
 
 class Detector(NamedTuple):
@@ -83,11 +86,34 @@ def load(
     step = meta["step"]
   finally:
     checkpoints.close()
+  if best and selection_doubt(meta):
+    logging.warning("%s: %s", workdir, selection_doubt(meta))
   if prior:
     build.check_prior(prior.sha256, meta, workdir, config)
   nnx.update(model, state["params"], state["stats"])
   source = f"{workdir}, step {step}"
   return Detector(model, branch, config, meta["mean"], meta["std"], prior, source, workdir, step)
+
+
+def selection_doubt(saved: dict) -> str:
+  """Says why the selection of a best checkpoint may be chance; "" if nothing is known against it.
+
+  Args:
+    saved: the JSON object of the best checkpoint.
+  """
+  step, best, steps = saved["step"], saved.get("best"), saved.get("steps") or 0
+  if best is not None and best < POOR:
+    return (
+      f"the selected checkpoint, step {step}, has HSE {100 * best:.2f} on the images that select, "
+      "so the selection is chance. --checkpoint last may be better."
+    )
+  if step <= steps / 10:
+    return (
+      f"the selected checkpoint, step {step} of {steps}, is from the first tenth of the training. "
+      "The images that select may be too few, or the training did not go on. --checkpoint last is "
+      "the newest."
+    )
+  return ""
 
 
 def load_light(path: str | os.PathLike) -> Detector:

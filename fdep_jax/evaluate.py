@@ -257,6 +257,12 @@ def evaluate(
     _show(out, name, config, images, recorder, totals, metrics, shown, about)
     print(f"{len(images.test)} test images of {config.data.root}, {words}")
     print(table(metrics))
+    doubt = detector.selection_doubt(best) if which is None and best["best_step"] else ""
+    if doubt:
+      print(f"Warning: {doubt}")
+    if doubt and newest:
+      print(f"The newest checkpoint, step {last['step']}:")
+      print(table(metrics | newest))
   return metrics
 
 

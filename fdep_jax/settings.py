@@ -20,6 +20,9 @@ _FREE = re.compile(
 )
 
 
+# Settings that runs of earlier versions do not have, and the value that they ran with.
+_ADDED = {"eval.least_steps": 1}
+
 # Paths: a begun run may be continued with the same files at another place.
 _PLACES = ("data.root", "dino.checkpoint")
 
@@ -42,6 +45,7 @@ _CHOICES = {
 }
 _POSITIVE = (
   "data.crop", "data.threads", "train.batch_size", "train.learning_rate", "eval.batch_size",
+  "eval.least_steps",
   "checkpoint.every_steps", "checkpoint.keep", "log.every_steps", "host_devices",
 )  # fmt: skip
 
@@ -354,7 +358,10 @@ def load(workdir: str | os.PathLike) -> ConfigDict:
 def _read(workdir: str | os.PathLike) -> ConfigDict:
   path = pathlib.Path(workdir) / "config.json"
   try:
-    return ConfigDict(json.loads(path.read_text()))
+    config = ConfigDict(json.loads(path.read_text()))
+    known = flat(config)
+    config.update_from_flattened_dict({k: v for k, v in _ADDED.items() if k not in known})
+    return config
   except FileNotFoundError:
     raise FileNotFoundError(
       f"{path} does not exist: {workdir} is not the folder of a run."

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pathlib
+import sys
 import time
 
 import jax
@@ -16,7 +17,7 @@ from fdep_jax import build, data, evaluate, forward, pseudo, settings
 from fdep_jax import step as step_lib
 from fdep_jax.priors import Prior, bank
 from fdep_jax.runtime import checkpoint, files, mesh
-from fdep_jax.runtime.log import Log, Profile
+from fdep_jax.runtime.log import Log, Minutes, Profile
 from fdep_jax.runtime.signals import Preempted, Signals
 
 
@@ -126,7 +127,8 @@ class Loop:
     self.forward = forward.make_forward(config, model, images.mean, images.std)
     self.selection = images.val if config.eval.select_on == "val" else images.test
     per_epoch = len(images.train) / config.train.batch_size  # steps
-    self.every_eval = max(1, round(config.eval.every_epochs * per_epoch))
+    self.every_eval = max(config.eval.least_steps, round(config.eval.every_epochs * per_epoch))
+    self.score = ""  # the last on the selection images, in words
     self.schedule = step_lib.make_schedule(config, self.steps)
 
   def _restore(self, state: dict) -> tuple[dict, Progress]:
@@ -181,13 +183,14 @@ class Loop:
     """
     config, progress = self.config, self.progress
     iterator = self._batches()
-    hidden = None if config.log.progress and mesh.writes() else True
+    shown = config.log.progress and mesh.writes() and sys.stderr.isatty()
+    self.minutes = Minutes(self.steps, self.start, shown or not mesh.writes())
     with (
       self.signals.waiting(),
       self.checkpoints,
       contextlib.closing(iterator),
       Log(self.workdir, config, self.start) as log,
-      tqdm(total=self.steps, initial=self.start, disable=hidden) as bar,
+      tqdm(total=self.steps, initial=self.start, disable=not shown) as bar,
     ):
       if progress.best_step == self.start and self.start:
         if self.checkpoints.best_step() != self.start:
@@ -256,6 +259,7 @@ class Loop:
     if self.config.train.nonfinite == "skip":
       metrics["skipped"] = self.progress.skipped
     log.write(step, metrics)
+    self.minutes.tell(step, metrics, self.score)
     bar.set_postfix(loss=f"{metrics['loss']:.4f}", img_s=f"{rate:.1f}")
 
   def _after(self, step: int, log: Log, clock: "Clock") -> None:
@@ -291,6 +295,7 @@ class Loop:
     value = scores[forward.deployed_branch(config.mode)].hse
     value = -math.inf if math.isnan(value) else value
     progress.evaluated = progress.step
+    self.score = f"{config.eval.select_on} HSE {100 * max(value, 0):.2f} at step {progress.step}"
     if value > progress.best:
       progress.best, progress.best_step = value, progress.step
       self.save()

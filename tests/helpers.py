@@ -87,6 +87,7 @@ def toy_config(**changes):
       "dino.checkpoint": "random",
       "train.batch_size": 4,
       "train.steps": 8,
+      "eval.least_steps": 1,
       "checkpoint.every_steps": 4,
       "log.tensorboard": False,
       "log.progress": False,

@@ -7,15 +7,16 @@ import socket
 import threading
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from helpers import ROOT, make_folder, toy_backbone, toy_config
 
 from configs import base
-from fdep_jax import arguments, build, cli, evaluate, export, score, settings, train
+from fdep_jax import arguments, build, cli, evaluate, export, losses, score, settings, train
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
-from fdep_jax.runtime import checkpoint, files, mesh, rendezvous
+from fdep_jax.runtime import checkpoint, files, log, mesh, rendezvous
 
 QUICK = ("--config=quickstart", "--workdir=never")
 
@@ -448,3 +449,72 @@ def test_a_cluster_that_is_not_there_and_one_that_breaks_are_one_sentence(monkey
 def test_a_batch_that_devices_cannot_share_gets_a_size_that_they_can():
   with pytest.raises(ValueError, match="batch_size is 5, which 2 host devices .* Use 6, or"):
     settings.check(toy_config(**{"train.batch_size": 5, "host_devices": 2}))
+
+
+# Training as people run it.
+
+
+def test_redirected_output_gets_a_line_a_minute(caplog, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+  values = {"loss": 0.5, "loss_light": 0.2, "loss_main": 0.3, "images_per_second": 12.34}
+  with caplog.at_level(logging.INFO):
+    minutes = log.Minutes(100, 20, shown=False)
+    for second in range(0, 121, 10):
+      now[0] = second
+      minutes.tell(21 + second // 10, values, "val HSE 43.21 at step 20" if second else "")
+    log.Minutes(100, 20, shown=True).tell(30, values, "")
+  said = [record.getMessage() for record in caplog.records]
+  assert len(said) == 3
+  assert said[1] == (
+    "step 27 of 100, loss 0.5000 (light 0.2000, main 0.3000), 12.3 images/s, 10 min left, "
+    "val HSE 43.21 at step 20"
+  )
+
+
+@pytest.mark.parametrize(
+  ("step", "best", "said"),
+  [(50, 0.001, "has HSE 0.10"), (10, 0.5, "first tenth"), (11, 0.5, ""), (11, None, "")],
+)
+def test_a_selection_by_chance_is_said(step, best, said):
+  found = detector_lib.selection_doubt({"step": step, "best": best, "steps": 100})
+  assert said in found and bool(found) == bool(said)
+
+
+def test_predict_and_export_repeat_the_doubt_and_eval_shows_the_newest(
+  begun, monkeypatch, caplog, capsys
+):
+  run, *_ = begun
+  monkeypatch.setattr(detector_lib, "selection_doubt", lambda saved: "it is chance.")
+  detector_lib.load(run)
+  assert "it is chance." in caplog.text
+  caplog.clear()
+  detector_lib.load(run, "last")
+  assert not caplog.text
+  metrics = evaluate.evaluate(run)
+  out = capsys.readouterr().out
+  assert "Warning: it is chance." in out
+  assert ("The newest checkpoint" in out) == (
+    metrics["last"]["checkpoint"] != metrics["checkpoint"]
+  )
+
+
+def test_small_sets_are_not_evaluated_every_epoch():
+  assert base.get_config().eval.least_steps == 20
+  assert settings._ADDED["eval.least_steps"] == 1  # as earlier runs were trained
+
+
+@pytest.mark.parametrize(
+  ("heads", "mask", "said"),
+  [
+    (np.zeros((2, 8, 8, 1)), np.zeros((2, 8, 8), bool), r"\[logits\] for one"),
+    ([], np.zeros((2, 8, 8), bool), "must be a list of logits"),
+    ([np.zeros((2, 8, 8, 1))], np.zeros((2, 8, 8), np.uint8), "must be bool"),
+    ([np.zeros((2, 8, 8, 1))], np.zeros((2, 8, 8, 1), bool), "must be bool, B×H×W"),
+    ([np.zeros((2, 8, 8, 2))], np.zeros((2, 8, 8), bool), r"they must be \(2, 8, 8, 1\)"),
+    ([np.zeros((2, 4, 4, 1))], np.zeros((2, 8, 8), bool), r"they must be \(2, 8, 8, 1\)"),
+  ],
+)
+def test_the_loss_refuses_what_it_would_sum_wrongly(heads, mask, said):
+  with pytest.raises(ValueError, match=said):
+    losses.eedm(heads, mask)
