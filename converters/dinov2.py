@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from converters.rules import listing, without_wrappers
 from converters.torch_file import is_safetensors, read_torch
 from fdep_jax.priors import dinov2
 from fdep_jax.runtime import files
@@ -108,6 +109,7 @@ _UNUSED = {
   r"(dino_head|ibot_head)\..*": "heads of pretraining",
   r"(classifier|linear_head)\..*": "a classifier on top",
   r"student\..*": "the teacher beside it is used",
+  r"\w+_loss\..*": "centres of the losses of pretraining",
 }
 
 
@@ -225,7 +227,7 @@ def _probe(vit: dinov2.DINOv2) -> np.ndarray:
 
 
 def _load(state, dtype, heads, variable) -> dinov2.DINOv2:
-  state, naming, problems = _strip(state)
+  state, naming, problems = _strip({without_wrappers(n): array for n, array in state.items()})
   sizes = _sizes(state, naming)
   heads = heads or sizes["width"] // _HEAD_WIDTH
   if not heads or sizes["width"] % heads:
@@ -252,6 +254,9 @@ def _load(state, dtype, heads, variable) -> dinov2.DINOv2:
     problems += bad
     if bad or len(parts) < len(names):
       continue
+    lost = sum(part.size - int(np.isfinite(part).sum()) for part in parts.values())
+    if lost:
+      problems.append(f"{names[0]}: {lost} values are NaN or infinite; it fills {target}")
     array = np.concatenate(list(parts.values())) if len(parts) > 1 else parts[names[0]]
     if rule.axes:
       array = array.transpose(rule.axes)
@@ -271,9 +276,8 @@ def _load(state, dtype, heads, variable) -> dinov2.DINOv2:
     if not any(re.fullmatch(pattern, name) for pattern in _UNUSED)
   ]
   if problems:
-    shown = problems[:40] + ([f"… and {len(problems) - 40} more"] if len(problems) > 40 else [])
     count = f"{len(problems)} conversion problem{'s' if len(problems) > 1 else ''}"
-    raise ValueError("\n  ".join([f"not a DINOv2 checkpoint. {count}:", *shown]))
+    raise ValueError("\n  ".join([f"not a DINOv2 checkpoint. {count}:", *listing(problems)]))
   for target, variable in targets.items():
     variable.set_value(jnp.asarray(arrays.pop(target)))
   return vit
@@ -325,6 +329,12 @@ def _sizes(state, naming: _Naming) -> dict[str, int | bool]:
   if not blocks:
     raise ValueError(f"not a DINOv2 checkpoint: there is no {naming.block}0.")
   first = f"{naming.block}{min(blocks)}."
+  known = {size["depth"] for size in dinov2.SIZES.values() if size["width"] == width}
+  if known and max(blocks) + 1 not in known:
+    raise ValueError(
+      f"it has {max(blocks) + 1} blocks, and a DINOv2 of width {width} has {known.pop()}: it is "
+      "cut off, or not a whole model. Copy or download it again."
+    )
   swiglu = first + naming.gated in state
   hidden = np.shape(state.get(first + (naming.gated if swiglu else naming.plain), (0,)))[0]
   return {

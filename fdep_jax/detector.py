@@ -135,9 +135,12 @@ def load_light(path: str | os.PathLike) -> Detector:
     settings.check(config)
     mean, std, step = float(about["mean"]), float(about["std"]), int(about["step"])
   except (KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
-    raise ValueError(
-      f"{path} is no light.safetensors of --mode export ({type(error).__name__}: {error})."
-    ) from None
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyError | TypeError):
+      reason = "it lacks the settings of a run; converters.load_backbone reads files of PyTorch"
+    if str(path).endswith("_torch.safetensors"):
+      reason = "it is for PyTorch; the file for this package is light.safetensors beside it"
+    raise ValueError(f"{path} is no light.safetensors of --mode export: {reason}.") from None
   model = FDEP(config.model.backbone, num_levels=0, rngs=nnx.Rngs(0))
   model.eval()
   weights = nnx.state(model.backbone, nnx.Any(nnx.Param, nnx.BatchStat))
@@ -174,6 +177,12 @@ def _parse_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
       raise ValueError(f"Checkpoint {which} needs the --workdir of its run, or give a path.")
     return files.expand(workdir), which
   path = files.expand(which)
+  if path.is_file():
+    raise ValueError(
+      f"{path} is a file. --checkpoint takes best, last, a step, a folder RUN, RUN/best or "
+      "RUN/checkpoints/STEP, or a light.safetensors of --mode export. Programs (.onnx, .stablehlo) "
+      "run elsewhere: docs/deployment.md; converters.load_backbone reads PyTorch's files in Python."
+    )
   if not path.is_dir():
     raise FileNotFoundError(
       f"{path} is no checkpoint: give best, last, a step, a folder RUN, RUN/best or "

@@ -3,13 +3,14 @@
 import io
 import logging
 import re
+import types
 
 import numpy as np
 import pytest
 from helpers import make_folder
 from PIL import Image
 
-from fdep_jax import data, predict, score
+from fdep_jax import data, predict, score, validate
 from fdep_jax.data import frames, samples
 from fdep_jax.metrics import hse, masks
 
@@ -152,7 +153,7 @@ def test_rounding_beyond_one_is_cut_and_more_is_shown_with_its_digits():
   checked, _, problems = hse.check(prob, TRUTH)
   assert not problems and checked.min() == 0 and checked.max() == 1
   *_, problems = hse.check(np.where(TRUTH, np.float32(1.00002), np.float32(0)), TRUTH)
-  assert "1.0000199" in problems[0]
+  assert "1.00002003" in problems[0]
 
 
 @pytest.mark.parametrize(
@@ -287,3 +288,26 @@ def test_a_video_gets_the_command_that_makes_frames(tmp_path, caplog):
   with pytest.raises(ValueError, match="contains no pictures"):
     predict._inputs(tmp_path, tmp_path / "out")
   assert "ffmpeg" in caplog.text
+
+
+# --mode validate.
+
+
+def test_validate_prints_the_counts_and_draws_the_first_pairs(tmp_path, capsys):
+  root = make_folder(tmp_path / "data")
+  validate.command(types.SimpleNamespace(data=[str(root)], out=str(tmp_path / "out")))
+  out = capsys.readouterr().out
+  assert f"{root}: no problems" in out
+  assert "train 2 images, 0 without a target, 2 targets, 9 pixels in the median target" in out
+  with Image.open(tmp_path / "out" / "data.png") as sheet:
+    assert sheet.size == (480, 500)
+    colours = {colour for _, colour in sheet.convert("RGB").getcolors(2**20)}
+  assert (255, 176, 0) in colours
+
+
+def test_validate_lists_the_problems_of_a_bad_set(tmp_path):
+  root = make_folder(tmp_path / "data")
+  (root / "masks/0.png").unlink()
+  with pytest.raises(FileNotFoundError, match="0 has no mask"):
+    validate.command(types.SimpleNamespace(data=[str(root)], out=str(tmp_path / "out")))
+  assert not (tmp_path / "out").exists()
