@@ -23,6 +23,7 @@ NEEDS = {  # mode: the flags that it cannot run without
   "report": ("runs", "out"),
   "sweep": ("config", "workdir"),
   "table": ("workdir",),
+  "validate": ("data",),
 }
 TAKES = {  # mode: the flags that it may have besides; it refuses all others
   "train": (),
@@ -34,6 +35,7 @@ TAKES = {  # mode: the flags that it may have besides; it refuses all others
   "report": (),
   "sweep": ("task", "seeds"),
   "table": ("config", "seeds", "out"),
+  "validate": ("out",),
 }
 USES = {mode: (*NEEDS[mode], *TAKES[mode]) for mode in NEEDS}
 OF_RUN = {  # mode: the settings of a trained run that it may change, as a pattern
@@ -49,6 +51,7 @@ COMMANDS = {  # mode: the module whose `command` runs it; imported only then
   "report": "fdep_jax.report",
   "sweep": "fdep_jax.tables.sweep",
   "table": "fdep_jax.tables.table",
+  "validate": "fdep_jax.validate",
 }
 
 
@@ -68,6 +71,7 @@ def program_flags():
   )
   flags.DEFINE_string("workdir", None, "folder of the run")
   flags.DEFINE_enum("mode", "train", list(NEEDS), "train evaluates too; see README.md")
+  flags.DEFINE_list("data", None, "validate: folders of datasets, A,B,C")
   flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
   flags.DEFINE_string("checkpoint", None, "predict, export, eval: best, last, a step, or a path")
   flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")

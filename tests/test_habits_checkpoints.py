@@ -1,4 +1,4 @@
-"""Weight files as people have them: any prefix, torch.compile, EMA, training checkpoints, damage."""
+"""Weight files as people have them: prefixes, torch.compile, EMA, training files, damage."""
 
 import re
 
