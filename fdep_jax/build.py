@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from fdep_jax import ablations, data, priors
 from fdep_jax.backbones import network_class
+from fdep_jax.data import frames
 from fdep_jax.fdep import FDEP
 from fdep_jax.priors import Prior, dinov2
 
@@ -25,6 +26,7 @@ class Images(NamedTuple):
   test: list[data.Sample]
   mean: float  # of grey levels / 255, over the whole train split
   std: float
+  range: frames.Range = ""  # that became the grey levels; "": the images have 8 bits
 
 
 def check_crop(config: ConfigDict) -> None:
@@ -75,22 +77,30 @@ def load_images(config: ConfigDict) -> Images:
   """Reads both splits; mean and deviation are those of the train split."""
   if config.data.root == "synthetic":
     size = config.data.synthetic_size
-    train = data.scenes(config.data.synthetic_train, size, seed=1)
+    values, train = "", data.scenes(config.data.synthetic_train, size, seed=1)
   else:
-    train = data.load(config.data.root, "train")
-  test = load_test(config)
+    values = grey_range(config)
+    train = data.load(config.data.root, "train", values=values)
+  test = load_test(config, values)
   mean, std = data.statistics(train)
   val = []
   if config.eval.select_on == "val":
     train, val = data.split_validation(train, config.data.val_fraction, seed=0)
-  return Images(train, val, test, mean, std)
+  return Images(train, val, test, mean, std, values)
 
 
-def load_test(config: ConfigDict) -> list[data.Sample]:
-  """Reads the test split."""
+def load_test(config: ConfigDict, values: frames.Range = "") -> list[data.Sample]:
+  """Reads the test split; `values` is the range of its grey levels."""
   if config.data.root == "synthetic":
     return data.scenes(config.data.synthetic_test, config.data.synthetic_size, seed=2)
-  return data.load(config.data.root, "test")
+  return data.load(config.data.root, "test", values=values)
+
+
+def grey_range(config: ConfigDict) -> frames.Range:
+  """Returns the range that becomes the grey levels of the whole dataset, `data.range` resolved."""
+  if config.data.range == "auto":
+    return data.measure_range(config.data.root)
+  return frames.parse_range(config.data.range) if config.data.range else ""
 
 
 def load_prior(config: ConfigDict) -> Prior | None:

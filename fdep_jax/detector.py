@@ -29,6 +29,7 @@ class Detector(NamedTuple):
   source: str  # the run and its step, for messages and manifests
   folder: pathlib.Path  # of the run, or the exported file
   step: int  # of the checkpoint
+  range: str | tuple[float, float] = ""  # that became the grey levels; "": it had 8-bit images
 
 
 def load(
@@ -92,7 +93,11 @@ def load(
     build.check_prior(prior.sha256, meta, workdir, config)
   nnx.update(model, state["params"], state["stats"])
   source = f"{workdir}, step {step}"
-  return Detector(model, branch, config, meta["mean"], meta["std"], prior, source, workdir, step)
+  values = meta.get("range", "")
+  return Detector(
+    model, branch, config, meta["mean"], meta["std"], prior, source, workdir, step,
+    tuple(values) if isinstance(values, list) else values,
+  )  # fmt: skip
 
 
 def selection_doubt(saved: dict) -> str:
@@ -134,6 +139,8 @@ def load_light(path: str | os.PathLike) -> Detector:
     config = ConfigDict(about["config"])
     settings.check(config)
     mean, std, step = float(about["mean"]), float(about["std"]), int(about["step"])
+    values = about.get("range", "")
+    values = tuple(map(float, values)) if isinstance(values, list) else str(values)
   except (KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, KeyError | TypeError):
@@ -149,7 +156,8 @@ def load_light(path: str | os.PathLike) -> Detector:
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
   source = f"{path} of {about['run']}, step {step}"
-  return Detector(model, "light", config, mean, std, None, source, files.expand(path), step)
+  folder = files.expand(path)
+  return Detector(model, "light", config, mean, std, None, source, folder, step, values)
 
 
 def find_checkpoint(

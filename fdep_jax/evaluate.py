@@ -220,7 +220,9 @@ def evaluate(
   (best_state, best), (last_state, last) = _restore(workdir, which, config, like)
   if images is None:
     build.check_prior(prior.sha256 if prior else None, best, workdir, config)
-    images = build.Images([], [], build.load_test(config), best["mean"], best["std"])
+    values = _range(best)
+    test = build.load_test(config, values)
+    images = build.Images([], [], test, best["mean"], best["std"], values)
 
   maps_of = _maps_of(config, images, prior, model)
   newest = None
@@ -264,6 +266,12 @@ def evaluate(
       print(f"The newest checkpoint, step {last['step']}:")
       print(table(metrics | newest))
   return metrics
+
+
+def _range(saved: dict):
+  """Returns the range of the grey levels that a checkpoint was trained with."""
+  values = saved.get("range", "")
+  return tuple(values) if isinstance(values, list) else values
 
 
 def _check_checkpoint(workdir: pathlib.Path, which: str | int | None, config: ConfigDict) -> None:

@@ -21,7 +21,7 @@ _FREE = re.compile(
 
 
 # Settings that runs of earlier versions do not have, and the value that they ran with.
-_ADDED = {"eval.least_steps": 1}
+_ADDED = {"eval.least_steps": 1, "data.range": ""}
 
 # Paths: a begun run may be continued with the same files at another place.
 _PLACES = ("data.root", "dino.checkpoint")
@@ -148,6 +148,10 @@ def settle_length(config: ConfigDict, given: Container[str]) -> None:
   config.train.steps = 0
 
 
+def _no_folder(root: str) -> bool:
+  return root == "synthetic" or root.startswith("tfds:")
+
+
 def idle(config: ConfigDict, given: Iterable[str]) -> list[str]:
   """Lists those of the given settings that have no effect beside the others, with the reason."""
   values = flat(config)
@@ -158,6 +162,7 @@ def idle(config: ConfigDict, given: Iterable[str]) -> list[str]:
     (r"model\.bn_stats|loss\.light_weight", mode != "fdep", f"mode {mode} trains one branch"),
     (r"model\.fusion", values["model.on_dino"] != "no", "model.on_dino replaces the fusion"),
     (r"dino\.bank_\w+", not values["dino.bank"], "dino.bank is 0"),
+    (r"data\.range", _no_folder(values["data.root"]), "data.root is no folder"),
     (r"data\.synthetic_\w+", values["data.root"] != "synthetic", "data.root is not synthetic"),
     (r"data\.val_fraction", values["eval.select_on"] != "val", "eval.select_on is not val"),
     (
@@ -196,6 +201,10 @@ def check(config: ConfigDict) -> None:
     )
   if not 0 <= values["data.target_crop_prob"] <= 1:
     problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
+  if not re.fullmatch(r"|auto|full|[^,]+,[^,]+", values["data.range"]):
+    problems.append(
+      f"data.range is {values['data.range']!r}; it must be LOW,HIGH, full, auto or empty."
+    )
   problems += _ablation_problems(values)
   for name in ("data.crop_margin", "dino.bank", "dino.bank_refresh_epochs", "loss.distill_weight"):
     if values[name] < 0:

@@ -113,6 +113,7 @@ class Loop:
       "steps": self.steps,
       "mean": images.mean,
       "std": images.std,
+      "range": images.range,
       "dino_sha256": prior.sha256 if prior else None,
       "dino_levels": list(prior.blocks) if prior else None,
     }

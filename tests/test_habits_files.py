@@ -7,10 +7,10 @@ import types
 
 import numpy as np
 import pytest
-from helpers import make_folder
+from helpers import Bright, detector, make_folder, toy_config
 from PIL import Image
 
-from fdep_jax import data, predict, score, validate
+from fdep_jax import build, data, predict, score, settings, validate
 from fdep_jax.data import frames, samples
 from fdep_jax.metrics import hse, masks
 
@@ -311,3 +311,54 @@ def test_validate_lists_the_problems_of_a_bad_set(tmp_path):
   with pytest.raises(FileNotFoundError, match="0 has no mask"):
     validate.command(types.SimpleNamespace(data=[str(root)], out=str(tmp_path / "out")))
   assert not (tmp_path / "out").exists()
+
+
+# Cameras.
+
+
+def deep_set(root, low=7000, high=9000):
+  """A dataset of 16-bit images: noise in a narrow range, and a bright target."""
+  root = make_folder(root)
+  rng = np.random.default_rng(0)
+  for path in (root / "images").iterdir():
+    counts = rng.integers(low, high, (40, 48)).astype(np.uint16)
+    Image.fromarray(counts).save(path)
+  return root
+
+
+def test_sixteen_bit_images_are_refused_with_the_setting_that_reads_them(tmp_path):
+  with pytest.raises(data.DataError, match="--config.data.range=LOW,HIGH"):
+    data.read(deep_set(tmp_path / "data"), "train")
+
+
+def test_one_range_turns_the_counts_of_a_camera_into_grey_levels(tmp_path):
+  root = deep_set(tmp_path / "data")
+  low, high = data.measure_range(root)
+  assert 7000 <= low < 7010 and 8990 < high <= 9000
+  raw = np.array(Image.open(root / "images/0.png")).astype(float)
+  for values, wanted in (
+    ((7000.0, 9000.0), (raw - 7000) / 2000 * 255),
+    ("full", raw / 65535 * 255),
+  ):
+    image = data.read(root, "train", values)[0].image
+    assert image.dtype == np.uint8 and image.shape == (40, 48, 3)
+    assert np.abs(image[..., 0] - wanted).max() <= 0.5 + 1e-6
+
+
+def test_the_range_of_a_run_is_fixed_stored_and_used_by_prediction(tmp_path):
+  config = toy_config(**{"data.root": str(deep_set(tmp_path / "data")), "data.range": "auto"})
+  images = build.load_images(config)
+  assert images.range == data.measure_range(tmp_path / "data")
+  mine = detector(Bright())._replace(range=images.range)
+  seen = []
+  grey_levels = frames.grey_levels
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(frames, "grey_levels", lambda f, v: seen.append(v) or grey_levels(f, v))
+    for values in (None, (7000.0, 8000.0)):
+      predict.run(tmp_path / "data/images", tmp_path / "out", mine, values=values, progress=False)
+  assert set(seen) == {images.range, (7000.0, 8000.0)}
+
+
+def test_a_range_that_is_none_is_refused():
+  with pytest.raises(ValueError, match="data.range is '7000'; it must be LOW,HIGH, full, auto"):
+    settings.check(toy_config(**{"data.range": "7000"}))

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fdep_jax.data.folders import DataError, MissingDataError, read, validate
+from fdep_jax.data import frames
+from fdep_jax.data.folders import DataError, MissingDataError, measure_range, read, validate
 from fdep_jax.data.pipeline import CropBank, canvas_size, eval_batches, padded_size, train_iterator
 from fdep_jax.data.samples import Sample, split_validation, statistics
 from fdep_jax.data.synthetic import scenes
@@ -15,6 +16,7 @@ __all__ = [
   "canvas_size",
   "eval_batches",
   "load",
+  "measure_range",
   "padded_size",
   "read",
   "read_tfds",
@@ -43,8 +45,12 @@ def load(
   split: str,
   data_dir: str | Path | None = None,
   manual_dir: str | Path | None = None,
+  values: frames.Range = "",
 ) -> list[Sample]:
-  """Reads a dataset from a folder, or by `read_tfds` if `root` is "tfds:<name>" (tfds:sirst3)."""
+  """Reads a dataset from a folder, or by `read_tfds` if `root` is "tfds:<name>" (tfds:sirst3).
+
+  `values` is the range of a folder's images, as for `read`.
+  """
   if str(root).startswith("tfds:"):
     return read_tfds(str(root).removeprefix("tfds:"), split, data_dir, manual_dir)
-  return read(root, split)
+  return read(root, split, values)

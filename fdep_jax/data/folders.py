@@ -15,6 +15,7 @@ masks may end in _pixels0 (NUAA-SIRST), _mask, _gt or _label. Names in split fil
 """
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -22,6 +23,9 @@ from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from fdep_jax.data import frames
 from fdep_jax.data import samples as sample_lib
 from fdep_jax.data.samples import Sample
 
@@ -70,7 +74,31 @@ class _Pair(NamedTuple):
   mask: Path
 
 
-def read(root: str | Path, split: str) -> list[Sample]:
+def measure_range(root: str | Path) -> tuple[float, float]:
+  """Measures the range of a dataset's train images: data.range=auto.
+
+  OUR CHOICE: from the lowest 0.1th to the highest 99.99th percentile of an image.
+
+  Raises:
+    DataError: as `read`.
+  """
+  parts, problems = _survey(Path(root))
+  problems = [p for p in problems if p.split in (None, "train")]
+  low, high = math.inf, -math.inf
+  for path in (pair.image for pairs in parts.values() for pair in pairs["train"]):
+    try:
+      for frame in frames.read(path):
+        ends = np.percentile(frame, (frames.BLACK, frames.WHITE), method="nearest")
+        low, high = min(low, float(ends[0])), max(high, float(ends[1]))
+    except ValueError as error:
+      problems.append(_Problem(f"{path.relative_to(root)}: {error}"))
+  if problems or not low < high:
+    texts = [p.text for p in problems] or [f"all train images hold the one value {low:g}"]
+    raise DataError("\n  ".join([f"{root}: the range cannot be measured:", *texts]))
+  return low, high
+
+
+def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample]:
   """Reads and decodes every pair of a split, in the order of its split file.
 
   A union is read in the order NUAA-SIRST, NUDT-SIRST, IRSTD-1K, then the others by name
@@ -81,6 +109,7 @@ def read(root: str | Path, split: str) -> list[Sample]:
   Args:
     root: the dataset's folder, see the top of this file.
     split: "train", "test" or "all" (train, then test).
+    values: range that becomes the grey levels, see `frames.grey_levels`; "": the images have 8 bits.
 
   Raises:
     DataError: a ValueError listing all problems at once: images and masks of different size,
@@ -98,7 +127,7 @@ def read(root: str | Path, split: str) -> list[Sample]:
   result: list[Sample] = []
   for which in wanted:
     for part, pairs in parts.items():
-      decoded, found = _decode(pairs[which], root)
+      decoded, found = _decode(pairs[which], root, values)
       problems += found
       if decoded and not found and not any(s.mask.any() for s in decoded):
         text = f"{_show(part, root)}{which}: all {len(decoded)} masks are empty"
@@ -387,18 +416,23 @@ def _prefix_colliding_names(parts: dict[Path, dict[str, list[_Pair]]]) -> None:
 # ------------------------------------------------------------------------------ decoding, checking
 
 
-def _decode(pairs: list[_Pair], root: Path) -> tuple[list[Sample], list[_Problem]]:
+def _decode(
+  pairs: list[_Pair], root: Path, values: frames.Range
+) -> tuple[list[Sample], list[_Problem]]:
   with futures.ThreadPoolExecutor(max_workers=8) as pool:
-    results = list(pool.map(_decode_pair, pairs))
+    results = list(pool.map(lambda pair: _decode_pair(pair, values), pairs))
   samples = [sample for sample, _ in results if sample is not None]
   found = [problem for _, problems in results for problem in problems]
   return samples, [_Problem(f"{path.relative_to(root)}: {text}") for path, text in found]
 
 
-def _decode_pair(pair: _Pair) -> tuple[Sample | None, list[tuple[Path, str]]]:
+def _decode_pair(pair: _Pair, values: frames.Range) -> tuple[Sample | None, list[tuple[Path, str]]]:
   problems, image, mask = [], None, None
   try:
-    image = sample_lib.decode_image(pair.image.read_bytes())
+    if values:
+      image = sample_lib.read_frame(pair.image, values)
+    else:
+      image = sample_lib.decode_image(pair.image.read_bytes())
   except (ValueError, OSError) as error:
     problems.append((pair.image, str(error)))
   try:

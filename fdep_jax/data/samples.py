@@ -1,6 +1,7 @@
 """Labelled infrared frames: decoding, statistics, and the validation split."""
 
 import io
+import os
 import re
 import struct
 import zlib
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from fdep_jax.data import frames
 from fdep_jax.metrics import masks
 
 
@@ -53,8 +55,8 @@ def _open(content: bytes, deep: bool = False) -> Image.Image:
     return picture
   if bits == 16 or picture.mode not in _EIGHT_BIT:
     raise ValueError(
-      f"holds more than 8 bits per channel (mode {picture.mode}). Scale it to 8 bits; the right "
-      "range depends on the sensor"
+      f"holds more than 8 bits per channel (mode {picture.mode}). Name the range that becomes black "
+      "to white: --config.data.range=LOW,HIGH in the sensor's counts, full, or auto"
     )
   return picture
 
@@ -67,6 +69,23 @@ def decode_image(content: bytes) -> np.ndarray:
       without knowing the sensor's range would blacken most frames).
   """
   return np.array(_open(content).convert("RGB"))
+
+
+def read_frame(path: str | os.PathLike, values: frames.Range) -> np.ndarray:
+  """Reads an image of any bit depth as H×W×3 uint8.
+
+  Args:
+    path: a file with one frame.
+    values: range that becomes the grey levels, see `frames.grey_levels`.
+
+  Raises:
+    ValueError: it cannot be read, or has several frames.
+  """
+  found = list(frames.read(path))
+  if len(found) != 1:
+    raise ValueError(f"has {len(found)} frames; save one a file")
+  grey = np.uint8(np.rint(frames.grey_levels(found[0], values)))
+  return np.repeat(grey[..., None], 3, -1) if grey.ndim == 2 else grey
 
 
 def decode_grey(content: bytes) -> np.ndarray:

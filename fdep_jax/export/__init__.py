@@ -174,6 +174,7 @@ def _write_light(detector, light: Light, forward, path, about) -> Callable:
 
   arrays = {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(light.weights).items()}
   more = {"config": detector.config.to_dict(), "mean": detector.mean, "std": detector.std}
+  more["range"] = detector.range
   save_file(arrays, path, {"fdep_jax": json.dumps({**about, **more})})
   reread = make_light(detector_lib.load_light(path))
   return lambda image: forward(reread.weights, image)
@@ -251,6 +252,7 @@ def _about(detector: Detector) -> dict:
       },
       "sizes": f"any batch; {multiple}: pad frames with 0 at the right and the bottom (the "
       f"evaluation pads to multiples of {evaluate.PAD}) and crop the result",
+      "range": detector.range,  # in the unit of the frames, becomes 0 to 1; "": 8 bits
       "mean": detector.mean,
       "std": detector.std,
     },

@@ -105,7 +105,7 @@ def command(flags) -> None:
   Raises:
     ValueError: files could not be read (exit code 2); the others are done.
   """
-  values = frames.parse_range(flags.range)
+  values = frames.parse_range(flags.range) if flags.range else None
   out = pathlib.Path(flags.out or pathlib.Path(flags.workdir or ".") / "predictions").expanduser()
   _inputs(pathlib.Path(flags.input).expanduser(), out)  # checks folders before loading
   detector = load(flags.workdir, flags.checkpoint, flags.branch, flags.config)
@@ -122,7 +122,7 @@ def run(
   detector: Detector,
   *,
   threshold: float = 0.5,
-  values: frames.Range = "auto",
+  values: frames.Range | None = None,
   progress: bool = True,
 ) -> Result:
   """Finds the targets in a file, or in every picture below a folder, and writes them.
@@ -138,7 +138,8 @@ def run(
     out: folder to write.
     detector: from `load`.
     threshold: pixels of masks and targets are above it.
-    values: range that becomes the grey levels, see `data.frames.grey_levels`.
+    values: range that becomes the grey levels, see `data.frames.grey_levels`; default that of the
+      training, else "auto".
     progress: show a bar.
 
   Returns:
@@ -149,6 +150,7 @@ def run(
   """
   if not 0 <= threshold < 1:
     raise ValueError(f"threshold is {threshold}; it must be in [0, 1).")
+  values = values or detector.range or "auto"
   source, out = pathlib.Path(source).expanduser(), pathlib.Path(out).expanduser()
   inputs = _inputs(source, out)
   try:
