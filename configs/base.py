@@ -27,8 +27,8 @@ def get_config():
 
   c.data = ConfigDict()
   c.data.root = "data/SIRST3"  # folder, "tfds:<builder>", or "synthetic"
-  # Grey levels of images of more than 8 bits: LOW,HIGH in the unit of the files; full, the range of
-  # their type; auto, measured on the train images once; "": 8-bit images as they are, others refused.
+  # What becomes black to white in images of more than 8 bits: LOW,HIGH in the unit of the files; full,
+  # the range of their type; auto, measured on the train images once; "": only 8-bit images are read.
   c.data.range = ""
   c.data.crop = 448  # pixels; paper §4.2. 448 = 32·14, so that DINOv2 tiles it exactly
   c.data.augment = "recipe"  # recipe | dihedral | none
