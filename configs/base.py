@@ -27,8 +27,8 @@ def get_config():
 
   c.data = ConfigDict()
   c.data.root = "data/SIRST3"  # folder, "tfds:<builder>", or "synthetic"
-  # What becomes black to white in images of more than 8 bits: LOW,HIGH in the unit of the files; full,
-  # the range of their type; auto, measured on the train images once; "": only 8-bit images are read.
+  # What becomes black to white in images of more than 8 bits: LOW,HIGH in the unit of the files;
+  # full, the range of their type; auto, measured on the train images once; "": 8 bits only.
   c.data.range = ""
   c.data.crop = 448  # pixels; paper §4.2. 448 = 32·14, so that DINOv2 tiles it exactly
   c.data.augment = "recipe"  # recipe | dihedral | none
@@ -49,8 +49,8 @@ def get_config():
   c.dino.dtype = "float32"  # of its matrix products; bfloat16 on accelerators
   c.dino.unfreeze = False  # train it, too (Tab. 6); with mode fdep_wo_coisd
   c.dino.shard = False  # share its weights out among the devices: less memory, more traffic
-  # K > 0: training draws from K crops an image, whose levels are computed once (fdep_jax/priors/bank.py);
-  # 0: crops afresh at every step, the paper's recipe.
+  # K > 0: training draws from K crops an image, whose levels are computed once
+  # (fdep_jax/priors/bank.py); 0: crops afresh at every step, the paper's recipe.
   c.dino.bank = 0
   c.dino.bank_refresh_epochs = 0.0  # epochs after which the crops are drawn anew; 0: never
   c.dino.bank_folder = ""  # default workdir/bank; runs of one data, seed and prior may share it

@@ -35,7 +35,7 @@ TAKES = {  # mode: the flags that it may have besides; it refuses all others
   "report": (),
   "sweep": ("task", "seeds"),
   "table": ("config", "seeds", "out"),
-  "validate": ("out",),
+  "validate": ("range", "out"),
 }
 USES = {mode: (*NEEDS[mode], *TAKES[mode]) for mode in NEEDS}
 OF_RUN = {  # mode: the settings of a trained run that it may change, as a pattern
@@ -76,9 +76,7 @@ def program_flags():
   flags.DEFINE_string("checkpoint", None, "predict, export, eval: best, last, a step, or a path")
   flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")
   flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
-  flags.DEFINE_string(
-    "range", None, "predict: values that become black and white: LOW,HIGH or full"
-  )
+  flags.DEFINE_string("range", None, "predict, validate: black to white: LOW,HIGH, full or auto")
   flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
   flags.DEFINE_string("masks", None, "score: folder of masks")
   flags.DEFINE_string("out", None, "folder to write; report: a file .html")

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fdep_jax import data
+from fdep_jax.data import frames
 from fdep_jax.runtime import files
 
 SHOWN = 6  # pairs in a picture
@@ -22,15 +23,18 @@ def command(flags) -> None:
     ValueError, FileNotFoundError: the message lists all problems of the first bad dataset.
   """
   for root in flags.data:
-    validate(root, flags.out or "validation")
+    values = frames.parse_range(flags.range) if flags.range else ""
+    values = data.measure_range(root) if values == "auto" else values
+    validate(root, flags.out or "validation", values)
 
 
-def validate(root: str, out: str) -> dict[str, dict]:
+def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
   """Reads both splits, prints what is in them, and writes `<out>/<name>.png`.
 
   Args:
     root: folder of a dataset, or "tfds:<name>".
     out: folder, created if absent.
+    values: range of the grey levels, as for `data.read`.
 
   Returns:
     {split: facts}, see `facts`.
@@ -38,11 +42,10 @@ def validate(root: str, out: str) -> dict[str, dict]:
   Raises:
     DataError: lists all problems.
   """
-  splits = {split: data.load(root, split) for split in ("train", "test")}
-  data.load(root, "all")  # finds names in both splits
+  splits = {split: data.load(root, split, values=values) for split in ("train", "test")}
   found = {split: facts(samples) for split, samples in splits.items()}
   name = pathlib.Path(root.removeprefix("tfds:")).name
-  print(f"{root}: no problems")
+  print(f"{root}: no problems" + (f", range {values}" if values else ""))
   for split, values in found.items():
     print(f"  {split:<6}" + ", ".join(f"{value} {key}" for key, value in values.items()))
   path = pathlib.Path(out).expanduser() / f"{name}.png"

@@ -295,7 +295,7 @@ def test_a_video_gets_the_command_that_makes_frames(tmp_path, caplog):
 
 def test_validate_prints_the_counts_and_draws_the_first_pairs(tmp_path, capsys):
   root = make_folder(tmp_path / "data")
-  validate.command(types.SimpleNamespace(data=[str(root)], out=str(tmp_path / "out")))
+  validate.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
   out = capsys.readouterr().out
   assert f"{root}: no problems" in out
   assert "train 2 images, 0 without a target, 2 targets, 9 pixels in the median target" in out
@@ -309,7 +309,7 @@ def test_validate_lists_the_problems_of_a_bad_set(tmp_path):
   root = make_folder(tmp_path / "data")
   (root / "masks/0.png").unlink()
   with pytest.raises(FileNotFoundError, match="0 has no mask"):
-    validate.command(types.SimpleNamespace(data=[str(root)], out=str(tmp_path / "out")))
+    validate.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
   assert not (tmp_path / "out").exists()
 
 

@@ -109,7 +109,7 @@ def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample
   Args:
     root: the dataset's folder, see the top of this file.
     split: "train", "test" or "all" (train, then test).
-    values: range that becomes the grey levels, see `frames.grey_levels`; "": the images have 8 bits.
+    values: range that becomes the grey levels, see `frames.grey_levels`; "": reads 8 bits only.
 
   Raises:
     DataError: a ValueError listing all problems at once: images and masks of different size,

@@ -55,8 +55,8 @@ def _open(content: bytes, deep: bool = False) -> Image.Image:
     return picture
   if bits == 16 or picture.mode not in _EIGHT_BIT:
     raise ValueError(
-      f"holds more than 8 bits per channel (mode {picture.mode}). Name the range that becomes black "
-      "to white: --config.data.range=LOW,HIGH in the sensor's counts, full, or auto"
+      f"holds more than 8 bits per channel (mode {picture.mode}). Name the range that becomes "
+      "black to white: --config.data.range=LOW,HIGH in the sensor's counts, full, or auto"
     )
   return picture
 
