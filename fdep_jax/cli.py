@@ -27,7 +27,7 @@ NEEDS = {  # mode: the flags that it cannot run without
 }
 TAKES = {  # mode: the flags that it may have besides; it refuses all others
   "train": (),
-  "eval": ("checkpoint", "out"),
+  "eval": ("checkpoint", "data", "out"),
   "predict": ("workdir", "checkpoint", "branch", "threshold", "range", "out"),
   "export": ("workdir", "checkpoint", "out"),
   "score": ("out",),
@@ -71,7 +71,7 @@ def program_flags():
   )
   flags.DEFINE_string("workdir", None, "folder of the run")
   flags.DEFINE_enum("mode", "train", list(NEEDS), "train evaluates too; see README.md")
-  flags.DEFINE_list("data", None, "validate: folders of datasets, A,B,C")
+  flags.DEFINE_list("data", None, "eval, validate: folders of datasets, A,B,C")
   flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
   flags.DEFINE_string("checkpoint", None, "predict, export, eval: best, last, a step, or a path")
   flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")

@@ -167,7 +167,10 @@ def command(flags, config: ConfigDict) -> None:
   own, values = settings.flat(settings.load(workdir)), settings.flat(config)
   others = [k for k in values if k.startswith("data.") and values[k] != own[k]]
   reasons = [f"{name}={values[name]}" for name in others]
+  reasons += [f"--data {','.join(flags.data)}"] if flags.data else []
   reasons += [f"--checkpoint {flags.checkpoint}"] if flags.checkpoint else []
+  if flags.data and "data.root" in others:
+    raise ValueError("--data and --config.data.root both name the data. Give one.")
   if reasons and not flags.out:
     raise ValueError(
       f"The results with {' and '.join(reasons)} are not those of the run: name a folder for them, "
@@ -175,7 +178,28 @@ def command(flags, config: ConfigDict) -> None:
     )
   if flags.out and (files.expand(flags.out) / "config.json").exists():
     raise ValueError(f"--out {flags.out} is the folder of a run. Name a different one.")
-  evaluate(workdir, config, which=flags.checkpoint, out=flags.out)
+  if not flags.data:
+    evaluate(workdir, config, which=flags.checkpoint, out=flags.out)
+    return
+  found = {}
+  for name, root in _named(flags.data).items():
+    config = config.copy_and_resolve_references()
+    config.data.root = root
+    found[name] = evaluate(
+      workdir, config, which=flags.checkpoint, out=files.expand(flags.out) / name
+    )
+  if mesh.writes():
+    files.write_json(files.expand(flags.out) / "metrics.json", found)
+    print(f"{workdir} on {len(found)} datasets:")
+    print(parts_table(found))
+
+
+def _named(roots: Sequence[str]) -> dict[str, str]:
+  """Returns {name for results: root}, by the folders' own names where these differ."""
+  names = [pathlib.Path(root.removeprefix("tfds:")).name for root in roots]
+  if len(set(names)) < len(names):
+    names = [f"{i}_{name}" for i, name in enumerate(names, 1)]
+  return dict(zip(names, roots, strict=True))
 
 
 def evaluate(
@@ -230,7 +254,8 @@ def evaluate(
     newest = results(score(maps_of(last_state), images.test)) | {"checkpoint": last["step"]}
   shown = {i: {} for i in _examples(images.test)}
   recorder = report.Recorder(images.test)
-  maps = _watch(maps_of(best_state), shown)
+  by_part = Parts(config.data.root, len(images.test))
+  maps = by_part.watch(_watch(maps_of(best_state), shown), images.test)
   save = out / "probs" if config.eval.save_probs and mesh.writes() else None
   totals = accumulate(recorder.watch(maps) if mesh.writes() else maps, images.test, save)
   chosen = results({name: total.result() for name, total in totals.items()})
@@ -248,6 +273,8 @@ def evaluate(
     "data": config.data.root,
     "steps": last.get("steps"),
   }
+  if by_part.names:
+    metrics["parts"] = by_part.results()
   if which is None:
     metrics["last"] = newest or chosen
   if mesh.writes():
@@ -259,6 +286,9 @@ def evaluate(
     _show(out, name, config, images, recorder, totals, metrics, shown, about)
     print(f"{len(images.test)} test images of {config.data.root}, {words}")
     print(table(metrics))
+    if by_part.names:
+      print(f"The parts of {config.data.root}:")
+      print(parts_table(metrics["parts"]))
     doubt = detector.selection_doubt(best) if which is None and best["best_step"] else ""
     if doubt:
       print(f"Warning: {doubt}")
@@ -272,6 +302,52 @@ def _range(saved: dict):
   """Returns the range of the grey levels that a checkpoint was trained with."""
   values = saved.get("range", "")
   return tuple(values) if isinstance(values, list) else values
+
+
+class Parts:
+  """Scores the parts of a union, such as SIRST3, apart.
+
+  Args:
+    root: of the dataset.
+    count: number of its test images.
+  """
+
+  def __init__(self, root: str, count: int):
+    counts = data.parts(root, "test")
+    self.names = [name for name, number in counts.items() for _ in range(number)]
+    if len(self.names) != count or len(counts) < 2:  # no union
+      self.names = []
+    self._totals: dict[str, dict[str, hse.Accumulator]] = {}
+
+  def watch(self, maps, samples: Sequence[data.Sample]):
+    """Yields `maps` unchanged, and scores each with its part."""
+    for index, probs in maps:
+      for name, prob in probs.items() if self.names else ():
+        totals = self._totals.setdefault(self.names[index], {})
+        totals.setdefault(name, hse.Accumulator()).update(prob, samples[index].mask)
+      yield index, probs
+
+  def results(self) -> dict[str, dict]:
+    """Returns {part: {"images": number, branch: metrics with "intervals"}}."""
+    found = {}
+    for part in dict.fromkeys(self.names):
+      totals = self._totals.get(part, {})
+      found[part] = results({name: total.result() for name, total in totals.items()})
+      for name, total in totals.items():
+        found[part][name]["intervals"] = report.intervals(total)
+      found[part]["images"] = self.names.count(part)
+    return found
+
+
+def parts_table(parts: dict[str, dict]) -> str:
+  """Formats the paper's columns, one row a part and branch; percent, Fa in 10⁻⁶."""
+  lines = [f"{'':<28}" + "".join(f"{c.heading:>10}" for c in columns.METRICS.values())]
+  for part, found in parts.items():
+    for branch in ("main", "light"):
+      if branch in found:
+        cells = [c.shown(found[branch][c.key]) for c in columns.METRICS.values()]
+        lines.append(f"{part[:20]:<21}{branch:<7}" + "".join(f"{cell:>10}" for cell in cells))
+  return "\n".join(lines)
 
 
 def _check_checkpoint(workdir: pathlib.Path, which: str | int | None, config: ConfigDict) -> None:

@@ -518,3 +518,36 @@ def test_small_sets_are_not_evaluated_every_epoch():
 def test_the_loss_refuses_what_it_would_sum_wrongly(heads, mask, said):
   with pytest.raises(ValueError, match=said):
     losses.eedm(heads, mask)
+
+
+# Other data.
+
+
+def test_a_union_always_reports_its_parts(begun, parse, tmp_path, capsys):
+  run, data, other = begun
+  union = tmp_path / "union"
+  union.mkdir()
+  (union / "NUAA-SIRST").symlink_to(data)
+  (union / "more").symlink_to(other)
+  words = (f"--data={union},{other}", f"--out={tmp_path / 'out'}")
+  evaluate.command(*eval_flags(parse, run, *words))
+  both = json.loads((tmp_path / "out" / "metrics.json").read_text())
+  assert both.keys() == {"union", "other"} and "parts" not in both["other"]
+  found = json.loads((tmp_path / "out" / "union" / "metrics.json").read_text())
+  assert found == both["union"] and found["images"] == 7
+  assert {name: part["images"] for name, part in found["parts"].items()} == {
+    "NUAA-SIRST": 4, "more": 3,
+  }  # fmt: skip
+  assert found["parts"]["more"]["light"] == both["other"]["light"]
+  assert "intervals" in found["parts"]["NUAA-SIRST"]["light"]
+  out = capsys.readouterr().out
+  assert re.search(r"more +light +\d", out) and "on 2 datasets" in out
+
+
+def test_data_is_given_once(begun, parse):
+  run, _, other = begun
+  words = (f"--data={other}", f"--config.data.root={other}", "--out=x")
+  with pytest.raises(ValueError, match="both name the data"):
+    evaluate.command(*eval_flags(parse, run, *words))
+  with pytest.raises(ValueError, match="--data .* are not those of the run: .*--out DIR"):
+    evaluate.command(*eval_flags(parse, run, f"--data={other}"))

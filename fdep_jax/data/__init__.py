@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fdep_jax.data import frames
-from fdep_jax.data.folders import DataError, MissingDataError, measure_range, read, validate
+from fdep_jax.data.folders import DataError, MissingDataError, measure_range, parts, read, validate
 from fdep_jax.data.pipeline import CropBank, canvas_size, eval_batches, padded_size, train_iterator
 from fdep_jax.data.samples import Sample, split_validation, statistics
 from fdep_jax.data.synthetic import scenes
@@ -18,6 +18,7 @@ __all__ = [
   "load",
   "measure_range",
   "padded_size",
+  "parts",
   "read",
   "read_tfds",
   "scenes",

@@ -143,6 +143,17 @@ def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample
   return result
 
 
+def parts(root: str | Path, split: str) -> dict[str, int]:
+  """Returns {folder: number of pairs} of the parts of a union, in the order of `read`.
+
+  A dataset that is no union, or none of a folder, has no parts: {}.
+  """
+  if not Path(root).is_dir() or _is_dataset(Path(root)):
+    return {}
+  found, _ = _survey(Path(root))
+  return {part.name: len(pairs[split]) for part, pairs in found.items()}
+
+
 def validate(root: str | Path) -> dict[str, int]:
   """Checks and decodes both splits as `read` does; returns the numbers of pairs by split."""
   read(root, "all")
