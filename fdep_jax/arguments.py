@@ -105,7 +105,8 @@ def _unknown_mode(mode: str, modes: Sequence[str]) -> str:
       f"--mode {mode} is no mode of the program. Which branches are trained is a setting: "
       f"--config.mode={mode}."
     )
-  near = difflib.get_close_matches(mode, modes, 1)
+  near = [name for name in modes if mode and (mode.startswith(name) or name.startswith(mode))]
+  near = near or difflib.get_close_matches(mode, modes, 1)
   hint = f" The nearest is {near[0]}." if near else ""
   return f"--mode {mode} is no mode of the program. There are {', '.join(modes)}.{hint}"
 

@@ -284,18 +284,23 @@ def evaluate(
     about = _about(config, images, best, best_state, words)
     name = workdir.resolve().name + (f" ({words}, {config.data.root})" if out != workdir else "")
     _show(out, name, config, images, recorder, totals, metrics, shown, about)
-    print(f"{len(images.test)} test images of {config.data.root}, {words}")
-    print(table(metrics))
-    if by_part.names:
-      print(f"The parts of {config.data.root}:")
-      print(parts_table(metrics["parts"]))
     doubt = detector.selection_doubt(best) if which is None and best["best_step"] else ""
-    if doubt:
-      print(f"Warning: {doubt}")
-    if doubt and newest:
-      print(f"The newest checkpoint, step {last['step']}:")
-      print(table(metrics | newest))
+    _print(config, metrics, words, newest, doubt)
   return metrics
+
+
+def _print(config: ConfigDict, metrics: dict, words: str, newest: dict | None, doubt: str) -> None:
+  """Prints the tables, and the newest checkpoint's if the selection is in doubt."""
+  print(f"{metrics['images']} test images of {config.data.root}, {words}")
+  print(table(metrics))
+  if "parts" in metrics:
+    print(f"The parts of {config.data.root}:")
+    print(parts_table(metrics["parts"]))
+  if doubt:
+    print(f"Warning: {doubt}")
+  if doubt and newest:
+    print(f"The newest checkpoint, step {newest['checkpoint']}:")
+    print(table(metrics | newest))
 
 
 def _range(saved: dict):

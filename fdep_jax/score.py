@@ -201,6 +201,7 @@ def read_mask(path):
   else:
     with _decoding():
       mask, warning = masks_lib.binary(_open(path, masks_lib.levels))
+  warning = warning or masks_lib.check_share(mask)
   if warning:
     logging.warning("%s: %s", path, warning)
   return mask

@@ -387,7 +387,7 @@ def free_port() -> int:
 
 
 def meet(port, count, *indices, late=()):
-  """What becomes of processes that meet, by place; `late` ones come once another was refused."""
+  """The ends of processes that meet, by place; `late` ones come once another was refused."""
   found = {}
 
   def go(place, index):

@@ -28,6 +28,7 @@ import numpy as np
 from fdep_jax.data import frames
 from fdep_jax.data import samples as sample_lib
 from fdep_jax.data.samples import Sample
+from fdep_jax.metrics import masks as mask_rules
 
 SPLITS = ("train", "test")
 
@@ -447,7 +448,7 @@ def _decode_pair(pair: _Pair, values: frames.Range) -> tuple[Sample | None, list
   except (ValueError, OSError) as error:
     problems.append((pair.image, str(error)))
   try:
-    mask, warning = sample_lib.decode_mask(pair.mask.read_bytes())
+    mask, warning = sample_lib.decode_mask(pair.mask.read_bytes(), share=False)
   except (ValueError, OSError) as error:
     problems.append((pair.mask, str(error)))
   if problems:
@@ -456,6 +457,10 @@ def _decode_pair(pair: _Pair, values: frames.Range) -> tuple[Sample | None, list
     (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
     sizes = f"mask is {mask_width}×{mask_height}, its image {pair.image.name} {width}×{height}"
     return None, [(pair.mask, f"{sizes} (width×height); they must be equal")]
+  try:  # after the sizes, which explain more
+    warning = warning or mask_rules.check_share(mask)
+  except ValueError as error:
+    return None, [(pair.mask, str(error))]
   if warning:
     _LOG.warning("%s: %s", pair.mask, warning)
   return Sample(pair.name, image, mask), []

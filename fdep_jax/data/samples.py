@@ -93,13 +93,18 @@ def decode_grey(content: bytes) -> np.ndarray:
   return np.array(_open(content).convert("L"))
 
 
-def decode_mask(content: bytes) -> tuple[np.ndarray, str]:
+def decode_mask(content: bytes, share: bool = True) -> tuple[np.ndarray, str]:
   """Decodes the bytes of a mask file to H×W bool, and a warning or "".
+
+  Args:
+    content: of the file.
+    share: checks the share of target pixels.
 
   Raises:
     ValueError: damaged, or as `metrics.masks`, whose rule it applies.
   """
-  return masks.binary(masks.levels(_open(content, deep=True)))
+  mask, warning = masks.binary(masks.levels(_open(content, deep=True)))
+  return mask, warning or (masks.check_share(mask) if share else "")
 
 
 def statistics(samples: Sequence[Sample]) -> tuple[float, float]:

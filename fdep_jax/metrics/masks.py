@@ -63,7 +63,7 @@ def binary(array: np.ndarray, ones: bool = False) -> tuple[np.ndarray, str]:
     H×W bool, and a warning or "".
 
   Raises:
-    ValueError: it holds class or instance numbers, or is inverted; says how to convert it.
+    ValueError: it holds class or instance numbers; says how to convert it.
   """
   top = array.max(initial=0)
   if array.dtype == bool:
@@ -77,17 +77,26 @@ def binary(array: np.ndarray, ones: bool = False) -> tuple[np.ndarray, str]:
     if numbers:
       raise ValueError(numbers)
     mask = array > (127 * 257 if array.dtype == np.uint16 and top > 255 else 127)
-  share = float(mask.mean()) if mask.size else 0.0
-  if share > TOO_MANY:
-    raise ValueError(
-      f"targets fill {100 * share:.0f} % of the mask, so it looks inverted. Save 255 on targets, "
-      "0 elsewhere (255 - mask)"
-    )
-  if share > MANY:
-    return mask, f"targets fill {100 * share:.0f} % of the mask; is it a mask of small targets?"
   if top > 1 and not mask.any():
     return mask, f"no pixel is > 127 (largest: {top:g}), so it has no target"
   return mask, ""
+
+
+def check_share(mask: np.ndarray) -> str:
+  """Returns a warning if targets fill a large part of a mask, else "".
+
+  Raises:
+    ValueError: they fill most of it, so it is inverted.
+  """
+  share = float(mask.mean()) if mask.size else 0.0
+  if share > TOO_MANY:
+    raise ValueError(
+      f"targets fill {100 * share:.0f} % of the mask, so it looks inverted. Save 255 on targets, 0 "
+      "elsewhere (255 - mask)"
+    )
+  if share > MANY:
+    return f"targets fill {100 * share:.0f} % of the mask; is it a mask of small targets?"
+  return ""
 
 
 def _numbers(array: np.ndarray, top) -> str:
