@@ -136,7 +136,7 @@ def load_light(path: str | os.PathLike) -> Detector:
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
       about = json.loads(file.metadata()["fdep_jax"])
-    config = ConfigDict(about["config"])
+    config = settings.completed(about["config"])
     settings.check(config)
     mean, std, step = float(about["mean"]), float(about["std"]), int(about["step"])
     values = about.get("range", "")

@@ -16,7 +16,7 @@ from fdep_jax.runtime import files
 # A run may be continued with different values of these: they do not change a step's result.
 _FREE = re.compile(
   r"train\.(steps|epochs|nonfinite|remat)|(log|checkpoint)\..*|host_devices|distributed"
-  r"|profile_steps|dino\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
+  r"|profile_steps|dino\.(bank_folder|shard)|eval\.(batch_size|save_probs|least_steps)|data\.threads"
 )
 
 
@@ -364,13 +364,18 @@ def load(workdir: str | os.PathLike) -> ConfigDict:
   return config
 
 
+def completed(values: dict) -> ConfigDict:
+  """Returns the config of an earlier version with the settings that were added since."""
+  config = ConfigDict(values)
+  known = flat(config)
+  config.update_from_flattened_dict({k: v for k, v in _ADDED.items() if k not in known})
+  return config
+
+
 def _read(workdir: str | os.PathLike) -> ConfigDict:
   path = pathlib.Path(workdir) / "config.json"
   try:
-    config = ConfigDict(json.loads(path.read_text()))
-    known = flat(config)
-    config.update_from_flattened_dict({k: v for k, v in _ADDED.items() if k not in known})
-    return config
+    return completed(json.loads(path.read_text()))
   except FileNotFoundError:
     raise FileNotFoundError(
       f"{path} does not exist: {workdir} is not the folder of a run."

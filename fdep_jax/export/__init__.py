@@ -73,7 +73,7 @@ def export(
   run, _ = detector_lib.find_checkpoint(workdir, which)
   if settings.load(run).mode == "fdep_wo_coisd":
     raise ValueError(
-      f"{run} trained the main branch only, which needs DINOv2 at every frame, and export writes "
+      f"{run} has no light branch: it trained the main branch only, which needs DINOv2 at every frame, and export writes "
       "the light branch. Use --mode predict --branch main for this run, or train with "
       "--config.mode=fdep, which trains both."
     )
