@@ -73,9 +73,9 @@ def export(
   run, _ = detector_lib.find_checkpoint(workdir, which)
   if settings.load(run).mode == "fdep_wo_coisd":
     raise ValueError(
-      f"{run} has no light branch: it trained the main branch only, which needs DINOv2 at every frame, and export writes "
-      "the light branch. Use --mode predict --branch main for this run, or train with "
-      "--config.mode=fdep, which trains both."
+      f"{run} has no light branch: it trained the main branch only, which needs DINOv2 at every "
+      "frame. Use --mode predict --branch main for this run, or train with --config.mode=fdep, "
+      "which trains both."
     )
   detector = detector_lib.load(workdir, which, "light")
   out = pathlib.Path(out if out is not None else detector.folder / "export").expanduser()
