@@ -242,12 +242,7 @@ def evaluate(
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   like = {"params": params, "stats": stats, "rng": rng}
   (best_state, best), (last_state, last) = _restore(workdir, which, config, like)
-  if images is None:
-    build.check_prior(prior.sha256 if prior else None, best, workdir, config)
-    values = _range(best)
-    test = build.load_test(config, values)
-    images = build.Images([], [], test, best["mean"], best["std"], values)
-
+  images = images or _load_images(workdir, config, prior, best)
   maps_of = _maps_of(config, images, prior, model)
   newest = None
   if best["step"] != last["step"]:
@@ -303,10 +298,13 @@ def _print(config: ConfigDict, metrics: dict, words: str, newest: dict | None, d
     print(table(metrics | newest))
 
 
-def _range(saved: dict):
-  """Returns the range of the grey levels that a checkpoint was trained with."""
+def _load_images(workdir, config: ConfigDict, prior: Prior | None, saved: dict) -> build.Images:
+  """Loads the test images, with the normalisation and the range of a checkpoint's training."""
+  build.check_prior(prior.sha256 if prior else None, saved, workdir, config)
   values = saved.get("range", "")
-  return tuple(values) if isinstance(values, list) else values
+  values = tuple(values) if isinstance(values, list) else values
+  test = build.load_test(config, values)
+  return build.Images([], [], test, saved["mean"], saved["std"], values)
 
 
 class Parts:
