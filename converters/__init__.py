@@ -1,6 +1,7 @@
 """Converts PyTorch weight files to our parameters and back, without PyTorch."""
 
 import collections
+import functools
 import importlib
 import os
 
@@ -95,6 +96,13 @@ def _state(path_or_state: PathOrState) -> dict[str, np.ndarray]:
   return read_torch(path_or_state)
 
 
+@functools.lru_cache(16)
+def _known_names(name: str, table) -> frozenset[str]:
+  """Returns PyTorch's names of the network, of its first variant."""
+  net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0)))
+  return frozenset(f"{layer}.{s}" for layer, _, kind in table.rules(net) for s in kind.names)
+
+
 def _unwrap(state: dict[str, np.ndarray], name: str, table) -> dict[str, np.ndarray]:
   """Drops the one prefix below which most names are those of the network.
 
@@ -102,8 +110,7 @@ def _unwrap(state: dict[str, np.ndarray], name: str, table) -> dict[str, np.ndar
     ValueError: the names are complete below two prefixes.
   """
   state = {rules.without_wrappers(n): array for n, array in state.items()}
-  net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0)))
-  known = {f"{layer}.{suffix}" for layer, _, kind in table.rules(net) for suffix in kind.names}
+  known = _known_names(name, table)
   counts = collections.Counter()
   for found in state:
     parts = found.split(".")
