@@ -1,7 +1,7 @@
 """Every setting, once. The other configs are this and a few lines.
 
-The defaults are the paper's (§4.2); where it is silent they are the released recipe of
-YuChuang1205/PAL, on which its experiments build. What is neither is marked OUR CHOICE.
+The defaults are the paper's (§4.2). If it is silent, they are the released recipe of
+YuChuang1205/PAL, on which its experiments build. A default from neither is marked OUR CHOICE.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ def get_config():
   c.seed = 0
   c.mode = "fdep"  # original | fdep_wo_coisd | fdep: which branches are trained
   c.host_devices = 1  # devices that a CPU is split into; 1 elsewhere
-  # Of several processes: auto (TPU pods, SLURM, Open MPI), or HOST:PORT,COUNT,INDEX
+  # Joins several processes: auto (TPU pods, SLURM, Open MPI), or HOST:PORT,COUNT,INDEX
   c.distributed = "off"
   c.profile_steps = ""  # "10-12": writes a trace of these steps to workdir/profile
 
@@ -37,7 +37,7 @@ def get_config():
   # smaller than the images never shows the seam to the zeros that evaluation pads with, and a
   # network that has not seen it finds false targets along it. OUR CHOICE for small crops: 32.
   c.data.crop_margin = 0
-  c.data.val_fraction = 0.1  # of the train split, held out where select_on is val. OUR CHOICE
+  c.data.val_fraction = 0.1  # of the train split, held out if select_on is val. OUR CHOICE
   c.data.threads = 2  # that read and augment
   c.data.synthetic_size = 128  # pixels; root "synthetic" only
   c.data.synthetic_train = 400  # scenes
@@ -49,8 +49,8 @@ def get_config():
   c.dino.dtype = "float32"  # of its matrix products; bfloat16 on accelerators
   c.dino.unfreeze = False  # train it, too (Tab. 6); with mode fdep_wo_coisd
   c.dino.shard = False  # share its weights out among the devices: less memory, more traffic
-  # K > 0: training draws from K crops an image, whose levels are computed once
-  # (fdep_jax/priors/bank.py); 0: crops afresh at every step, the paper's recipe.
+  # K > 0: training draws from K crops of each image, whose levels are computed once
+  # (fdep_jax/priors/bank.py). 0: draws new crops at every step, the paper's recipe.
   c.dino.bank = 0
   c.dino.bank_refresh_epochs = 0.0  # epochs after which the crops are drawn anew; 0: never
   c.dino.bank_folder = ""  # default workdir/bank; runs of one data, seed and prior may share it
@@ -74,7 +74,7 @@ def get_config():
   c.train.teacher = ""  # the finished run whose selected main branch makes the pseudo-labels
   c.train.nonfinite = "stop"  # stop | skip (and count): a step that is not finite
   c.train.dtype = "float32"  # of activations; parameters, statistics and losses stay float32
-  # none | products: what the backward pass computes again to save memory, see step_lib.REMAT
+  # none | products: what the backward pass computes again to save memory; fdep_jax/step.py: REMAT
   c.train.remat = "none"
 
   c.eval = ConfigDict()

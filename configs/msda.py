@@ -2,7 +2,7 @@
 
   python main.py --config configs/msda.py --workdir runs/msda
 
-Needs data/SIRST3 and weights/dinov2_vitl14_pretrain.pth (README.md says where they come from)
+Needs data/SIRST3 and weights/dinov2_vitl14_pretrain.pth (docs/data.md says where to get them)
 and an accelerator; we have not run it to its end.
 
 The paper's results: configs/tables/table1.py (SIRST3) and table2.py (each dataset alone).

@@ -1,4 +1,4 @@
-"""ACM-sized try of everything: MLCL-Net (small) with FDEP on synthetic scenes, minutes on 2 cores.
+"""Tries everything within minutes on two cores: MLCL-Net with FDEP on synthetic scenes.
 
   make quickstart
 

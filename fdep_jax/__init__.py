@@ -1,3 +1,3 @@
-"""FDEP: infrared small-target detection taught by a frozen foundation model, in JAX/Flax NNX."""
+"""Trains infrared small-target detectors with the help of a frozen foundation model (FDEP)."""
 
 __version__ = "0.1.0"

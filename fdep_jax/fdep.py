@@ -1,4 +1,4 @@
-"""FDEP (paper Fig. 2): a detector, and during training a frozen prior fused into its top feature.
+"""Fuses a frozen prior into a detector's top feature during training: FDEP (paper Fig. 2).
 
                ┌──────────────────────────── decode ──> light logits
 image ─> encode┤ skips

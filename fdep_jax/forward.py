@@ -1,4 +1,4 @@
-"""The forward pass: normalisation, the prior's levels, the trained branches (paper Fig. 2)."""
+"""Computes the forward pass: normalisation, the prior's levels, the branches (paper Fig. 2)."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,6 @@
-"""The EEDM loss of both branches: edge-weighted cross-entropy on the hardest half of the pixels.
+"""Computes the EEDM loss: edge-weighted cross-entropy on the hardest half of the pixels.
+
+EEDM is edge-enhanced difficulty mining. Both branches use it.
 
 Source: YuChuang1205/PAL loss/Edge_loss.py and components/edges.py; summed over branches in §3.3.
 """

@@ -1,4 +1,4 @@
-"""Pseudo-labels from a trained teacher: conventional two-stage distillation (appendix D)."""
+"""Makes pseudo-labels with a trained teacher: conventional two-stage distillation (appendix D)."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Checks configs, explains typing errors, and keeps a run folder to one config."""
+"""Checks configs, explains wrong command lines, and keeps a run folder to one config."""
 
 import difflib
 import importlib.util

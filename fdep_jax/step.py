@@ -1,4 +1,4 @@
-"""One compiled training step for all branches: optimiser, loss, update (paper §3.3, §4.2)."""
+"""Builds the compiled training step of all branches: loss, optimiser (paper §3.3, §4.2)."""
 
 import logging
 import math

@@ -42,7 +42,7 @@ def test_every_run_is_of_todays_config_and_in_the_table(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_in_the_text_is_in_its_table(name):
   """Every number of two decimals in the chapter on a table is a number of the table."""
-  chapter = TEXT.split(f"## `{name}`")[1].split("\n## ")[0].split("### What came out")[1]
+  chapter = TEXT.split(f"## `{name}`")[1].split("\n## ")[0].split("### Outcome")[1]
   committed = (ROOT / "results" / name / "table.json").read_text()
   known = {f"{float(n):.2f}" for n in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", committed)}
   for row in json.loads(committed)["rows"]:

@@ -1,4 +1,4 @@
-"""Reads datasets from the common folder layouts; one error lists all problems of a bad one.
+"""Reads datasets in the common folder layouts; one error lists all problems of a dataset.
 
 Accepted layouts, with NAME for the folder's own name:
 

@@ -1,8 +1,8 @@
 """Reads frames of any bit depth and converts them to the grey levels of 8-bit pictures.
 
-The files are PNG, BMP, TIFF and JPEG pictures, with any suffix, and NumPy's NPY: 8 to 32 bits,
-integers or floats, grey, palette or colour (transparency is dropped). Every page of a TIFF and
-every H×W part of an N×H×W array is a frame.
+The files are PNG, BMP, TIFF and JPEG pictures, whatever their suffix, and NumPy's NPY: 8 to 32
+bits, integers or floats, grey, palette or colour (transparency is dropped). Every page of a TIFF
+and every H×W part of an N×H×W array is a frame.
 """
 
 import re

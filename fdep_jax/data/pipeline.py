@@ -1,4 +1,4 @@
-"""Batches: an endless, exactly resumable stream for training and padded groups for evaluation."""
+"""Makes batches: an endless stream that resumes exactly, to train; padded groups, to evaluate."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,9 @@ from fdep_jax.data.samples import Sample
 class CropBank:
   """A fixed set of augmented crops of every image; each crop depends on its number alone.
 
-  OUR CHOICE; the paper's recipe crops afresh at every step. A frozen network's levels of a fixed
-  crop need computing only once (`fdep_jax.priors.bank`). Place and geometry of a crop are drawn once.
-  Brightness, contrast and noise are drawn anew at every use: the detector's input keeps the
+  OUR CHOICE; the paper's recipe draws new crops at every step. A frozen network's levels of a fixed
+  crop need computing only once (`fdep_jax.priors.bank`). Place and geometry of a crop are drawn
+  once. Brightness, contrast and noise are drawn anew at every use: the detector's input keeps the
   recipe's distribution, and the frozen network sees the crop without them.
 
   Args:

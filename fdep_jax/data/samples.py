@@ -1,4 +1,4 @@
-"""Labelled infrared frames: decoding, statistics, and the validation split."""
+"""Decodes labelled infrared frames, computes their statistics, and splits off validation images."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Runs a network on one window with the whole frame's statistics, if a frame is too large for one.
+"""Lets a network compute a large frame window by window with the statistics of the whole frame.
 
 Two things in the networks depend on more than a neighbourhood: statistics of a whole feature
 (channel gates, GroupNorm), and resizing with aligned corners, whose sampling points depend on the

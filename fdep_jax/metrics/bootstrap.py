@@ -1,4 +1,4 @@
-"""Confidence intervals by bootstrap over images, from their counts, without labelling again."""
+"""Computes confidence intervals by bootstrap over images, from the counts of each image."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The paper's columns: headings, units and decimals, for every table and report."""
+"""Defines the paper's columns for every table and report: headings, units and decimals."""
 
 from typing import NamedTuple
 

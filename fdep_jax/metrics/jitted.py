@@ -1,4 +1,4 @@
-"""Counts as `hse` does, in one jitted function of static shape, for GPUs and TPUs.
+"""Computes the counts of `hse` on GPUs and TPUs, in one jitted function of static shape.
 
 The input is a map on a canvas, the output counts of fixed size, without a transfer to the host;
 `vmap` runs over images. Only the pixels above the lowest threshold are labelled, in a static number

@@ -1,4 +1,4 @@
-"""The prior bank: DINOv2's levels of a fixed set of crops, computed once and read from disk.
+"""Stores the prior bank: DINOv2's levels of a fixed set of crops, computed once, read from disk.
 
 The prior is frozen, so its levels of a crop never change. With ViT-L/14 at 448×448 computing them
 takes four fifths of a step. OUR CHOICE, off by default: the paper's recipe draws new crops at every

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the newest to continue from, the best to deploy (Orbax).
+"""Saves and restores checkpoints: the newest to continue from, the best to deploy (Orbax).
 
 A checkpoint is a flat dictionary, path -> array, and a small JSON object. It can be read without
 this package, on any number of devices, and in part.

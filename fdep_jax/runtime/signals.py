@@ -1,4 +1,4 @@
-"""Ends a run on SIGTERM or SIGINT and saves its state. Imports no jax."""
+"""Saves and ends a run on SIGTERM or SIGINT. Imports no jax."""
 
 import contextlib
 import os

@@ -1,4 +1,7 @@
-"""Slices to plan for: `v5e:4x4`, `cpu:8`. Sets up jax, so it is imported before jax."""
+"""Describes the TPU slice of a plan (`v5e:4x4`) or its CPU stand-in (`cpu:8`).
+
+It sets up jax, so import it before jax.
+"""
 
 import importlib.util
 import os

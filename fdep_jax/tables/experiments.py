@@ -1,4 +1,4 @@
-"""Tables of experiments (`configs/tables`): rows of changed settings and the paper's numbers."""
+"""Defines tables of experiments (`configs/tables`): changed settings and the paper's numbers."""
 
 import importlib.util
 import os
