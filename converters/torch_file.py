@@ -199,7 +199,7 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
   """Reads the format since torch 1.6: an uncompressed zip of data.pkl and one member a storage."""
   size = file.seek(0, io.SEEK_END)
   if not zipfile.is_zipfile(file):
-    raise ValueError("a file of torch.save that is cut off. Copy or download it again.")
+    raise ValueError("a zip file of torch.save that is cut off. Copy or download it again.")
   with zipfile.ZipFile(file) as archive:
     members = {info.filename: info for info in archive.infolist()}
     programs = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
