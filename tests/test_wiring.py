@@ -20,7 +20,7 @@ from fdep_jax import step as step_lib
 from fdep_jax.data import augment
 from fdep_jax.fdep import FDEP
 from fdep_jax.priors import bank
-from fdep_jax.runtime import checkpoint, log, mesh
+from fdep_jax.runtime import checkpoint, log, mesh, rendezvous
 
 # Data.
 
@@ -49,7 +49,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("root", ["synthetic", "folder"])
-def test_train_held_out_and_test_images_are_disjoint_and_nothing_is_lost(folder, root):
+def test_train_held_out_and_test_images_are_disjoint_and_nothing_is_lost(toy, folder, root):
   config = toy_config(**{"data.root": str(folder) if root == "folder" else "synthetic"})
   found = build.load_images(config)
   train_, val, test = (set(keys(samples)) for samples in found[:3])
@@ -376,6 +376,7 @@ class Seen:
     """The calls that configure jax and join processes."""
     found = []
     self.patch.setattr(jax.config, "update", lambda *arguments: found.append(arguments))
+    self.patch.setattr(rendezvous, "meet", lambda *arguments: None)
     self.patch.setattr(jax.distributed, "initialize", lambda *a: found.append(a))
     mesh.start(config)
     return found
