@@ -14,7 +14,7 @@ import safetensors.numpy
 from flax import nnx
 
 from converters.dinov2 import state_dict
-from fdep_jax import dinov2
+from fdep_jax.priors import dinov2
 
 
 def write(size: str, seed: int, out: str | os.PathLike) -> None:

@@ -1,5 +1,6 @@
 """Builds data, prior and model from a config."""
 
+import math
 import os
 import re
 from typing import NamedTuple
@@ -123,9 +124,33 @@ def create_model(config: ConfigDict, prior: Prior | None) -> FDEP:
     # Trained alone, the main branch is the only one that uses the decoder.
     bn_stats = config.model.bn_stats if config.mode == "fdep" else "shared"
     model = FDEP(*network, bn_stats=bn_stats, rngs=rngs)
+  if config.model.start_prob:
+    _start_heads(model, config.model.start_prob)
   if prior and not prior.frozen:
     model = ablations.Unfrozen(model, prior.model, prior.blocks)
   return model
+
+
+def _start_heads(model: nnx.Module, probability: float) -> None:
+  """Sets the last bias of every head to the log odds of `probability`.
+
+  Source: Lin et al., Focal Loss for Dense Object Detection, §4.1.
+
+  Raises:
+    ValueError: the network has no `head` or `heads` that ends in a bias of one channel.
+  """
+  params = nnx.state(model, nnx.Param)
+  found = 0
+  for path, leaf in nnx.to_flat_state(params):
+    if {"head", "heads"} & set(path) and path[-1] == "bias" and leaf.shape == (1,):
+      leaf.set_value(jnp.full_like(leaf[...], math.log(probability / (1 - probability))))
+      found += 1
+  if not found:
+    raise ValueError(
+      "model.start_prob sets the last bias of what a network calls `head` or `heads`; this one has "
+      "none. Rename it there, or use model.start_prob=0."
+    )
+  nnx.update(model, params)
 
 
 def vit_arguments(checkpoint: str) -> dict:

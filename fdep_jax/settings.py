@@ -17,6 +17,9 @@ _FREE = re.compile(
   r"|profile_steps|dino\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
 )
 
+# Settings that runs of earlier versions do not have, and the value that they ran with.
+_ADDED = {"model.start_prob": 0.0}
+
 
 _ADDRESS = re.compile(r"[^,\s]+:\d+,(\d+),(\d+)")  # of `distributed`
 
@@ -98,6 +101,8 @@ def check(config: ConfigDict) -> None:
     )
   if not 0 <= values["data.target_crop_prob"] <= 1:
     problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
+  if not 0 <= values["model.start_prob"] < 1:
+    problems.append(f"model.start_prob is {values['model.start_prob']}, not in [0, 1).")
   problems += _ablation_problems(values)
   for name in ("data.crop_margin", "dino.bank", "dino.bank_refresh_epochs", "loss.distill_weight"):
     if values[name] < 0:
@@ -232,7 +237,10 @@ def load(workdir: str | os.PathLike) -> ConfigDict:
 def _read(workdir: str | os.PathLike) -> ConfigDict:
   path = pathlib.Path(workdir) / "config.json"
   try:
-    return ConfigDict(json.loads(path.read_text()))
+    config = ConfigDict(json.loads(path.read_text()))
+    known = flat(config)
+    config.update_from_flattened_dict({k: v for k, v in _ADDED.items() if k not in known})
+    return config
   except FileNotFoundError:
     raise FileNotFoundError(
       f"{path} does not exist: {workdir} is not the folder of a run."

@@ -6,7 +6,7 @@ import pytest
 import converters
 from converters import untrained
 from converters.dinov2 import fingerprint
-from fdep_jax import dinov2
+from fdep_jax.priors import dinov2
 
 SMALL = {"width": 128, "depth": 4, "heads": 2}
 

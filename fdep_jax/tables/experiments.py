@@ -26,6 +26,8 @@ class Row(NamedTuple):
   teacher: str = ""  # the row whose run of the same seed makes the pseudo-labels
   baseline: str = ""  # the row it is compared with; else the first of its first label and side
   note: str = ""
+  seeds: tuple[int, ...] = ()  # it runs with these of the table's alone; () for all of them
+  stage: int = 0  # a sweep begins runs of a higher stage after those of the lower ones
 
 
 class Table(NamedTuple):
@@ -60,6 +62,9 @@ def load(path: str | os.PathLike) -> Table:
     for kind, other in (("teacher", row.teacher), ("baseline", row.baseline)):
       if other and other not in names:
         raise ValueError(f"{path}: row {row.name} names a {kind} {other}, which is no row.")
+    strange = sorted(set(row.seeds) - set(table.seeds))
+    if strange:
+      raise ValueError(f"{path}: row {row.name} names seeds {strange}, which the table has not.")
   return table
 
 

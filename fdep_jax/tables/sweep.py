@@ -67,7 +67,7 @@ def command(flags) -> None:
 
 
 def runs(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Run]:
-  """Every row with every seed; all of the first seed come first."""
+  """Every row with each of its seeds: stage by stage, and in it all of the first seed first."""
   for row in table.rows:  # refuses what a run would, before any
     settings.check(experiments.resolve(base, row, table.seeds[0], workdir))
   return [
@@ -78,8 +78,10 @@ def runs(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Run
       experiments.folder(workdir, row.name, seed),
       experiments.folder(workdir, row.teacher, seed) if row.teacher else None,
     )
+    for stage in sorted({row.stage for row in table.rows})
     for seed in table.seeds
     for row in table.rows
+    if row.stage == stage and (seed in row.seeds or not row.seeds)
   ]
 
 

@@ -97,7 +97,8 @@ def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[
       f"{reason}, seed {', '.join(str(s) for s, r in reasons.items() if r == reason)}"
       for reason in dict.fromkeys(reasons.values())
     )
-    results.append(_result(table, row, done, why, None if done else mine[0].config))
+    unbuilt = None if done else experiments.resolve(base, row, table.seeds[0], workdir)
+    results.append(_result(table, row, done, why, unbuilt))
   return results
 
 
