@@ -17,7 +17,7 @@ Run the sweep twice at once, each with NPROC=1, for both cores.
 """
 
 from configs import base, tables
-from fdep_jax.experiments import Row, Table
+from fdep_jax.tables.experiments import Row, Table
 
 NETWORKS = ("ACM", "ALCNet")  # of the paper's tables
 SEEDS = (0, 1, 2, 3, 4)
