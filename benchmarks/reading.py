@@ -387,7 +387,9 @@ def _maps(name, samples, folder):
       return [kept[str(i)] for i in range(len(samples))]
   found = [None] * len(samples)
   for one in classical.maps(METHOD, enumerate(s.image for s in samples)):
-    found[one.key] = classical.probability(one.values, eight_bit=False)
+    # As `classical.probability`, but float64: from float32 some levels would be rounded twice.
+    values = np.maximum(one.values, 0)
+    found[one.key] = values / (values.max() or 1)
   if path is not None:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **{str(i): prob for i, prob in enumerate(found)})

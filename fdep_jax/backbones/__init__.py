@@ -45,7 +45,7 @@ class Backbone(nnx.Module):
   in_channels: int = 3
   max_pixels: ClassVar[int | None] = None  # largest H·W of an image, where there is one
   no_top: ClassVar[str] = ""  # why there is no top feature; a clause, as "its stages …"
-  # Why a frame cannot be computed window by window (fdep_jax/predict.py); a clause. "": it can.
+  # Why a frame cannot be computed window by window (predict/tiling.py); a clause. "": it can.
   whole_frame: ClassVar[str] = ""
   # Whether images are (grey level/255 − mean)/deviation; otherwise they are grey level/255.
   standardised: ClassVar[bool] = True
