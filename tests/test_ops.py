@@ -397,3 +397,16 @@ def test_batch_norm_keeps_its_digits_far_from_zero():
   wide = x.astype(np.float64)
   np.testing.assert_allclose(mean, wide.mean((0, 1, 2)), rtol=1e-6)
   np.testing.assert_allclose(var, wide.var((0, 1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("images", [1, 4, 64])
+@pytest.mark.parametrize("mean, deviation", [(0, 1), (100, 0.1), (-100.23, 0.1), (37.3, 0.0373)])
+def test_batch_norm_has_the_variance_a_thousand_deviations_away(mean, deviation, images):
+  """As in the first steps, when the running mean is 0: a plain sum of squares loses it."""
+  x = normal(images, 8, 8, 3)
+  x[: images // 2] += 0.5  # the images differ, too
+  x = (mean + deviation * x).astype(np.float32)
+  _, ours, var = basic.batch_norm(x, jnp.ones(3), jnp.zeros(3), jnp.zeros(3), 1e-5)
+  wide = x.astype(np.float64)
+  np.testing.assert_allclose(ours, wide.mean((0, 1, 2)), rtol=1e-6, atol=1e-6 * deviation)
+  np.testing.assert_allclose(var, wide.var((0, 1, 2)), rtol=1e-3)

@@ -36,6 +36,7 @@ _SAMF = _tests("by_value", "test_fusion_has_the_values_of_equations_1_to_6")
 _STEP = _tests("by_value", "test_the_steps_of_a_run_are_those_computed_by_hand")
 _SELECTS = _tests("by_value", "test_the_deployed_branch_selects_on_the_images_of_the_config")
 _TIMED = _tests("by_value", "test_the_branch_that_is_timed_and_counted_is_the_deployed_one")
+_NORM = _tests("ops", "test_batch_norm_has_the_variance_a_thousand_deviations_away")
 _LOSS = _tests("losses")
 _EFFECT = _tests("wiring", "test_every_setting_has_an_effect")
 _DISJOINT = _tests("wiring", "test_train_held_out_and_test_images_are_disjoint_and_nothing_is_lost")
@@ -59,6 +60,22 @@ _HSE = _tests(
 )
 
 MUTANTS: list[Mutant] = [
+  # Layers.
+  *_mutants(
+    "fdep_jax/layers/basic.py",
+    _NORM,
+    (
+      "the spread between images is a plain sum of squares",
+      "coarse = jax.lax.reduce_precision(means, exponent_bits=8, mantissa_bits=7)",
+      "coarse = means",
+    ),
+    (
+      "values within an image are not shifted",
+      "pixel = x[:, height // 2, width // 2]",
+      "pixel = jnp.zeros((images, x.shape[-1]), x.dtype)",
+    ),
+    ("the spread between images lacks its rest", "  spread += 2 * (product - anchor * rest)\n", ""),
+  ),
   # Fusion.
   *_mutants(
     "fdep_jax/samf.py",
