@@ -21,8 +21,11 @@ _SHARED = pathlib.Path(
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-  """A program that several tests run is compiled once."""
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+  """A program that several tests run is compiled once, whichever worker runs them."""
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent
+  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
