@@ -15,8 +15,7 @@ ViT-S/14 of random weights (its time does not depend on them) and four SAMFs:
 * bank: the step with levels that a prior bank reads from disk;
 * PyTorch: the published network run twice, eagerly, in both memory layouts.
 
-A second table has the forward pass of DINOv2 ViT-S/14 at 448×448. `--vit vitl14` measures our steps
-with a larger DINOv2; "step / bank" shows the prior bank's gain.
+`--vit vitl14` measures our steps with a larger DINOv2; "step / bank" shows the prior bank's gain.
 """
 
 import argparse
@@ -34,7 +33,6 @@ from fdep_jax import step as step_lib
 CROP, BATCH = 224, 4
 OURS = ("step", "two passes", "levels", "bank")
 LAYOUTS = ("NCHW", "channels_last")
-VIT_BATCHES = (1, 4)
 # Modules of the published networks that output the top feature, alone or as the last of a list.
 TOP = {"alcl": "stage", "dna": "conv4_0", "msda": "stage"}
 
@@ -109,20 +107,6 @@ class JaxWorker:
     call()
     return call
 
-  def prepare_vit(self, batch):
-    import jax
-    from flax import nnx
-
-    from fdep_jax.runtime import mesh
-
-    graphdef, state = nnx.split(self.prior.model)
-    the_mesh = mesh.make(min(bench.CORES, batch), batch)
-    run_vit = jax.jit(lambda state, image: nnx.merge(graphdef, state)(image, self.prior.blocks))
-    state = mesh.put_replicated(state, the_mesh)
-    image = mesh.put_batch(bench.arrays((batch, 448, 448))[0], the_mesh)
-    self.calls = {"vit": lambda: jax.block_until_ready(run_vit(state, image))}
-    self.calls["vit"]()
-
   def measure(self, variant):
     return bench.seconds_per_call(self.calls[variant])
 
@@ -172,11 +156,11 @@ class TorchWorker:
     from torch import nn
     from torch.nn import functional
 
-    published, options = bench.PUBLISHED[name]
-    module = importlib.import_module(f"model.{published}.{published}_no_sigmoid")
+    published = bench.PUBLISHED[name]
+    module = importlib.import_module(published.module)
     if name == "msda":  # see networks.py
       module.torch = types.SimpleNamespace(**{**vars(torch), "float16": torch.float32})
-    net = getattr(module, f"{published}_No_Sigmoid")(**options).train()
+    net = getattr(module, published.name)(**published.options).train()
     channels = {"msda": 64}.get(name, 256)
 
     def block(size):
@@ -239,17 +223,6 @@ class TorchWorker:
 
     call()
     return call
-
-  def prepare_vit(self, batch):
-    import torch
-
-    image = torch.from_numpy(bench.arrays((batch, 448, 448))[0]).permute(0, 3, 1, 2).contiguous()
-
-    def call():
-      with torch.inference_mode():
-        self.vit.get_intermediate_layers(image, [2, 5, 8, 11], reshape=True, norm=True)
-
-    self.calls = {"NCHW": call}
 
   def measure(self, variant):
     return bench.seconds_per_call(self.calls[variant])
@@ -321,17 +294,6 @@ def main():
     cells = [f"{1e3 * s[v]:.0f}" for v in variants]
     cells += [f"{s[a] / s[b]:.2f}" for a, b in ratios]
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
-  print(f"\nDINOv2 {flags.vit} forward, 448×448; milliseconds:\n")
-  print("| batch | ours |" + (" PyTorch | ours / PyTorch |" if theirs else ""))
-  print("| ---: | ---: |" + (" ---: | ---: |" if theirs else ""))
-  for batch in VIT_BATCHES:
-    for worker in filter(None, (ours, theirs)):
-      worker("prepare_vit", batch)
-    s = medians([(ours, "vit")] + ([(theirs, "NCHW")] if theirs else []), flags.rounds)
-    row = [str(batch), f"{1e3 * s['vit']:.0f}"]
-    if theirs:
-      row += [f"{1e3 * s['NCHW']:.0f}", f"{s['vit'] / s['NCHW']:.2f}"]
-    print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
