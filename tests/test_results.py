@@ -51,6 +51,9 @@ def test_every_number_in_the_text_is_in_its_table(name):
   known = {f"{float(n):.2f}" for n in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", committed)}
   for row in json.loads(committed)["rows"]:
     known |= {f"{statistics.fmean(v):.2f}" for v in row["main_branch"].values()}
+  for path in (ROOT / f"results/{name}/runs").glob("*/metrics.json"):
+    newest = json.loads(path.read_text())["last"]
+    known |= {f"{100 * newest[b]['hse']:.2f}" for b in ("light", "main") if b in newest}
   written = re.findall(r"[+−]?\d+\.\d\d", chapter)
   assert len(written) > 5
   assert {w.lstrip("+").replace("−", "-") for w in written} <= known
@@ -97,6 +100,31 @@ def test_the_t_interval_in_the_text_is_that_of_the_seeds():
   ends = " … ".join(f"{end:+.0f}" for end in bootstrap.t_interval(seeds)).replace("-", "−")
   claim = f"The 95 % t interval of the mean over the three seeds is {ends} HSE."
   assert claim in " ".join(TEXT.split())
+
+
+def test_the_newest_checkpoints_of_the_text_are_those_of_the_runs():
+  def hse(table, row, which):
+    metrics = json.loads((ROOT / f"results/{table}/runs/{row}/metrics.json").read_text())
+    branch = metrics["deployed"]
+    return f"{100 * (metrics['last'] if which == 'newest' else metrics)[branch]['hse']:.2f}"
+
+  pairs = {
+    path.parent.name: [hse("nuaa_cpu", path.parent.name, which) for which in ("newest", "selected")]
+    for path in (ROOT / "results/nuaa_cpu/runs").glob("*/metrics.json")
+  }
+  changed = {row: pair for row, pair in pairs.items() if pair[0] != pair[1]}
+  assert len(pairs) == 9 and sorted(changed) == ["acm-fdep_wo_coisd_seed1", "acm-original_seed0"]
+  text = " ".join(TEXT.split())
+  for (newest, selected), label in (
+    (changed["acm-original_seed0"], "(ACM as published, seed 0)"),
+    (changed["acm-fdep_wo_coisd_seed1"], "(FDEP w/o CO-ISD, seed 1)"),
+  ):
+    assert f"{newest} instead of {selected} {label}" in text
+  ours, released, shared = (
+    hse("nuaa_cpu_choices", f"acm-fdep{choice}_seed0", "newest")
+    for choice in ("", "-released", "-shared")
+  )
+  assert f"the three have {ours}, {released} and {shared}" in text
 
 
 def committed_table() -> dict:
