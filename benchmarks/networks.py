@@ -188,9 +188,11 @@ class JaxWorker:
     import jax
     from flax import nnx
 
+    from fdep_jax import forward
+
     graphdef, variables = nnx.split(net)
     leaves, tree = jax.tree.flatten(variables)
-    run = jax.jit(lambda leaves, image: nnx.merge(graphdef, tree.unflatten(leaves))(image))
+    run = forward.jit(lambda leaves, image: nnx.merge(graphdef, tree.unflatten(leaves))(image))
     image = jax.device_put(arrays(FORWARD_SHAPE, name)[0], jax.devices()[0])
 
     def call():

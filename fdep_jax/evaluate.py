@@ -115,7 +115,7 @@ def cost(
   if branch == "light":
     prior = None
 
-  @jax.jit
+  @forward.jit
   def deployed(state, prior, image):
     model = nnx.merge(graphdef, state)
     return forward.logits(model, forward.ALONE[branch], image, prior, 0.5, 0.25)[branch].final

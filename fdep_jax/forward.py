@@ -1,5 +1,6 @@
 """Computes the forward pass: normalisation, the prior's levels, the branches (paper Fig. 2)."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,6 +14,9 @@ from fdep_jax.priors import Prior
 
 # For each branch, the mode that trains it alone.
 ALONE = {"light": "original", "main": "fdep_wo_coisd"}
+# XLA for CPUs (jax 0.10.2) hands float32 convolutions to YNNPACK, which computes those of a single
+# image on one core. With this only matrix products go there.
+_ALL_CORES = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def deployed_branch(mode: str) -> str:
@@ -60,6 +64,26 @@ def probability(branch: Logits) -> jax.Array:
   return jax.nn.sigmoid(branch.final[..., 0].astype(jnp.float32))
 
 
+def jit(function: Callable) -> Callable:
+  """Jits a forward pass, as `jax.jit`; on a CPU its convolutions use all cores.
+
+  A train step needs no such option: its devices share the batch, one core each.
+  """
+  return jax.jit(function, compiler_options=_options())
+
+
+@functools.cache
+def _options() -> dict[str, str] | None:
+  """_ALL_CORES, or None if this is no CPU or its compiler has no such option."""
+  if jax.default_backend() != "cpu":
+    return None
+  try:
+    jax.jit(lambda x: x, compiler_options=_ALL_CORES).lower(0.0).compile()
+  except jax.errors.JaxRuntimeError:
+    return None
+  return _ALL_CORES
+
+
 def make_forward(config: ConfigDict, model: FDEP, mean: float, std: float) -> Callable:
   """Makes the jitted (params, stats, rng, prior, image) → {branch: B×H×W float32 probabilities}.
 
@@ -69,7 +93,7 @@ def make_forward(config: ConfigDict, model: FDEP, mean: float, std: float) -> Ca
   model.eval()
   graphdef, _ = nnx.split(model)
 
-  @jax.jit
+  @jit
   def forward(params, stats, rng, prior, image):
     model = nnx.merge(graphdef, params, stats, rng)
     found = logits(model, config.mode, image, prior, mean, std)

@@ -168,13 +168,13 @@ def _forwards(detector: Detector) -> tuple[Callable, Callable]:
     found = forward.logits(model, mode, image, prior, detector.mean, detector.std)
     return forward.probability(found[detector.branch])
 
-  @jax.jit
+  @forward.jit
   def part(state, prior, image, frame, offset, core, known):
     with windows.active(windows.Window(image.shape[1:3], frame, offset, core, known)) as window:
       prob = apply(state, prior, image)[0]
     return prob, window.found
 
-  whole = jax.jit(apply)
+  whole = forward.jit(apply)
   state, prior = jax.device_put((state, detector.prior))
   return (
     lambda image: whole(state, prior, image),
