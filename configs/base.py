@@ -29,6 +29,9 @@ def get_config():
 
   c.data = ConfigDict()
   c.data.root = "data/SIRST3"  # folder, "tfds:<builder>", or "synthetic"
+  # What becomes black to white in images of more than 8 bits: LOW,HIGH in the unit of the files;
+  # full, the range of their type; auto, measured on the train images once; "": 8 bits only.
+  c.data.range = ""
   c.data.crop = 448  # pixels; paper §4.2. 448 = 32·14, so that DINOv2 tiles it exactly
   c.data.augment = "recipe"  # recipe | dihedral | none
   c.data.target_crop_prob = 0.0  # share of crops placed on a target; PAL places none
@@ -83,6 +86,9 @@ def get_config():
 
   c.eval = ConfigDict()
   c.eval.every_epochs = 1.0  # how often the held-out images are scored during training
+  # Least number of steps between two such evaluations: an epoch of a small set is a few steps.
+  # OUR CHOICE.
+  c.eval.least_steps = 20
   c.eval.select_on = "val"  # val | test: what the best checkpoint is chosen on. PAL: test
   c.eval.batch_size = 16  # most images evaluated at once
   c.eval.save_probs = False  # write the probability maps to workdir/probs

@@ -1,5 +1,7 @@
 """Converts PyTorch weight files to our parameters and back, without PyTorch."""
 
+import collections
+import functools
 import importlib
 import os
 
@@ -23,9 +25,9 @@ def load_backbone(name: str, path_or_state: PathOrState) -> backbones.Backbone:
 
   Args:
     name: one of `backbones.names()`.
-    path_or_state: a file for `read_torch`, or PyTorch name -> array. Wrappers ("state_dict" level,
-      "model." and "module." prefixes) are removed. The network's variant (input channels, norms)
-      is inferred from names and shapes.
+    path_or_state: a file for `read_torch`, or PyTorch name -> array. The network may be below any
+      one prefix, such as "module.", "model.net." or "ema_state_dict."; it is found by the names.
+      The network's variant (input channels, norms) is inferred from names and shapes.
 
   Returns:
     The network in training mode, float32.
@@ -34,8 +36,8 @@ def load_backbone(name: str, path_or_state: PathOrState) -> backbones.Backbone:
     ValueError: the file is not a checkpoint of this network; the message lists all keys that do not
       fit.
   """
-  state = _unwrap(_state(path_or_state))
   table = _table(name)
+  state = _unwrap(_state(path_or_state), name, table)
   options = table.options(state) if hasattr(table, "options") else {}
   # Shapes only: all values come from the file, and drawing initial ones takes seconds.
   net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0), **options))
@@ -102,8 +104,33 @@ def _state(path_or_state: PathOrState) -> dict[str, np.ndarray]:
   return read_torch(path_or_state)
 
 
-def _unwrap(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  for prefix in ("state_dict.", "module.", "model."):
-    if state and all(name.startswith(prefix) for name in state):
-      state = {name[len(prefix) :]: array for name, array in state.items()}
-  return state
+@functools.lru_cache(16)
+def _known_names(name: str, table) -> frozenset[str]:
+  """Returns PyTorch's names of the network, of its first variant."""
+  net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0)))
+  return frozenset(f"{layer}.{s}" for layer, _, kind in table.rules(net) for s in kind.names)
+
+
+def _unwrap(state: dict[str, np.ndarray], name: str, table) -> dict[str, np.ndarray]:
+  """Drops the one prefix below which most names are those of the network.
+
+  Raises:
+    ValueError: the names are complete below two prefixes.
+  """
+  state = {rules.without_wrappers(n): array for n, array in state.items()}
+  known = _known_names(name, table)
+  counts = collections.Counter()
+  for found in state:
+    parts = found.split(".")
+    for i in range(len(parts)):
+      if ".".join(parts[i:]) in known:
+        counts["".join(f"{part}." for part in parts[:i])] += 1
+        break
+  if not counts:
+    return state
+  (prefix, most), *others = counts.most_common(2)
+  if others and others[0][1] == most:
+    raise ValueError(
+      f"there are two networks {name} in it, below {prefix!r} and {others[0][0]!r}. Save one alone."
+    )
+  return {n.removeprefix(prefix): array for n, array in state.items()}

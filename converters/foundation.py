@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from converters.rules import listing, without_wrappers
 from converters.torch_file import is_safetensors, read_torch
 from fdep_jax import priors
 from fdep_jax.layers.transformer import Frozen
@@ -47,6 +48,7 @@ _HEADS = {
   r"(dino_head|ibot_head|head\.mlp|head\.last_layer)(\..*)?": "heads of pretraining",
   r"(classifier|linear_head|pooler)\..*": "a classifier or pooler on top",
   r"student\..*": "the teacher beside it is used",
+  r"\w+_loss\..*": "centres of the losses of pretraining",
 }
 
 
@@ -231,6 +233,7 @@ def _other(state: dict[str, np.ndarray]) -> str:
 
 
 def _load(state, dtype, kind, heads, variable) -> Foundation:
+  state = {without_wrappers(name): array for name, array in state.items()}
   found = recognise(state)
   if kind is None and found is None:
     known = ", ".join(each.title for _, each in tables())
@@ -251,6 +254,7 @@ def _fill(the_table: Table, state, dtype, heads, variable) -> Foundation:
   title = the_table.title
   state, naming, problems = _strip(the_table, state)
   sizes = the_table.sizes(state, naming)
+  _check_depth(the_table, sizes)
   if "heads" in sizes:
     sizes["heads"] = heads or sizes["heads"]
     if not sizes["heads"] or sizes["width"] % sizes["heads"]:
@@ -282,6 +286,12 @@ def _fill(the_table: Table, state, dtype, heads, variable) -> Foundation:
       if bad or missing:
         continue
       zeros = np.zeros(expected, np.float32)
+      lost = {name: part.size - int(np.isfinite(part).sum()) for name, part in parts.items()}
+      problems += [
+        f"{name}: {count} values are NaN or infinite; it fills {target}"
+        for name, count in lost.items()
+        if count
+      ]
       pieces = [parts[name] if name else zeros for name in names]
       value = rule.kind.read(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])
     if target not in arrays:
@@ -296,12 +306,23 @@ def _fill(the_table: Table, state, dtype, heads, variable) -> Foundation:
     if name not in used and not _is_unused(the_table, name)
   ]
   if problems:
-    shown = problems[:40] + ([f"… and {len(problems) - 40} more"] if len(problems) > 40 else [])
     count = f"{len(problems)} conversion problem{'s' if len(problems) > 1 else ''}"
-    raise ValueError("\n  ".join([f"not a {title} checkpoint. {count}:", *shown]))
+    raise ValueError("\n  ".join([f"not a {title} checkpoint. {count}:", *listing(problems)]))
   for target, leaf in targets.items():
     leaf.set_value(jnp.asarray(arrays.pop(target)))
   return model
+
+
+def _check_depth(the_table: Table, sizes: dict) -> None:
+  """Raises ValueError if no published model of this width has this number of blocks."""
+  published = the_table.model.sizes.values()
+  known = sorted({size["depth"] for size in published if size["width"] == sizes["width"]})
+  if known and sizes["depth"] not in known:
+    raise ValueError(
+      f"it has {sizes['depth']} blocks, and a {the_table.title} of width {sizes['width']} has "
+      f"{' or '.join(map(str, known))}: it is cut off, or not a whole model. Copy or download it "
+      "again."
+    )
 
 
 def _fill_position(arrays, stored: np.ndarray, naming: Naming, grid: int) -> list[str]:

@@ -79,6 +79,23 @@ def leaky_block(layer: str, ours: str, *, shortcut: bool) -> list[Rule]:
   return table
 
 
+def without_wrappers(name: str) -> str:
+  """Drops the marks that torch.compile and FSDP leave anywhere in a name."""
+  return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+
+
+def listing(problems: list[str], most: int = 20) -> list[str]:
+  """Shortens a list of problems to `most` lines that show both sides: lacking and unknown names."""
+  if len(problems) <= most:
+    return problems
+  unknown = [line for line in problems if ": unknown, " in line]
+  others = [line for line in problems if ": unknown, " not in line]
+  half = most // 2
+  first = others[: max(half, most - len(unknown))]
+  shown = first + unknown[: most - len(first)]
+  return [*shown, f"… and {len(problems) - most} more"]
+
+
 def flat_variables(module: nnx.Module) -> dict[str, nnx.Variable]:
   """Returns our parameters and running statistics by path, such as "a/b/0/kernel"."""
   state = nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat))
@@ -138,6 +155,9 @@ def fill(
         problems.append(f"{name}: type {array.dtype}, but {target} holds floats")
         continue
       array = array.astype(np.float32)
+      bad = array.size - int(np.isfinite(array).sum())
+      if bad:
+        problems.append(f"{name}: {bad} of {array.size} values are NaN or infinite")
       arrays[target] = (array.transpose(order) if order else array).reshape(targets[target].shape)
     for suffix in kind.counters:
       left.pop(f"{layer}.{suffix}", None)
@@ -155,10 +175,8 @@ def fill(
   }
   problems += [f"{target}: no rule fills it" for target in sorted(missing_targets)]
   if problems:
-    shown = problems[:40]
-    rest = [f"… and {len(problems) - 40} more"] if len(problems) > 40 else []
     count = f"{len(problems)} conversion problem{'s' if len(problems) > 1 else ''}"
-    raise ValueError("\n  ".join([f"{count}:", *shown, *rest]))
+    raise ValueError("\n  ".join([f"{count}:", *listing(problems)]))
   for target, array in arrays.items():
     targets[target].set_value(jax.numpy.asarray(array))
   nnx.update(module, _unflatten(module, targets))

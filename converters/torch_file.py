@@ -153,7 +153,7 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
       if file.read(4) == b"PK\x03\x04":
         arrays = _read_zip(file)
-      elif is_safetensors(path):
+      elif is_safetensors(path) or _like_safetensors(path):
         arrays = _read_safetensors(path)
       else:
         arrays = _read_legacy(file)
@@ -176,6 +176,13 @@ def is_safetensors(path: str | os.PathLike) -> bool:
   )
 
 
+def _like_safetensors(path: pathlib.Path) -> bool:
+  """Returns whether a file begins like safetensors whose header is longer than the file."""
+  with path.open("rb") as file:
+    start = file.read(10)
+  return start[8:] == b'{"' and 8 < int.from_bytes(start[:8], "little") < 2**27
+
+
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   import safetensors
 
@@ -191,6 +198,8 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
   """Reads the format since torch 1.6: an uncompressed zip of data.pkl and one member a storage."""
   size = file.seek(0, io.SEEK_END)
+  if not zipfile.is_zipfile(file):
+    raise ValueError("a zip file of torch.save that is cut off. Copy or download it again.")
   with zipfile.ZipFile(file) as archive:
     members = {info.filename: info for info in archive.infolist()}
     programs = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]

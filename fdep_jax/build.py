@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from fdep_jax import ablations, data, priors, settings
 from fdep_jax.backbones import network_class
+from fdep_jax.data import frames
 from fdep_jax.fdep import FDEP
 from fdep_jax.priors import Foundation, Prior, dinov2
 
@@ -25,6 +26,7 @@ class Images(NamedTuple):
   test: list[data.Sample]
   mean: float  # of grey levels / 255, over the whole train split
   std: float  # (0 and 1 for a network that takes grey levels as they are)
+  range: frames.Range = ""  # that became the grey levels; "": the images have 8 bits
 
 
 def check_network(config: ConfigDict) -> None:
@@ -53,36 +55,57 @@ def check_inputs(config: ConfigDict) -> None:
   root, checkpoint = config.data.root, config.prior.checkpoint
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
     missing.append(
-      f"data.root: there is no folder {root}. Download the dataset and lay it out as "
+      f"data.root: there is no folder {_place(root)}. Download the dataset and lay it out as "
       "images/ masks/ splits/{train,test}.txt (docs/data.md), or set "
       "--config.data.root=PATH to a different folder."
     )
   if config.mode != "original" and checkpoint != "random" and not os.path.isfile(checkpoint):
     missing.append(
-      f"prior.checkpoint: there is no file {checkpoint}. Download dinov2_vitl14_pretrain.pth from "
-      "the facebookresearch/dinov2 repository, or another prior (docs/priors.md), or convert your "
-      "own file with `python -m converters IN OUT` and set --config.prior.checkpoint=OUT."
+      f"prior.checkpoint: there is no file {_place(checkpoint)}. Download "
+      "dinov2_vitl14_pretrain.pth from the facebookresearch/dinov2 repository, or another prior "
+      "(docs/priors.md), or convert your own file with `python -m converters IN OUT` and set "
+      "--config.prior.checkpoint=OUT."
     )
   if missing:
     raise FileNotFoundError("\n".join(missing))
+
+
+def _place(path: str) -> str:
+  """Returns the path, and where it leads from here if it is relative."""
+  absolute = os.path.abspath(os.path.expanduser(path))
+  return path if os.path.isabs(path) else f"{path} (here: {absolute})"
 
 
 def load_images(config: ConfigDict) -> Images:
   """Reads both splits; mean and deviation are the train split's, if the network wants any."""
   if config.data.root == "synthetic":
     size = config.data.synthetic_size
-    train = data.scenes(config.data.synthetic_train, size, seed=1)
-    test = data.scenes(config.data.synthetic_test, size, seed=2)
+    values, train = "", data.scenes(config.data.synthetic_train, size, seed=1)
   else:
-    train = data.load(config.data.root, "train")
-    test = data.load(config.data.root, "test")
+    values = grey_range(config)
+    train = data.load(config.data.root, "train", values=values)
+  test = load_test(config, values)
   mean, std = 0.0, 1.0
   if network_class(config.model.backbone).standardised:
     mean, std = data.statistics(train)
   val = []
   if config.eval.select_on == "val":
     train, val = data.split_validation(train, config.data.val_fraction, seed=0)
-  return Images(train, val, test, mean, std)
+  return Images(train, val, test, mean, std, values)
+
+
+def load_test(config: ConfigDict, values: frames.Range = "") -> list[data.Sample]:
+  """Reads the test split; `values` is the range of its grey levels."""
+  if config.data.root == "synthetic":
+    return data.scenes(config.data.synthetic_test, config.data.synthetic_size, seed=2)
+  return data.load(config.data.root, "test", values=values)
+
+
+def grey_range(config: ConfigDict) -> frames.Range:
+  """Returns the range that becomes the grey levels of the whole dataset, `data.range` resolved."""
+  if config.data.range == "auto":
+    return data.measure_range(config.data.root)
+  return frames.parse_range(config.data.range) if config.data.range else ""
 
 
 def load_prior(config: ConfigDict) -> Prior | None:
@@ -116,6 +139,22 @@ def _prior(config: ConfigDict, model: Foundation, sha256: str) -> Prior:
   return priors.from_module(
     model, levels, sha256, None if normalisation == "model" else normalisation
   )
+
+
+def check_prior(sha256: str | None, saved: dict, workdir, config: ConfigDict) -> None:
+  """Raises ValueError if a checkpoint was trained with prior weights of a different SHA-256.
+
+  Args:
+    sha256: of the weights at hand.
+    saved: the JSON object of the checkpoint.
+    workdir, config: of the run.
+  """
+  if sha256 != saved["dino_sha256"]:
+    raise ValueError(
+      f"{workdir} was trained with different prior weights (SHA-256 {saved['dino_sha256']}) than "
+      f"{config.prior.checkpoint} ({sha256}). Put back the file it was trained with, or name it: "
+      "--config.prior.checkpoint=FILE."
+    )
 
 
 def fused_levels(config: ConfigDict, depth: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 
+from fdep_jax import arguments
 from fdep_jax.runtime.signals import Preempted
 
 NEEDS = {  # mode: the flags that it cannot run without
@@ -22,6 +23,25 @@ NEEDS = {  # mode: the flags that it cannot run without
   "report": ("runs", "out"),
   "sweep": ("config", "workdir"),
   "table": ("workdir",),
+  "validate": ("data",),
+}
+TAKES = {  # mode: the flags that it may have besides; it refuses all others
+  "train": (),
+  "eval": ("method", "checkpoint", "data", "out"),
+  "predict": ("workdir", "method", "checkpoint", "branch", "threshold", "range", "out"),
+  "export": ("workdir", "checkpoint", "out"),
+  "score": ("out",),
+  "plan": ("workdir", "out", "thorough"),
+  "report": (),
+  "sweep": ("task", "seeds"),
+  "table": ("config", "seeds", "retime", "out"),
+  "validate": ("range", "out"),
+}
+USES = {mode: (*NEEDS[mode], *TAKES[mode]) for mode in NEEDS}
+OF_RUN = {  # mode: the settings of a trained run that it may change, as a pattern
+  "eval": r"data\.(root|synthetic_\w+)|eval\.(batch_size|save_probs)|prior\.(checkpoint|shard)"
+  r"|host_devices|distributed|log\.compile_cache",
+  "predict": r"prior\.checkpoint|log\.compile_cache",
 }
 COMMANDS = {  # mode: the module whose `command` runs it; imported only then
   "predict": "fdep_jax.predict",
@@ -31,7 +51,11 @@ COMMANDS = {  # mode: the module whose `command` runs it; imported only then
   "report": "fdep_jax.report",
   "sweep": "fdep_jax.tables.sweep",
   "table": "fdep_jax.tables.table",
+  "validate": "fdep_jax.validate",
 }
+
+
+_WORDS: list[str] = []  # of the command line that `parse` reads
 
 
 @functools.cache
@@ -41,17 +65,19 @@ def program_flags():
   from ml_collections import config_flags
 
   config_flags.DEFINE_config_file(
-    "config", help_string="settings of a run: a file, or the name of a shipped one (quickstart)"
+    "config",
+    help_string="settings of a run: a file, or the name of a shipped one (quickstart)",
+    sys_argv=_WORDS,
   )
   flags.DEFINE_string("workdir", None, "folder of the run")
   flags.DEFINE_enum("mode", "train", list(NEEDS), "train evaluates too; see README.md")
   flags.DEFINE_string("method", None, "predict, eval: a detector without training, fkrw or mpcm")
-  flags.DEFINE_list("data", None, "eval --method: folders of datasets, A,B,C")
+  flags.DEFINE_list("data", None, "eval, validate: folders of datasets, A,B,C")
   flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
-  flags.DEFINE_string("checkpoint", None, "predict, export: best, last, a step, or a path")
+  flags.DEFINE_string("checkpoint", None, "predict, export, eval: best, last, a step, or a path")
   flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")
   flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
-  flags.DEFINE_string("range", "auto", "predict: values shown as black and white: LOW,HIGH or full")
+  flags.DEFINE_string("range", None, "predict, validate: black to white: LOW,HIGH, full or auto")
   flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
   flags.DEFINE_string("masks", None, "score: folder of masks")
   flags.DEFINE_string("out", None, "folder to write; report: a file .html")
@@ -90,11 +116,12 @@ def main(argv):
 
     untrained.command(values)
     return
-  config = values.config if mode == "train" else settings.load(values.workdir)
+  config = values.config or settings.load(values.workdir)
   settings.check(config)
   if config.mode == "classical":
     from fdep_jax import untrained
 
+    _refuse("workdir", values, ("checkpoint", "data", "out"), "The folder is of a method.")
     untrained.again(mode, values.workdir, config)
     return
   from fdep_jax import evaluate, train
@@ -104,13 +131,14 @@ def main(argv):
   if mode == "train":
     train.train(config, values.workdir)
   else:
-    evaluate.evaluate(values.workdir, config)
+    evaluate.command(values, config)
 
 
 def run_score(argv):
   """Runs `--mode score` without absl."""
   from fdep_jax import score
 
+  arguments.check(argv, USES, OF_RUN)
   values = score.parse(argv)
   check_given("score", values)
   score.command(values)
@@ -121,9 +149,22 @@ def check_given(mode, values):
   needs = NEEDS[mode]
   if mode == "eval" and values.method:
     needs = ("data", "out")
+    _refuse("method", values, ("workdir", "checkpoint"), "A method needs no trained run.")
   missing = [f"--{name}" for name in needs if not getattr(values, name)]
   if missing:
     raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
+  if mode == "plan" and values.out and values.workdir:
+    raise ValueError("--out and --workdir both name the folder for plan.json. Give one.")
+  if mode == "table" and values.seeds and values.config is None:
+    raise ValueError("--seeds chooses runs of a table. Name it (--config), or leave --seeds out.")
+
+
+def _refuse(flag, values, names, reason):
+  """Raises ValueError if flags are given that do not go with `flag`."""
+  given = [f"--{name}" for name in names if getattr(values, name)]
+  if given:
+    value = getattr(values, flag)
+    raise ValueError(f"--{flag} {value}: {reason} Leave out {' and '.join(given)}.")
 
 
 def parse(argv):
@@ -133,14 +174,17 @@ def parse(argv):
   from fdep_jax import settings
 
   try:
-    argv = find_config(argv)
-    found = program_flags()(argv)
+    arguments.check(argv[1:], USES, OF_RUN)
+    _WORDS[:] = argv = _config_of_run(find_config(argv))
+    left = program_flags()(argv)
+    arguments.check_words(left[1:], argv)
+    settings.check_flags(program_flags(), OF_RUN)
   except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
   renamed = settings.old_flags(argv)
   if renamed:
     print(renamed, file=sys.stderr)
-  return found
+  return left
 
 
 def find_config(argv):
@@ -162,6 +206,21 @@ def find_config(argv):
     elif i + 1 < len(argv):
       argv[i + 1] = _shipped(argv[i + 1])
   return argv
+
+
+def _config_of_run(argv):
+  """Returns the arguments with --config=of_run.py:RUN if they change settings of a run."""
+  words = arguments.given(argv[1:], ["config"])
+  if arguments.mode_of(argv[1:]) not in OF_RUN or "config" in words or not words:
+    return argv
+  workdir = [_value(argv, i) for i, a in enumerate(argv) if a.lstrip("-").startswith("workdir")]
+  file = pathlib.Path(__file__).with_name("of_run.py")
+  return [argv[0], f"--config={file}:{workdir[-1]}", *argv[1:]]
+
+
+def _value(argv, i):
+  _, equals, value = argv[i].partition("=")
+  return value if equals else argv[i + 1]
 
 
 def _shipped(value):
@@ -212,7 +271,7 @@ def use_huge_pages():
 
 def start():
   """Runs the program: `main.py` and the console script `fdep` call this."""
-  if _mode(sys.argv[1:]) == "score":
+  if arguments.mode_of(sys.argv[1:]) == "score":
     run_main(sys.argv[1:], run_score)
     return
   try:
@@ -229,13 +288,3 @@ def start():
     )
   use_huge_pages()
   app.run(run_main, flags_parser=parse)
-
-
-def _mode(arguments):
-  """Returns the value of --mode, the last if it is repeated; None if it is not given."""
-  mode = None
-  for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-    name, equals, value = argument.partition("=")
-    if name in ("--mode", "-mode"):
-      mode = value if equals else following
-  return mode

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import backbones, build, data, forward, report, settings
+from fdep_jax import backbones, build, data, detector, forward, report, settings
 from fdep_jax.metrics import columns, hse
 from fdep_jax.priors import Prior
 from fdep_jax.runtime import checkpoint, files, hlo, mesh
@@ -180,74 +180,126 @@ def fingerprint(state: dict) -> str:
   return digest.hexdigest()
 
 
-def evaluate(workdir: str | os.PathLike, config: ConfigDict | None = None, loaded=None) -> dict:
+def command(flags, config: ConfigDict) -> None:
+  """Runs `--mode eval`; `config` is the run's, with what the command line changes."""
+  workdir = files.expand(flags.workdir)
+  own, values = settings.flat(settings.load(workdir)), settings.flat(config)
+  others = [k for k in values if k.startswith("data.") and values[k] != own[k]]
+  reasons = [f"{name}={values[name]}" for name in others]
+  reasons += [f"--data {','.join(flags.data)}"] if flags.data else []
+  reasons += [f"--checkpoint {flags.checkpoint}"] if flags.checkpoint else []
+  if flags.data and "data.root" in others:
+    raise ValueError("--data and --config.data.root both name the data. Give one.")
+  if reasons and not flags.out:
+    raise ValueError(
+      f"The results with {' and '.join(reasons)} are not those of the run: name a folder for them, "
+      "--out DIR."
+    )
+  if flags.out and (files.expand(flags.out) / "config.json").exists():
+    raise ValueError(f"--out {flags.out} is the folder of a run. Name a different one.")
+  if not flags.data:
+    evaluate(workdir, config, which=flags.checkpoint, out=flags.out)
+    return
+  found = {}
+  for name, root in _named(flags.data).items():
+    config = config.copy_and_resolve_references()
+    config.data.root = root
+    found[name] = evaluate(
+      workdir, config, which=flags.checkpoint, out=files.expand(flags.out) / name
+    )
+  if mesh.writes():
+    files.write_json(files.expand(flags.out) / "metrics.json", found)
+    print(f"{workdir} on {len(found)} datasets:")
+    print(parts_table(found))
+
+
+def _named(roots: Sequence[str]) -> dict[str, str]:
+  """Returns {name for results: root}, by the folders' own names where these differ."""
+  names = [pathlib.Path(root.removeprefix("tfds:")).name for root in roots]
+  if len(set(names)) < len(names):
+    names = [f"{i}_{name}" for i, name in enumerate(names, 1)]
+  return dict(zip(names, roots, strict=True))
+
+
+def evaluate(
+  workdir: str | os.PathLike,
+  config: ConfigDict | None = None,
+  loaded=None,
+  which: str | int | None = None,
+  out: str | os.PathLike | None = None,
+) -> dict:
   """Scores the best and the newest checkpoint on the test split.
 
-  Writes `metrics.json`, `report.html` and `examples.png`, and prints the table.
+  Writes `metrics.json`, `report.html` and `examples.png`, and prints the table. Images are
+  normalised as the run's were, also those of other data.
 
   Args:
     workdir: folder of a run.
     config: of the run; default its config.json.
     loaded: (images, prior, model) if the caller has them.
+    which: scores this checkpoint only: "best", "last", a step, or a path in the run's folder.
+    out: folder to write; default the run's.
 
   Returns:
     The content of `metrics.json`.
 
   Raises:
     FileNotFoundError: the run, its checkpoint, its data or its weights do not exist.
+    ValueError: there is no such checkpoint, or the prior's weights are not those of the training.
   """
   workdir = files.expand(workdir)
+  out = workdir if out is None else files.expand(out)
   config = config or settings.load(workdir)
   settings.adopt(config)
-  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  if not checkpoints.steps():
-    raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
+  images = None
   if loaded is None:
+    _check_checkpoint(workdir, which, config)
     build.check_inputs(config)
     prior = build.load_prior(config)
-    loaded = build.load_images(config), prior, build.create_model(config, prior)
-  images, prior, model = loaded
-  _warn_of_sizes(config, images)
+    model = build.create_model(config, prior)
+  else:
+    images, prior, model = loaded
   _, params, stats, rng = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
   like = {"params": params, "stats": stats, "rng": rng}
-  # Reads both now, as a training in progress replaces them.
-  last_state, last = checkpoints.restore(like)
-  best_state, best = (
-    checkpoints.restore(like, best=True)
-    if checkpoints.best_step() is not None
-    else (last_state, last)
-  )
-  checkpoints.close()
-
+  (best_state, best), (last_state, last) = _restore(workdir, which, config, like)
+  images = images or _load_images(workdir, config, prior, best)
+  _warn_of_sizes(config, images)
   maps_of = _maps_of(config, images, prior, model)
   newest = None
   if best["step"] != last["step"]:
     newest = results(score(maps_of(last_state), images.test)) | {"checkpoint": last["step"]}
   shown = {i: {} for i in _examples(images.test)}
   recorder = report.Recorder(images.test)
-  maps = _watch(maps_of(best_state), shown)
-  save = workdir / "probs" if config.eval.save_probs and mesh.writes() else None
+  by_part = Parts(config.data.root, len(images.test))
+  maps = by_part.watch(_watch(maps_of(best_state), shown), images.test)
+  save = out / "probs" if config.eval.save_probs and mesh.writes() else None
   totals = accumulate(recorder.watch(maps) if mesh.writes() else maps, images.test, save)
-  chosen = results({name: total.result() for name, total in totals.items()})
-  for name, total in totals.items():
-    chosen[name]["intervals"] = report.intervals(total)
-  chosen["checkpoint"] = best["step"]
+  chosen = _with_intervals(totals) | {"checkpoint": best["step"]}
   metrics = {
     **chosen,
     "params": build.count_parameters(params),
     "deployed": forward.deployed_branch(config.mode),
     **cost(config, model, prior),
     "split": "test",
-    "selected_on": config.eval.select_on,
+    "selected_on": config.eval.select_on if which in (None, "best") else None,
     "images": len(images.test),
     "test_sha256": data.fingerprint(images.test),
-    "last": newest or chosen,
+    "data": config.data.root,
     "steps": last.get("steps"),
   }
+  if by_part.names:
+    metrics["parts"] = by_part.results()
+  if which is None:
+    metrics["last"] = newest or chosen
   if mesh.writes():
-    files.write_json(workdir / "metrics.json", metrics)
-    about = _about(config, images, best, best_state, newest=best is last)
-    _show(workdir, config, images, recorder, totals, metrics, shown, about)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "metrics.json", metrics)
+    words = _words(config, which, best, last)
+    about = _about(config, images, best, best_state, words)
+    name = workdir.resolve().name + (f" ({words}, {config.data.root})" if out != workdir else "")
+    _show(out, name, config, images, recorder, totals, metrics, shown, about)
+    doubt = detector.selection_doubt(best) if which is None and best["best_step"] else ""
+    _print(config, metrics, words, newest, doubt)
   return metrics
 
 
@@ -260,6 +312,107 @@ def _warn_of_sizes(config: ConfigDict, images: build.Images) -> None:
   cautions = {network.caution(size, config.data.crop) for size in sizes} - {""}
   if cautions:
     logging.warning("%s (%d of %d sizes)", min(cautions), len(cautions), len(sizes))
+
+
+def _print(config: ConfigDict, metrics: dict, words: str, newest: dict | None, doubt: str) -> None:
+  """Prints the tables, and the newest checkpoint's if the selection is in doubt."""
+  print(f"{metrics['images']} test images of {config.data.root}, {words}")
+  print(table(metrics))
+  if "parts" in metrics:
+    print(f"The parts of {config.data.root}:")
+    print(parts_table(metrics["parts"]))
+  if doubt:
+    print(f"Warning: {doubt}")
+  if doubt and newest:
+    print(f"The newest checkpoint, step {newest['checkpoint']}:")
+    print(table(metrics | newest))
+
+
+def _load_images(workdir, config: ConfigDict, prior: Prior | None, saved: dict) -> build.Images:
+  """Loads the test images, with the normalisation and the range of a checkpoint's training."""
+  build.check_prior(prior.sha256 if prior else None, saved, workdir, config)
+  values = saved.get("range", "")
+  values = tuple(values) if isinstance(values, list) else values
+  test = build.load_test(config, values)
+  return build.Images([], [], test, saved["mean"], saved["std"], values)
+
+
+class Parts:
+  """Scores the parts of a union, such as SIRST3, apart.
+
+  Args:
+    root: of the dataset.
+    count: number of its test images.
+  """
+
+  def __init__(self, root: str, count: int):
+    counts = data.parts(root, "test")
+    self.names = [name for name, number in counts.items() for _ in range(number)]
+    if len(self.names) != count or len(counts) < 2:  # no union
+      self.names = []
+    self._totals: dict[str, dict[str, hse.Accumulator]] = {}
+
+  def watch(self, maps, samples: Sequence[data.Sample]):
+    """Yields `maps` unchanged, and scores each with its part."""
+    for index, probs in maps:
+      for name, prob in probs.items() if self.names else ():
+        totals = self._totals.setdefault(self.names[index], {})
+        totals.setdefault(name, hse.Accumulator()).update(prob, samples[index].mask)
+      yield index, probs
+
+  def results(self) -> dict[str, dict]:
+    """Returns {part: {"images": number, branch: metrics with "intervals"}}."""
+    found = {}
+    for part in dict.fromkeys(self.names):
+      totals = self._totals.get(part, {})
+      found[part] = _with_intervals(totals)
+      found[part]["images"] = self.names.count(part)
+    return found
+
+
+def _with_intervals(totals: dict[str, hse.Accumulator]) -> dict[str, dict]:
+  found = results({name: total.result() for name, total in totals.items()})
+  for name, total in totals.items():
+    found[name]["intervals"] = report.intervals(total)
+  return found
+
+
+def parts_table(parts: dict[str, dict]) -> str:
+  """Formats the paper's columns, one row a part and branch; percent, Fa in 10⁻⁶."""
+  lines = [f"{'':<28}" + "".join(f"{c.heading:>10}" for c in columns.METRICS.values())]
+  for part, found in parts.items():
+    for branch in ("main", "light"):
+      if branch in found:
+        cells = [c.shown(found[branch][c.key]) for c in columns.METRICS.values()]
+        lines.append(f"{part[:20]:<21}{branch:<7}" + "".join(f"{cell:>10}" for cell in cells))
+  return "\n".join(lines)
+
+
+def _check_checkpoint(workdir: pathlib.Path, which: str | int | None, config: ConfigDict) -> None:
+  """Raises as `evaluate` if the checkpoint does not exist, before anything is loaded."""
+  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+  if which is not None:
+    run, which = detector.find_checkpoint(workdir, which)
+    detector.choose_step(checkpoints, run, which)
+  elif not checkpoints.steps():
+    raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
+
+
+def _restore(workdir: pathlib.Path, which: str | int | None, config: ConfigDict, like: dict):
+  """Returns (state, JSON object) of the checkpoint to score, and those of the newest.
+
+  Reads both now, as a training in progress replaces them.
+  """
+  _check_checkpoint(workdir, which, config)
+  with checkpoint.Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+    if which is not None:
+      step, best = detector.choose_step(checkpoints, *detector.find_checkpoint(workdir, which))
+      chosen = checkpoints.restore(like, step, best=best)
+      return chosen, chosen
+    last = checkpoints.restore(like)
+    if checkpoints.best_step() is None:
+      return last, last
+    return checkpoints.restore(like, best=True), last
 
 
 def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, model) -> Callable:
@@ -275,11 +428,19 @@ def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, mode
   return maps
 
 
-def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, newest: bool) -> dict:
+def _words(config: ConfigDict, which: str | int | None, best: dict, last: dict) -> str:
+  """Says which checkpoint is scored and why."""
+  if which not in (None, "best"):
+    return f"step {best['step']} (--checkpoint {which})"
+  if best["best_step"] is None:
+    return f"step {best['step']}, the newest, as none is selected"
+  return f"step {best['step']}, the best on {config.eval.select_on}"
+
+
+def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, words: str) -> dict:
   """Describes the scored checkpoint for the report."""
   return {
-    "checkpoint": f"step {best['step']}, "
-    + ("the newest" if newest else f"the best on {config.eval.select_on}"),
+    "checkpoint": words,
     "its parameters and statistics, SHA-256": fingerprint(state),
     "prior, SHA-256 of its file": best["dino_sha256"] or "none",
     "normalisation": f"mean {images.mean:.6f}, standard deviation {images.std:.6f}",
@@ -287,20 +448,15 @@ def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, ne
   }
 
 
-def _show(workdir, config, images, recorder, totals, metrics, shown, about) -> None:
-  """Writes `examples.png` and `report.html`, and prints the table."""
+def _show(out, name, config, images, recorder, totals, metrics, shown, about) -> None:
+  """Writes `examples.png` and `report.html` of the run `name` into the folder `out`."""
   if shown:
     source = "no prior" if config.mode == "original" else f"prior: {config.prior.checkpoint}"
     caption = f"{config.model.backbone}, {config.mode}, {source}, step {metrics['checkpoint']}"
     samples = [images.test[i] for i in shown]
-    report.examples(workdir / "examples.png", samples, list(shown.values()), caption)
+    report.examples(out / "examples.png", samples, list(shown.values()), caption)
+  path = out / "report.html"
   flat = settings.flat(config)
-  path = workdir / "report.html"
-  report.write(path, workdir.resolve().name, images.test, recorder, totals, metrics, flat, about)
+  report.write(path, name, images.test, recorder, totals, metrics, flat, about)
   logging.info("wrote %s", path)
-  logging.info("wrote %s", workdir / "metrics.json")
-  print(
-    f"{len(images.test)} test images, step {metrics['checkpoint']} "
-    f"(best on {config.eval.select_on})"
-  )
-  print(table(metrics))
+  logging.info("wrote %s", out / "metrics.json")

@@ -29,7 +29,11 @@ def eedm(
 
   Returns:
     A scalar of the logits' dtype, at least float32.
+
+  Raises:
+    ValueError: `heads` is an array, or a shape or type is a different one.
   """
+  _check(heads, mask)
   return sum(map(criterion(mask, edge_mode), heads))
 
 
@@ -48,6 +52,25 @@ def criterion(
     raise ValueError(f"edge_mode is {edge_mode!r}; it must be intended or released.")
   weight = jnp.where(edges(mask) | (edge_mode == "released"), EDGE_WEIGHT, 1.0)
   return lambda logits: hard_mean(_cross_entropy(logits, mask) * weight)
+
+
+def _check(heads: Sequence[jax.Array], mask: jax.Array) -> None:
+  if not isinstance(heads, Sequence) or not heads:
+    shape = f" of shape {heads.shape}" if hasattr(heads, "shape") else ""
+    raise ValueError(
+      f"heads is a {type(heads).__name__}{shape}; it must be a list of logits, B×H×W×1 each, as "
+      "Logits.heads: [logits] for one."
+    )
+  if mask.dtype != bool or mask.ndim != 3:
+    raise ValueError(
+      f"mask is {mask.dtype} of shape {mask.shape}; it must be bool, B×H×W: mask > 127, or > 0.5."
+    )
+  for logits in heads:
+    if logits.shape != (*mask.shape, 1):
+      raise ValueError(
+        f"logits are of shape {logits.shape}, and mask of {mask.shape}; they must be "
+        f"{(*mask.shape, 1)}."
+      )
 
 
 def edges(mask: jax.Array) -> jax.Array:

@@ -4,7 +4,9 @@ Needs numpy, scipy and pillow only, and matplotlib for `pr.png`.
 """
 
 import argparse
+import contextlib
 import csv
+import logging
 import math
 import pathlib
 import zipfile
@@ -12,9 +14,11 @@ import zipfile
 import numpy as np
 
 from fdep_jax.metrics import bootstrap, columns, hse
+from fdep_jax.metrics import masks as masks_lib
 from fdep_jax.report import plots
 from fdep_jax.runtime import files
 
+MASKS = (".png", ".bmp", ".tif", ".tiff", ".npy", ".npz", ".jpg", ".jpeg")
 READABLE = (".png", ".bmp", ".tif", ".tiff", ".npy", ".npz")
 MAX_BYTES = 2**30  # of an unpacked array; a small NPZ may hold far more than the memory
 _NEEDS_A_CURVE = ("hse", "hse_p", "hse_t", "roc_auc", "ap")
@@ -26,10 +30,12 @@ _BINARY = (
 
 
 def parse(argv) -> argparse.Namespace:
-  """Parses the flags of `--mode score`; exits with 2 if one is unknown."""
-  parser = argparse.ArgumentParser(
-    description="Scores probability maps against masks.", allow_abbrev=False
-  )
+  """Parses the flags of `--mode score`.
+
+  Raises:
+    ValueError: a flag or a word is unknown.
+  """
+  parser = _Parser(description="Scores probability maps against masks.", allow_abbrev=False)
   folders = lambda text: text.split(",")  # noqa: E731
   parser.add_argument("--mode", choices=["score"], required=True)
   parser.add_argument(
@@ -38,6 +44,11 @@ def parse(argv) -> argparse.Namespace:
   parser.add_argument("--masks", help="folder of masks with the same file names")
   parser.add_argument("--out", help="folder for metrics.json, curves.npz, images.csv and pr.png")
   return parser.parse_args(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise ValueError(f"--mode score: {message}.")
 
 
 def command(flags) -> None:
@@ -127,8 +138,8 @@ def _pairs(predictions, masks):
     if not folder.is_dir():
       raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
   problems = []
-  maps, found = _by_stem(predictions, "_prob", only_with_suffix=True)
-  truth, more = _by_stem(masks, "_pixels0")
+  maps, found = _by_stem(predictions, READABLE, "_prob", only_with_suffix=True)
+  truth, more = _by_stem(masks, MASKS, "_pixels0")
   problems += found + more
   if not maps:
     problems.append(f"{predictions}: no file ends in {', '.join(READABLE)}")
@@ -139,8 +150,8 @@ def _pairs(predictions, masks):
   return {stem: (maps[stem], truth[stem]) for stem in sorted(maps.keys() & truth.keys())}, problems
 
 
-def _by_stem(folder, suffix, only_with_suffix=False):
-  paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in READABLE and p.is_file()]
+def _by_stem(folder, kinds, suffix, only_with_suffix=False):
+  paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in kinds and p.is_file()]
   if only_with_suffix and any(p.stem.endswith(suffix) for p in paths):
     paths = [p for p in paths if p.stem.endswith(suffix)]
   out, problems = {}, []
@@ -182,28 +193,50 @@ def read_prob(path):
 
 
 def read_mask(path):
-  """Reads a mask, H×W bool, true above 127 of 255; only a NumPy file may hold ones and zeros."""
-  array = _read(path)
-  if array.dtype == bool:
-    return array
-  top = array.max(initial=0)
-  if pathlib.Path(path).suffix.lower() in (".npy", ".npz") and top <= 1:
-    return array > 0.5
-  if top == 1:
-    raise ValueError("is a 0/1 mask; multiply it by 255 (masks are binarised at > 127)")
-  return array > (127 * 257 if array.dtype == np.uint16 and top > 255 else 127)
+  """Reads a mask, H×W bool, by the rule of training (`metrics.masks`).
+
+  Only a NumPy file may hold ones and zeros.
+  """
+  path = pathlib.Path(path)
+  if path.suffix.lower() in (".npy", ".npz"):
+    mask, warning = masks_lib.binary(_read(path), ones=True)
+  else:
+    with _decoding():
+      mask, warning = masks_lib.binary(_open(path, masks_lib.levels))
+  warning = warning or masks_lib.check_share(mask)
+  if warning:
+    logging.warning("%s: %s", path, warning)
+  return mask
+
+
+@contextlib.contextmanager
+def _decoding():
+  """Turns the errors of decoders, which are of many types, into a ValueError."""
+  try:
+    yield
+  except ValueError:
+    raise
+  except Exception as error:  # all of them mean a bad file
+    raise ValueError(f"cannot be read ({error or type(error).__name__})") from error
 
 
 def _read(path):
   """Reads the single channel of a file in its stored type: bool, uint8, uint16 or floats."""
   path = pathlib.Path(path)
-  try:
-    array = _read_array(path) if path.suffix.lower() in (".npy", ".npz") else _read_image(path)
-  except ValueError:
-    raise
-  except Exception as error:  # decoders raise many types, and all of them mean a bad file
-    raise ValueError(f"cannot be read ({error or type(error).__name__})") from error
+  with _decoding():
+    saved = path.suffix.lower() in (".npy", ".npz")
+    array = _read_array(path) if saved else _open(path, _channels)
+  if array.dtype.kind == "V":
+    raise ValueError(
+      f"holds {array.dtype.itemsize} raw bytes a value, as NumPy saves bfloat16; save float32, as "
+      "in prob.float().numpy()"
+    )
   array = array.squeeze() if array.ndim > 2 else array
+  if saved and array.ndim == 3 and 2 in (array.shape[0], array.shape[-1]):
+    raise ValueError(
+      f"has the shape {array.shape}; if it is the softmax of background and target, save the "
+      "target's channel alone: prob[..., 1], or prob[1] with channels first"
+    )
   if array.ndim == 3 and array.shape[-1] in (2, 3, 4):
     colours = array[..., :3] if array.shape[-1] > 2 else array[..., :1]
     if not (colours == colours[..., :1]).all():
@@ -237,16 +270,21 @@ def _read_array(path):
   return array
 
 
-def _read_image(path):
-  from PIL import Image
+def _open(path, convert):
+  from PIL import Image, ImageOps
 
   with Image.open(path) as image:
     if getattr(image, "n_frames", 1) > 1:
       raise ValueError(f"has {image.n_frames} pages; save one map per file")
-    if image.mode == "P":
-      image = image.convert("RGB")
-    array = np.array(image)
-    deep = image.mode.startswith("I")
+    image.load()
+    return convert(ImageOps.exif_transpose(image))
+
+
+def _channels(image):
+  if image.mode == "P":
+    image = image.convert("RGB")
+  array = np.array(image)
+  deep = image.mode.startswith("I")
   if deep and array.dtype != np.uint16:  # Pillow gives 16 bit as int32 in some formats
     if array.min(initial=0) < 0 or array.max(initial=0) > 65535:
       raise ValueError("holds 32-bit integers; save floats in [0, 1], or 8- or 16-bit integers")

@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import re
+from collections.abc import Container, Iterable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -15,9 +16,16 @@ from fdep_jax.runtime import files
 # A run may be continued with different values of these: they do not change a step's result.
 _FREE = re.compile(
   r"train\.(steps|epochs|nonfinite|remat)|(log|checkpoint)\..*|host_devices|distributed"
-  r"|profile_steps|prior\.(bank_folder|shard)|eval\.(batch_size|save_probs)|data\.threads"
+  r"|profile_steps|prior\.(bank_folder|shard)|eval\.(batch_size|save_probs|least_steps)"
+  r"|data\.threads"
 )
 
+
+# Settings that runs of earlier versions do not have, and the value that they ran with.
+_ADDED = {"eval.least_steps": 1, "data.range": "", "prior.normalisation": "model"}
+
+# Paths: a begun run may be continued with the same files at another place.
+_PLACES = ("data.root", "prior.checkpoint")
 
 _ADDRESS = re.compile(r"[^,\s]+:\d+,(\d+),(\d+)")  # of `distributed`
 
@@ -39,6 +47,7 @@ _CHOICES = {
 }
 _POSITIVE = (
   "data.crop", "data.threads", "train.batch_size", "train.learning_rate", "eval.batch_size",
+  "eval.least_steps",
   "checkpoint.every_steps", "checkpoint.keep", "log.every_steps", "host_devices",
 )  # fmt: skip
 
@@ -46,7 +55,6 @@ _POSITIVE = (
 # A section and the name that earlier versions gave it. `configs/base.py` has it under both, so
 # whatever sets or reads the old name still works; run folders have the new one.
 _OLD, _NEW = "dino", "prior"
-_SINCE = {"normalisation": "model"}  # settings of the section that earlier versions lacked
 
 
 def new_name(name: str) -> str:
@@ -67,8 +75,7 @@ def adopt(config: ConfigDict, source: str = "the config") -> None:
   with config.unlocked():
     if _NEW not in config:
       config[_NEW] = config[_OLD]
-      with config[_NEW].unlocked():
-        config[_NEW].update({k: v for k, v in _SINCE.items() if k not in config[_NEW]})
+      _add(config)
       logging.info("%s has settings named %s.*, which are now called %s.*", source, _OLD, _NEW)
     elif _OLD in config:
       _merge(config, source)
@@ -139,8 +146,8 @@ def explain_flags(argv: list[str], error: Exception) -> str:
     spec.loader.exec_module(module)
     try:
       known = list(flat(module.get_config(*own)))
-    except (TypeError, ValueError) as refusal:
-      return f"{path}: {refusal}"
+    except (OSError, TypeError, ValueError) as refusal:
+      return str(refusal) if path.endswith("of_run.py") else f"{path}: {refusal}"
     for argument in arguments:
       name = argument.removeprefix("--config.")
       if name == argument or new_name(name) in known:
@@ -150,6 +157,97 @@ def explain_flags(argv: list[str], error: Exception) -> str:
       hint = f"The nearest are {', '.join(near)}." if near else f"There are {', '.join(known)}."
       lines.append(f"The config has no setting {name!r}. {hint}")
   return "\n".join(lines) or str(error)
+
+
+def check_flags(values, of_run: Mapping[str, str]) -> None:
+  """Applies the rules of lengths, and refuses settings on a command line that have no effect.
+
+  Args:
+    values: parsed flags, an absl `FlagValues`.
+    of_run: {mode: pattern of the settings that it may change in a trained run}.
+
+  Raises:
+    ValueError: one line a setting.
+  """
+  from ml_collections import config_flags
+
+  config = values.config
+  if config is None:
+    return
+  given = [new_name(name) for name in config_flags.get_override_values(values["config"])]
+  mode = values.mode
+  if mode in of_run:
+    wrong = [name for name in given if not re.fullmatch(of_run[mode], name)]
+    if wrong:
+      known = [name for name in flat(config) if re.fullmatch(of_run[mode], name)]
+      raise ValueError(
+        f"--mode {mode} cannot change {', '.join(wrong)}, which a trained run has fixed or which "
+        f"{mode} does not use. It may change {', '.join(known)}."
+      )
+    return
+  settle_length(config, given)
+  lines = []
+  if mode == "plan":
+    lines = [
+      f"{name} has no effect: --topology says what a plan is for. Leave it out."
+      for name in ("host_devices", "distributed", "log.compile_cache")
+      if name in given
+    ]
+  if mode in ("train", "plan"):
+    lines += idle(config, given)
+  if lines:
+    raise ValueError("\n".join(lines))
+
+
+def settle_length(config: ConfigDict, given: Container[str]) -> None:
+  """Lets a command line's train.epochs win over a train.steps of the config file.
+
+  Raises:
+    ValueError: the command line gives both.
+  """
+  if "train.epochs" not in given or config.train.steps <= 0:
+    return
+  if "train.steps" in given:
+    raise ValueError(
+      f"train.steps={config.train.steps} and train.epochs={config.train.epochs} are both given, "
+      "and each is a length. Give one."
+    )
+  logging.warning(
+    "train.epochs=%s is given, so the config's train.steps=%s is left out",
+    config.train.epochs, config.train.steps,
+  )  # fmt: skip
+  config.train.steps = 0
+
+
+def _no_folder(root: str) -> bool:
+  return root == "synthetic" or root.startswith("tfds:")
+
+
+def idle(config: ConfigDict, given: Iterable[str]) -> list[str]:
+  """Lists those of the given settings that have no effect beside the others, with the reason."""
+  values = flat(config)
+  mode = values["mode"]
+  rates = [v for k, v in values.items() if k.startswith("train.schedule_args.")]
+  rules = (  # pattern, whether it has no effect, why
+    (r"prior\..*|model\.(fusion|share|on_dino)", mode == "original", "mode original uses no prior"),
+    (r"model\.bn_stats|loss\.light_weight", mode != "fdep", f"mode {mode} trains one branch"),
+    (r"model\.fusion", values["model.on_dino"] != "no", "model.on_dino replaces the fusion"),
+    (r"prior\.bank_\w+", not values["prior.bank"], "prior.bank is 0"),
+    (r"data\.range", _no_folder(values["data.root"]), "data.root is no folder"),
+    (r"data\.synthetic_\w+", values["data.root"] != "synthetic", "data.root is not synthetic"),
+    (r"data\.val_fraction", values["eval.select_on"] != "val", "eval.select_on is not val"),
+    (
+      r"train\.learning_rate",
+      "learning_rate" not in rates,
+      'no argument of the schedule (train.schedule_args) is "learning_rate"',
+    ),
+  )
+  found = {}
+  for name in given:
+    for pattern, without_effect, why in rules:
+      if without_effect and re.fullmatch(pattern, name):
+        found.setdefault(name, f"{name} has no effect: {why}. Leave it out.")
+  return list(found.values())
 
 
 def _split_flag(argument: str, following: str) -> tuple[str, str]:
@@ -175,6 +273,10 @@ def check(config: ConfigDict) -> None:
     )
   if not 0 <= values["data.target_crop_prob"] <= 1:
     problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
+  if not re.fullmatch(r"|auto|full|[^,]+,[^,]+", values["data.range"]):
+    problems.append(
+      f"data.range is {values['data.range']!r}; it must be LOW,HIGH, full, auto or empty."
+    )
   problems += _ablation_problems(values)
   if values["mode"] == "classical":
     from fdep_jax import classical
@@ -199,7 +301,9 @@ def check(config: ConfigDict) -> None:
   if values["train.batch_size"] % max(values["host_devices"], 1):
     problems.append(
       f"train.batch_size is {values['train.batch_size']}, which {values['host_devices']} host "
-      "devices cannot share equally."
+      "devices cannot share equally. Use "
+      f"{-(-values['train.batch_size'] // values['host_devices']) * values['host_devices']}, or "
+      "change host_devices."
     )
   address = _ADDRESS.fullmatch(values["distributed"])
   if values["distributed"] not in ("off", "auto") and not (
@@ -285,20 +389,44 @@ def _comparable(config: ConfigDict) -> dict[str, object]:
   return values | {"train.teacher": os.path.basename(values.get("train.teacher", "").rstrip("/"))}
 
 
-def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+def check_workdir(workdir: pathlib.Path, config: ConfigDict, moved: bool = False) -> None:
+  """Raises if a folder belongs to a run with different settings.
+
+  Args:
+    workdir: of the run; need not exist.
+    config: to train.
+    moved: accepts different paths of data and the prior; the caller compares their contents.
+
+  Raises:
+    ValueError: settings differ; the message lists all.
+  """
+  if not (workdir / "config.json").exists():
+    return
+  lines = differing(_read(workdir), config)
+  if moved:
+    lines = [line for line in lines if line.partition(":")[0] not in _PLACES]
+  if not lines:
+    return
+  more = "Choose a different --workdir, or use the settings of that run."
+  if all(line.startswith(("train.steps:", "train.epochs:")) for line in lines):
+    more = (
+      f"Its {config.train.schedule} stretches with the length (train.schedule_args), so the steps "
+      "that are done would have had other learning rates: a longer run is a different run. Choose "
+      "a different --workdir. Runs with a constant rate can be made longer."
+    )
+  raise ValueError(
+    "\n  ".join([f"{workdir} contains a run of a different config:", *lines]) + f"\n{more}"
+  )
+
+
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict, moved: bool = False) -> None:
   """Claims a run folder: writes `config.json`, or raises if it belongs to a different run.
 
   Raises:
-    ValueError: settings differ (the message lists all), or the folder cannot be written.
+    ValueError: as `check_workdir`, or the folder cannot be written.
   """
+  check_workdir(workdir, config, moved)
   path = workdir / "config.json"
-  if path.exists():
-    lines = differing(_read(workdir), config)
-    if lines:
-      raise ValueError(
-        "\n  ".join([f"{workdir} contains a run of a different config:", *lines])
-        + "\nChoose a different --workdir, or use the settings of that run."
-      )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(path, as_dict(config))
@@ -320,15 +448,33 @@ def load(workdir: str | os.PathLike) -> ConfigDict:
   return config
 
 
+def completed(values: dict, source: str = "the config") -> ConfigDict:
+  """Returns the config of an earlier version with the settings that were added since.
+
+  Args:
+    values: nested, as `as_dict` returns them; the names may be old.
+    source: where they are from, for messages.
+  """
+  config = ConfigDict(values)
+  adopt(config, source)
+  _add(config)
+  return config
+
+
+def _add(config: ConfigDict) -> None:
+  """Adds the settings that earlier versions lacked, with the values that they ran with."""
+  known = flat(config)
+  config.update_from_flattened_dict({k: v for k, v in _ADDED.items() if k not in known})
+
+
 def _read(workdir: str | os.PathLike) -> ConfigDict:
   path = pathlib.Path(workdir) / "config.json"
   try:
-    config = ConfigDict(json.loads(path.read_text()))
+    config = completed(json.loads(path.read_text()), str(path))
   except FileNotFoundError:
     raise FileNotFoundError(
       f"{path} does not exist: {workdir} is not the folder of a run."
     ) from None
   except ValueError as error:
     raise ValueError(f"{path} is not a config: {error}") from None
-  adopt(config, str(path))
   return config

@@ -1,5 +1,6 @@
 """Builds the compiled training step of all branches: loss, optimiser (paper §3.3, §4.2)."""
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -27,22 +28,63 @@ def total_steps(config: ConfigDict, num_images: int) -> int:
   return math.ceil(config.train.epochs * num_images / config.train.batch_size)
 
 
-def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-  """Makes the optax schedule that the config names."""
+def schedule_arguments(config: ConfigDict, steps: int) -> dict:
+  """Returns the arguments of the optax schedule, for a run of this many steps.
+
+  A trial run of a few steps need not set the warm-up, too: one that fills the run is shortened.
+  """
   words = {"learning_rate": config.train.learning_rate, "steps": steps}
   arguments = {k: words.get(v, v) if isinstance(v, str) else v
                for k, v in config.train.schedule_args.items()}  # fmt: skip
-  # A trial run of a few steps need not set the warm-up too: one that fills the run is shortened.
   if arguments.get("decay_steps", math.inf) <= arguments.get("warmup_steps", 0):
     arguments["warmup_steps"] = arguments["decay_steps"] // 2
+  return arguments
+
+
+def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+  """Makes the optax schedule that the config names.
+
+  Raises:
+    ValueError: optax has no such schedule, or it refuses the arguments.
+  """
   maker = getattr(optax.schedules, config.train.schedule, None)
   if not callable(maker):
     known = [n for n in dir(optax.schedules) if n.endswith(("schedule", "decay", "interpolate"))]
     raise ValueError(f"train.schedule is {config.train.schedule!r}; optax has {', '.join(known)}.")
   try:
-    return maker(**arguments)
-  except TypeError as error:
-    raise ValueError(f"train.schedule_args do not fit {config.train.schedule}: {error}") from None
+    return maker(**schedule_arguments(config, steps))
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"train.schedule_args do not fit {config.train.schedule} in a run of {steps} steps: {error}"
+    ) from None
+
+
+def check_schedule(config: ConfigDict, steps: int) -> None:
+  """Refuses a schedule that cannot be computed, and says if its warm-up is shortened.
+
+  Raises:
+    ValueError: as `make_schedule`, or a learning rate is not a finite number.
+  """
+  schedule = make_schedule(config, steps)
+  for step in (0, steps - 1):
+    try:
+      rate = float(schedule(step))
+    except (TypeError, ValueError) as error:
+      raise ValueError(
+        f"train.schedule_args do not fit {config.train.schedule}: at step {step + 1}, {error}"
+      ) from None
+    if not math.isfinite(rate):
+      raise ValueError(
+        f"The learning rate of step {step + 1} is {rate}: train.schedule_args do not fit "
+        f"{config.train.schedule} in a run of {steps} steps."
+      )
+  wanted = config.train.schedule_args.get("warmup_steps", 0)
+  used = schedule_arguments(config, steps).get("warmup_steps", 0)
+  if used != wanted and not isinstance(wanted, str):
+    logging.warning(
+      "train.schedule_args.warmup_steps is %s, but the run has %d steps: the warm-up takes %d",
+      wanted, steps, used,
+    )  # fmt: skip
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:

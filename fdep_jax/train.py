@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pathlib
+import sys
 import time
 
 import jax
@@ -16,7 +17,7 @@ from fdep_jax import build, data, evaluate, forward, pseudo, settings
 from fdep_jax import step as step_lib
 from fdep_jax.priors import Prior, bank
 from fdep_jax.runtime import checkpoint, files, mesh
-from fdep_jax.runtime.log import Log, Profile
+from fdep_jax.runtime.log import Log, Minutes, Profile
 from fdep_jax.runtime.signals import Preempted, Signals
 
 
@@ -50,8 +51,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   """
   workdir = files.expand(workdir)
   settings.check(config)
+  moved = bool(checkpoint.Checkpoints(workdir).steps())  # then `_restore` compares the contents
+  settings.check_workdir(workdir, config, moved)
   build.check_inputs(config)
-  step_lib.make_schedule(config, 10**6)  # refuses wrong arguments before reading data
+  # Refuses wrong arguments before reading data; the number of epochs' steps is not yet known.
+  step_lib.check_schedule(config, config.train.steps or 10**6)
   the_mesh = mesh.make(config.host_devices, config.train.batch_size)
   with Signals(mesh.minimum, jax.process_count()) as signals:
     images = build.load_images(config)
@@ -66,8 +70,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       folder = pathlib.Path(config.prior.bank_folder or workdir / "bank")
       levels = bank.Bank(folder, crops, prior, keep_old=bool(config.prior.bank_folder))
     with files.locked(workdir) if mesh.writes() else contextlib.nullcontext():
-      if mesh.writes():
-        settings.claim_workdir(workdir, config)
+      settings.check_workdir(workdir, config, moved)  # again: now no other process can claim it
       _describe(config, images, prior)
       model = build.create_model(config, prior)
       loop = Loop(config, workdir, the_mesh, images, prior, crops, levels, model, signals, identity)
@@ -113,10 +116,13 @@ class Loop:
     self.config, self.workdir, self.mesh, self.signals = config, workdir, the_mesh, signals
     self.images, self.crops, self.bank = images, crops, levels
     self.steps = step_lib.total_steps(config, len(images.train))
+    step_lib.check_schedule(config, self.steps)
+    self.claimed = False
     self.meta = {
       "steps": self.steps,
       "mean": images.mean,
       "std": images.std,
+      "range": images.range,
       "dino_sha256": prior.sha256 if prior else None,
       "dino_levels": list(prior.blocks) if prior else None,
       "data_sha256": identity or fingerprints(images),
@@ -132,7 +138,8 @@ class Loop:
     self.forward = forward.make_forward(config, model, images.mean, images.std)
     self.selection = images.val if config.eval.select_on == "val" else images.test
     per_epoch = len(images.train) / config.train.batch_size  # steps
-    self.every_eval = max(1, round(config.eval.every_epochs * per_epoch))
+    self.every_eval = max(config.eval.least_steps, round(config.eval.every_epochs * per_epoch))
+    self.score = ""  # the last on the selection images, in words
     self.schedule = step_lib.make_schedule(config, self.steps)
 
   def _restore(self, state: dict) -> tuple[dict, Progress]:
@@ -140,34 +147,55 @@ class Loop:
     progress = Progress()
     if self.checkpoints.steps():
       state, saved = self.checkpoints.restore(state)
-      if saved["dino_sha256"] != self.meta["dino_sha256"]:
-        raise ValueError(
-          f"{self.workdir} was trained with different prior weights (SHA-256 "
-          f"{saved['dino_sha256']}) than {self.config.prior.checkpoint} "
-          f"({self.meta['dino_sha256']}). Set prior.checkpoint to the file it was trained with."
-        )
-      # Checkpoints of older versions have no fingerprint of the data.
-      ours, theirs = self.meta["data_sha256"], saved.get("data_sha256", {})
-      changed = [name for name, found in theirs.items() if found != ours.get(name)]
-      if changed:
-        texts = (
-          "weights of its teacher" if n == "teacher" else f"{n} images or masks" for n in changed
-        )
-        raise ValueError(
-          f"{self.workdir} was trained with different {' and '.join(texts)} than there are now. "
-          "Put them back, or choose a different --workdir."
-        )
+      self._check_continues(saved)
       progress.step, progress.best_step = saved["step"], saved["best_step"]
       progress.evaluated = saved["evaluated"]
       progress.best = saved["best"] if saved["best"] is not None else -math.inf
-      logging.info("continuing at step %d of %d", progress.step, self.steps)
+      if progress.step == self.steps:
+        logging.info("all %d steps are done; evaluating again", self.steps)
+      else:
+        logging.info("continuing at step %d of %d", progress.step, self.steps)
     if mesh.writes():
       self.checkpoints.rewind(progress.step)
-      if progress.step < self.steps:  # from when the run had fewer steps
-        (self.workdir / "metrics.json").unlink(missing_ok=True)
     mesh.minimum(0)  # a barrier: no process reads the folder earlier
     progress.skipped = int(state["skipped"]["count"])
     return state, progress
+
+  def _check_continues(self, saved: dict) -> None:
+    """Raises ValueError if the checkpoint is of other weights or images, or of a longer run."""
+    build.check_prior(self.meta["dino_sha256"], saved, self.workdir, self.config)
+    if any(not math.isclose(saved[k], self.meta[k], rel_tol=1e-9) for k in ("mean", "std")):
+      raise ValueError(
+        f"{self.workdir} was trained on different images (grey mean {saved['mean']:.6f}, deviation "
+        f"{saved['std']:.6f}) than those of {self.config.data.root} ({self.meta['mean']:.6f}, "
+        f"{self.meta['std']:.6f}). Set data.root to the data it was trained on, or choose a "
+        "different --workdir."
+      )
+    # Checkpoints of older versions have no fingerprint of the data.
+    ours, theirs = self.meta["data_sha256"], saved.get("data_sha256", {})
+    changed = [name for name, found in theirs.items() if found != ours.get(name)]
+    if changed:
+      texts = (
+        "weights of its teacher" if n == "teacher" else f"{n} images or masks" for n in changed
+      )
+      raise ValueError(
+        f"{self.workdir} was trained with different {' and '.join(texts)} than there are now. "
+        "Put them back, or choose a different --workdir."
+      )
+    if saved["step"] > self.steps:
+      raise ValueError(
+        f"{self.workdir} has done {saved['step']} steps, and this config asks for {self.steps}. A "
+        "run cannot be made shorter: choose a different --workdir. An earlier state can be scored: "
+        "--mode eval --checkpoint STEP --out DIR."
+      )
+
+  def _claim(self) -> None:
+    """Claims the folder, once nothing that can fail at once has failed."""
+    if not self.claimed and mesh.writes():
+      settings.claim_workdir(self.workdir, self.config, moved=bool(self.start))
+      if self.start < self.steps:  # from when the run had fewer steps
+        (self.workdir / "metrics.json").unlink(missing_ok=True)
+    self.claimed = True
 
   def train(self) -> None:
     """Takes the remaining steps.
@@ -177,13 +205,14 @@ class Loop:
     """
     config, progress = self.config, self.progress
     iterator = self._batches()
-    hidden = None if config.log.progress and mesh.writes() else True
+    shown = config.log.progress and mesh.writes() and sys.stderr.isatty()
+    self.minutes = Minutes(self.steps, self.start, shown or not mesh.writes())
     with (
       self.signals.waiting(),
       self.checkpoints,
       contextlib.closing(iterator),
       Log(self.workdir, config, self.start) as log,
-      tqdm(total=self.steps, initial=self.start, disable=hidden) as bar,
+      tqdm(total=self.steps, initial=self.start, disable=not shown) as bar,
     ):
       if progress.best_step == self.start and self.start:
         if self.checkpoints.best_step() != self.start:
@@ -194,6 +223,8 @@ class Loop:
           self._after(self.start, log, clock)
         else:
           self._check_signals(0)
+        if self.start == self.steps:
+          self._claim()
         for step in range(self.start + 1, self.steps + 1):
           profile.before(step)
           metrics = self._step(next(iterator))
@@ -235,6 +266,9 @@ class Loop:
       batch["levels"] = self.bank.levels(numbers)
     batch = mesh.put_batch(batch, self.mesh)
     self.state, metrics = self.take_step(self.state, self.prior, batch)
+    if not self.claimed:
+      jax.block_until_ready(metrics)  # a step that needs too much memory fails here
+      self._claim()
     self.progress.step += 1
     return metrics
 
@@ -247,6 +281,7 @@ class Loop:
     if self.config.train.nonfinite == "skip":
       metrics["skipped"] = self.progress.skipped
     log.write(step, metrics)
+    self.minutes.tell(step, metrics, self.score)
     bar.set_postfix(loss=f"{metrics['loss']:.4f}", img_s=f"{rate:.1f}")
 
   def _after(self, step: int, log: Log, clock: "Clock") -> None:
@@ -282,6 +317,7 @@ class Loop:
     value = scores[forward.deployed_branch(config.mode)].hse
     value = -math.inf if math.isnan(value) else value
     progress.evaluated = progress.step
+    self.score = f"{config.eval.select_on} HSE {100 * max(value, 0):.2f} at step {progress.step}"
     if value > progress.best:
       progress.best, progress.best_step = value, progress.step
       self.save()

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import optax
 from flax import nnx
+from PIL import Image
 
 import converters
 from configs import base
@@ -72,6 +73,22 @@ def toy_prior():
       vars(package).pop("toyprior", None)
 
 
+def make_folder(path: pathlib.Path, count: int = 4) -> pathlib.Path:
+  """A small dataset with one target an image."""
+  rng = np.random.default_rng(0)
+  for part in ("images", "masks", "splits"):
+    (path / part).mkdir(parents=True)
+  for i in range(count):
+    mask = np.zeros((40, 48), np.uint8)
+    mask[10 + i : 13 + i, 20:23] = 255
+    Image.fromarray(rng.integers(0, 200, (40, 48), np.uint8)).save(path / f"images/{i}.png")
+    Image.fromarray(mask).save(path / f"masks/{i}.png")
+  half = count // 2
+  (path / "splits/train.txt").write_text("\n".join(map(str, range(half))))
+  (path / "splits/test.txt").write_text("\n".join(map(str, range(half, count))))
+  return path
+
+
 # Toy runs.
 
 
@@ -90,6 +107,7 @@ def toy_config(**changes):
       "prior.checkpoint": "random",
       "train.batch_size": 4,
       "train.steps": 8,
+      "eval.least_steps": 1,
       "checkpoint.every_steps": 4,
       "log.tensorboard": False,
       "log.progress": False,

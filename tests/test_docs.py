@@ -53,3 +53,11 @@ def test_results_are_those_of_the_configs_headers():
   for file, row in rows:
     header = (ROOT / file).read_text().split('"""')[1]
     assert set(re.findall(r"\d+\.\d\d", row)) <= set(re.findall(r"\d+\.\d\d", header)), file
+
+
+def test_the_table_of_flags_is_that_of_the_program():
+  text = (ROOT / "docs/training.md").read_text()
+  for mode in cli.USES:
+    needs, takes = re.search(rf"^\| `{mode}` \| (.*) \| (.*) \|$", text, re.MULTILINE).groups()
+    assert re.findall(r"--(\w+)", needs) == [*cli.NEEDS[mode]]
+    assert re.findall(r"--(\w+)", takes) == [*cli.TAKES[mode]]

@@ -16,14 +16,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Bright, detector, mapping, scene, whole, write_legacy, write_zip
+from helpers import Bright, detector, make_folder, mapping, scene, whole, write_legacy, write_zip
 from PIL import Image
 from safetensors.numpy import save
 
 import converters
 from converters import foundation, rules
-from fdep_jax import predict, priors, score
-from fdep_jax.data import frames
+from fdep_jax import data, predict, priors, score
+from fdep_jax.data import frames, samples
 
 COUNTS = [100, pytest.param(2000, marks=pytest.mark.slow)]
 SECONDS = 20  # of CPU for one file; measured: below one
@@ -177,6 +177,120 @@ def test_broken_maps_and_masks_are_scored_or_refused(tmp_path, marker, count):
   assert 0.1 * count < refused <= count
 
 
+def encoded_masks(rng) -> list[bytes]:
+  """Masks in the encodings that people use; some are sound and still refused."""
+  mask = rng.random((20, 24)) < 0.02
+  grey, found = np.uint8(255 * mask), []
+
+  def add(array, kind="PNG", mode=None, **options):
+    picture, content = Image.fromarray(array), io.BytesIO()
+    (picture.convert(mode) if mode else picture).save(content, kind, **options)
+    found.append(content.getvalue())
+
+  for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+    add(grey, mode=mode)
+    add(grey, "TIFF", mode)
+  for array in (255 - grey, np.uint8(mask), np.uint8(mask * rng.integers(0, 9, mask.shape))):
+    add(array)
+    add(array, "BMP")
+  add(np.uint16(mask) * 65535)
+  add(np.uint16(mask) * 65535, "TIFF")
+  add(np.float32(mask), "TIFF")
+  add(grey, "JPEG", quality=90)
+  add(np.dstack([grey, grey * 0, grey * 0]))
+  add(np.dstack([grey * 0 + 255] * 3 + [grey]))
+  return found
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_masks_of_any_encoding_are_read_alike_or_refused(tmp_path, marker, count):
+  seeds = encoded_masks(np.random.default_rng(0)) + pictures(marker)
+  read = 0
+  for case in range(count):
+    rng = np.random.default_rng(case)
+    content = edited(rng, seeds) if case % 2 else seeds[rng.integers(len(seeds))]
+    path = tmp_path / "mask.png"
+    path.write_bytes(content)
+    found = []
+    with limited(case):
+      for decode in (
+        lambda c=content: samples.decode_mask(c)[0],
+        lambda p=path: score.read_mask(p),
+      ):
+        try:
+          found.append(decode())
+        except ValueError as error:
+          assert 5 < len(str(error)) < 500 and "Traceback" not in str(error)
+    for mask in found:
+      assert mask.dtype == bool and mask.ndim == 2
+    if len(found) == 2:
+      np.testing.assert_array_equal(*found)
+      read += 1
+  assert 0.1 * count < read < 0.9 * count
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_split_files_of_any_encoding_are_read_or_refused(tmp_path, count):
+  root = make_folder(tmp_path / "data")
+  texts = [
+    "0\n1\n",
+    "0.png\r\n1.png",
+    "images/0\n\n./1.PNG ",
+    "seq/0\n1",
+    "2\n0",
+    "é\n0",
+    "0\t1\n0",
+  ]
+  encodings = ("utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "latin-1")
+  seeds = [text.encode(encoding) for text in texts for encoding in encodings]
+  read = 0
+  for case in range(count):
+    rng = np.random.default_rng(case)
+    content = edited(rng, seeds) if case % 2 else seeds[rng.integers(len(seeds))]
+    (root / "splits/train.txt").write_bytes(content)
+    with limited(case):
+      try:
+        found = data.read(root, "train")
+      except data.DataError as error:
+        assert str(root) in str(error) and len(str(error)) < 5000
+      else:
+        assert {sample.name for sample in found} <= {"0", "1"}
+        read += 1
+  assert 0.1 * count < read < 0.9 * count
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_any_one_prefix_of_the_names_is_found(toy, monkeypatch, count):
+  table = types.ModuleType("converters.toy")
+  table.rules = toy_rules
+  monkeypatch.setitem(sys.modules, "converters.toy", table)
+  weights = converters.to_torch(toy.Toy(rngs=nnx.Rngs(0)))
+  words = ["module", "model", "net", "_orig_mod", "ema", "state_dict", "0", "stem", "up", "ü"]
+  for case in range(count):
+    rng = np.random.default_rng(case)
+    prefix = "".join(f"{rng.choice(words)}." for _ in range(rng.integers(0, 5)))
+    state = {prefix + name: array for name, array in weights.items()}
+    broken = case % 3 == 0
+    if broken:
+      kept = [name for name in state if "num_batches" not in name]  # counters may be absent
+      state.pop(kept[rng.integers(len(kept))])
+    with limited(case):
+      try:
+        converters.load_backbone("toy", state)
+      except ValueError as error:
+        assert broken and "missing" in str(error), (prefix, error)
+      else:
+        assert not broken
+
+
+def toy_rules(net):
+  """The toy's table; it stands for the eight, whose tables are longer and nothing else."""
+  return [
+    *(rule for name in ("stem", "down", "skip", "up") for rule in rules.conv_norm(name, name)),
+    *((name, name, rules.CONV) for name in ("side", "head")),
+  ]
+
+
 def checkpoints(tmp_path, weights: dict[str, np.ndarray], marker) -> list[bytes]:
   entries = {name: (str(i), array) for i, (name, array) in enumerate(weights.items())}
   storages = {key: array for key, array in entries.values()}
@@ -190,12 +304,8 @@ def checkpoints(tmp_path, weights: dict[str, np.ndarray], marker) -> list[bytes]
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_broken_checkpoints_are_converted_or_refused(tmp_path, marker, toy, monkeypatch, count):
-  # The toy stands for the eight, whose tables are longer and nothing else.
   table = types.ModuleType("converters.toy")
-  table.rules = lambda net: [
-    *(rule for name in ("stem", "down", "skip", "up") for rule in rules.conv_norm(name, name)),
-    *((name, name, rules.CONV) for name in ("side", "head")),
-  ]
+  table.rules = toy_rules
   monkeypatch.setitem(sys.modules, "converters.toy", table)
   weights = converters.to_torch(toy.Toy(rngs=nnx.Rngs(0)))
   seeds = checkpoints(tmp_path, weights, marker)

@@ -14,29 +14,13 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, command, toy_config
+from helpers import ROOT, command, make_folder, toy_config
 from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import base, msda, tpu
 from fdep_jax import build, settings, train
 from fdep_jax import detector as detector_lib
-
-
-def make_folder(path: pathlib.Path, count: int = 4) -> pathlib.Path:
-  """A small dataset with one target an image."""
-  rng = np.random.default_rng(0)
-  for part in ("images", "masks", "splits"):
-    (path / part).mkdir(parents=True)
-  for i in range(count):
-    mask = np.zeros((40, 48), np.uint8)
-    mask[10 + i : 13 + i, 20:23] = 255
-    Image.fromarray(rng.integers(0, 200, (40, 48), np.uint8)).save(path / f"images/{i}.png")
-    Image.fromarray(mask).save(path / f"masks/{i}.png")
-  half = count // 2
-  (path / "splits/train.txt").write_text("\n".join(map(str, range(half))))
-  (path / "splits/test.txt").write_text("\n".join(map(str, range(half, count))))
-  return path
 
 
 def folder_config(root, **changes):

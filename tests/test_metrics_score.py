@@ -142,7 +142,7 @@ def test_every_bad_file_is_listed_in_one_error(folders, tmp_path):
     "text": "cannot be read",
     "colour": "colour image",
     "many": "holds the arrays a, b",
-    "ones": "0/1 mask",
+    "ones": "only 0 and 1; multiply it by 255",
     "twice": "has the same stem",
     "deep": "shape",
   }

@@ -20,7 +20,7 @@ from fdep_jax import step as step_lib
 from fdep_jax.data import augment
 from fdep_jax.fdep import FDEP
 from fdep_jax.priors import bank
-from fdep_jax.runtime import checkpoint, log, mesh
+from fdep_jax.runtime import checkpoint, log, mesh, rendezvous
 
 # Data.
 
@@ -183,7 +183,7 @@ class Seen:
     return [[sample.mask.shape for sample in samples] for samples in found[:3]]
 
   def root(self, config):
-    self.stopped(data, "load", lambda *arguments: arguments)
+    self.stopped(data, "load", lambda *arguments, **named: (arguments, named))
     config.data.root = "one" if config.data.root == "synthetic" else config.data.root
     return self.until_stop(build.load_images, config)
 
@@ -306,11 +306,21 @@ class Seen:
     return self.until_stop(self.loop(config)._select)
 
   def saved_maps(self, config):
-    fake = types.SimpleNamespace(
-      steps=lambda: [1], best_step=lambda: None, close=lambda: None,
-      restore=lambda like: (like, {"step": 1}),
-    )  # fmt: skip
-    self.patch.setattr(checkpoint, "Checkpoints", lambda *_: fake)
+
+    class Fake(contextlib.nullcontext):
+      def __enter__(self):
+        return self
+
+      def steps(self):
+        return [1]
+
+      def best_step(self):
+        return None
+
+      def restore(self, like):
+        return like, {"step": 1}
+
+    self.patch.setattr(checkpoint, "Checkpoints", lambda *_: Fake())
     self.stopped(evaluate, "accumulate", lambda maps, samples, save: save)
     model = FDEP(Plain(rngs=nnx.Rngs(1)), num_levels=0, rngs=nnx.Rngs(2))
     config.mode = "original"
@@ -366,6 +376,7 @@ class Seen:
     """The calls that configure jax and join processes."""
     found = []
     self.patch.setattr(jax.config, "update", lambda *arguments: found.append(arguments))
+    self.patch.setattr(rendezvous, "meet", lambda *arguments: None)
     self.patch.setattr(jax.distributed, "initialize", lambda *a: found.append(a))
     mesh.start(config)
     return found
@@ -388,6 +399,7 @@ EFFECTS = {
   "model.share": [("encoder", "model"), ("decoder", "model")],
   "model.on_dino": [("plain", "model"), ("msda", "model")],
   "data.root": [("another", "root")],
+  "data.range": [("0,100", "root")],
   "data.crop": [(16, "batches")],
   "data.augment": [("none", "batches")],
   "data.target_crop_prob": [(0.5, "batches")],
@@ -422,6 +434,7 @@ EFFECTS = {
   "train.dtype": [("bfloat16", "traced")],
   "train.remat": [("products", "traced")],
   "eval.every_epochs": [(9.0, "every_eval")],
+  "eval.least_steps": [(50, "every_eval")],
   "eval.select_on": [("test", "selection"), ("test", "loaded")],
   "eval.batch_size": [(3, "eval_batch")],
   "eval.save_probs": [(True, "saved_maps")],

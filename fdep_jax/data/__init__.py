@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fdep_jax.data.folders import DataError, MissingDataError, read, validate
+from fdep_jax.data import frames
+from fdep_jax.data.folders import DataError, MissingDataError, measure_range, parts, read, validate
 from fdep_jax.data.pipeline import CropBank, canvas_size, eval_batches, padded_size, train_iterator
 from fdep_jax.data.samples import Sample, fingerprint, split_validation, statistics
 from fdep_jax.data.synthetic import scenes
@@ -16,7 +17,9 @@ __all__ = [
   "eval_batches",
   "fingerprint",
   "load",
+  "measure_range",
   "padded_size",
+  "parts",
   "read",
   "read_tfds",
   "scenes",
@@ -44,8 +47,12 @@ def load(
   split: str,
   data_dir: str | Path | None = None,
   manual_dir: str | Path | None = None,
+  values: frames.Range = "",
 ) -> list[Sample]:
-  """Reads a dataset from a folder, or by `read_tfds` if `root` is "tfds:<name>" (tfds:sirst3)."""
+  """Reads a dataset from a folder, or by `read_tfds` if `root` is "tfds:<name>" (tfds:sirst3).
+
+  `values` is the range of a folder's images, as for `read`.
+  """
   if str(root).startswith("tfds:"):
     return read_tfds(str(root).removeprefix("tfds:"), split, data_dir, manual_dir)
-  return read(root, split)
+  return read(root, split, values)

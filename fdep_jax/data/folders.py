@@ -4,14 +4,18 @@ Accepted layouts, with NAME for the folder's own name:
 
   NAME/{images,masks}/  NAME/img_idx/{train,test}_NAME.txt      BasicIRSTD, LESPS, DNANet
   NAME/{images,masks}/  NAME/splits/{train,test}.txt            (or the two files in NAME/ itself)
+  NAME/{images,masks}/  NAME/50_50/{train,test}.txt             DNANet; any one folder of that kind
   NAME/{train,val}/{img,mask}/  or  NAME/{origin,val}/{img,mask}/     PAL; its "val" is the test set
+  NAME/{train,test}/{images,masks}/                             or other common names of the two
   NAME/<one of the above>/ ...                                  a union, such as SIRST3
 
 IRSTD-1K's own folders IRSTD1k_Img and IRSTD1k_Label are accepted as images and masks. The names of
-NUAA-SIRST's masks may end in _pixels0.
+masks may end in _pixels0 (NUAA-SIRST), _mask, _gt or _label. Names in split files may have folders
+(sequence_1/0001). Without train.txt, trainval.txt is read as the train split.
 """
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -19,8 +23,12 @@ from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from fdep_jax.data import frames
 from fdep_jax.data import samples as sample_lib
 from fdep_jax.data.samples import Sample
+from fdep_jax.metrics import masks as mask_rules
 
 SPLITS = ("train", "test")
 
@@ -36,10 +44,14 @@ KNOWN_COUNTS = {
 _LOG = logging.getLogger(__name__)
 _IMAGES = ("images", "irstd1k_img")
 _MASKS = ("masks", "irstd1k_label")
+_IMAGE_HALVES = ("img", "images", "image")  # inside a folder of a split
+_MASK_HALVES = ("mask", "masks", "label", "labels", "gt")
+_AFFIXES = ("_pixels0", "_mask", "_gt", "_label")  # that the names of masks may end in
 _SUFFIX = re.compile(r"\.(png|bmp|jpe?g|tiff?)$", re.IGNORECASE)
 _LAYOUTS = (
   "images/ and masks/ with img_idx/{train,test}_NAME.txt or splits/{train,test}.txt, PAL's "
-  "train/{img,mask} and val/{img,mask}, or a folder of such folders"
+  "train/{img,mask} and val/{img,mask}, train/{images,masks} and test/{images,masks}, or a folder "
+  "of such folders"
 )
 
 
@@ -63,7 +75,31 @@ class _Pair(NamedTuple):
   mask: Path
 
 
-def read(root: str | Path, split: str) -> list[Sample]:
+def measure_range(root: str | Path) -> tuple[float, float]:
+  """Measures the range of a dataset's train images: data.range=auto.
+
+  OUR CHOICE: from the lowest 0.1th to the highest 99.99th percentile of an image.
+
+  Raises:
+    DataError: as `read`.
+  """
+  parts, problems = _survey(Path(root))
+  problems = [p for p in problems if p.split in (None, "train")]
+  low, high = math.inf, -math.inf
+  for path in (pair.image for pairs in parts.values() for pair in pairs["train"]):
+    try:
+      for frame in frames.read(path):
+        ends = np.percentile(frame, (frames.BLACK, frames.WHITE), method="nearest")
+        low, high = min(low, float(ends[0])), max(high, float(ends[1]))
+    except ValueError as error:
+      problems.append(_Problem(f"{path.relative_to(root)}: {error}"))
+  if problems or not low < high:
+    texts = [p.text for p in problems] or [f"all train images hold the one value {low:g}"]
+    raise DataError("\n  ".join([f"{root}: the range cannot be measured:", *texts]))
+  return low, high
+
+
+def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample]:
   """Reads and decodes every pair of a split, in the order of its split file.
 
   A union is read in the order NUAA-SIRST, NUDT-SIRST, IRSTD-1K, then the others by name
@@ -74,6 +110,7 @@ def read(root: str | Path, split: str) -> list[Sample]:
   Args:
     root: the dataset's folder, see the top of this file.
     split: "train", "test" or "all" (train, then test).
+    values: range that becomes the grey levels, see `frames.grey_levels`; "": reads 8 bits only.
 
   Raises:
     DataError: a ValueError listing all problems at once: images and masks of different size,
@@ -91,7 +128,7 @@ def read(root: str | Path, split: str) -> list[Sample]:
   result: list[Sample] = []
   for which in wanted:
     for part, pairs in parts.items():
-      decoded, found = _decode(pairs[which], root)
+      decoded, found = _decode(pairs[which], root, values)
       problems += found
       if decoded and not found and not any(s.mask.any() for s in decoded):
         text = f"{_show(part, root)}{which}: all {len(decoded)} masks are empty"
@@ -105,6 +142,17 @@ def read(root: str | Path, split: str) -> list[Sample]:
   for which in wanted:
     _compare_counts(root, which, {part: len(pairs[which]) for part, pairs in parts.items()})
   return result
+
+
+def parts(root: str | Path, split: str) -> dict[str, int]:
+  """Returns {folder: number of pairs} of the parts of a union, in the order of `read`.
+
+  A dataset that is no union, or none of a folder, has no parts: {}.
+  """
+  if not Path(root).is_dir() or _is_dataset(Path(root)):
+    return {}
+  found, _ = _survey(Path(root))
+  return {part.name: len(pairs[split]) for part, pairs in found.items()}
 
 
 def validate(root: str | Path) -> dict[str, int]:
@@ -126,8 +174,8 @@ def _child(folder: Path, names: Iterable[str]) -> Path | None:
 def _is_dataset(folder: Path) -> bool:
   if _child(folder, _IMAGES) or _child(folder, _MASKS):
     return True
-  halves = [_child(folder, [n]) for n in ("train", "origin", "val")]
-  return any(half and _child(half, ["img"]) for half in halves)
+  halves = [_child(folder, [n]) for n in ("train", "origin", "val", "test")]
+  return any(half and _child(half, _IMAGE_HALVES) for half in halves)
 
 
 def _key(name: str) -> str:
@@ -176,12 +224,25 @@ def _natural(name: str) -> list:
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
-  """Lists a folder's image files by name without extension."""
+  """Lists the image files below a folder by path in it, without extension."""
   result: dict[str, list[Path]] = {}
-  for path in sorted(folder.iterdir()):
-    if _SUFFIX.search(path.name) and not path.name.startswith("."):
-      result.setdefault(_SUFFIX.sub("", path.name), []).append(path)
+  for path in sorted(folder.rglob("*")):
+    name = path.relative_to(folder).as_posix()
+    if _SUFFIX.search(name) and not any(part.startswith(".") for part in name.split("/")):
+      result.setdefault(_SUFFIX.sub("", name), []).append(path)
   return result
+
+
+def _strip(name: str) -> str:
+  """Returns the name of a mask without the affix that marks it as one."""
+  return next((name.removesuffix(affix) for affix in _AFFIXES if name.endswith(affix)), name)
+
+
+def _resolve(name: str, images: dict[str, list[Path]]) -> str:
+  """Returns the listed name as the image folder has it: images/seq/a, seq/a and a may be meant."""
+  parts = name.split("/")
+  tails = ["/".join(parts[i:]) for i in range(len(parts))]
+  return next((tail for tail in tails if tail in images), tails[-1])
 
 
 def _show(part: Path, root: Path) -> str:
@@ -200,7 +261,10 @@ def _list_by_split_files(part: Path) -> tuple[dict[str, list[_Pair]], list[_Prob
       problems.append(_Problem(text, missing=True))
     elif not files[kind]:
       problems.append(_Problem(f"{folder.name}: no {kind} files in this folder", missing=True))
-  names = {split: _split_names(part, split, problems) for split in SPLITS}
+  names = {
+    split: [_resolve(name, files["image"]) for name in _split_names(part, split, problems)]
+    for split in SPLITS
+  }
   _check_names(names, problems)
   if not (files["image"] and files["mask"]):
     return {split: [] for split in SPLITS}, problems
@@ -217,6 +281,11 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
   ]
   found = [p for p in looked_for if p.is_file()]
   if not found:
+    found = _split_folder(part, split, problems)
+  if not found and split == "train":
+    found = [p.with_name("trainval.txt") for p in looked_for[1:]]
+    found = [p for p in found if p.is_file()]
+  if not found:
     # A renamed folder still has the img_idx file of its old name. Of several, none is guessed.
     found = sorted(index.glob(f"{split}_*.txt"))
     if len(found) > 1:
@@ -225,17 +294,19 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
       return []
   if not found:
     tried = " or ".join(str(p.relative_to(part)) for p in looked_for)
+    others = sorted(p.relative_to(part).as_posix() for p in part.glob("**/*.txt"))[:10]
     text = f"no split file for {split!r}; looked for {tried} in {part}"
+    text += f"; there are {', '.join(others)}" if others else "; there are no .txt files"
     problems.append(_Problem(text, split, missing=True))
     return []
   listed = []
   for path in found:
     try:
-      lines = path.read_text(encoding="utf-8-sig").splitlines()
+      lines = _text(path).splitlines()
     except UnicodeDecodeError:
       problems.append(_Problem(f"{path.relative_to(part)}: not a text file", split))
       return []
-    names = [line.strip().replace("\\", "/").split("/")[-1] for line in lines if line.strip()]
+    names = [line.strip().replace("\\", "/").strip("/") for line in lines if line.strip()]
     listed.append([_SUFFIX.sub("", name) for name in names])
     if not names:
       problems.append(_Problem(f"{path.relative_to(part)}: lists no names", split))
@@ -245,18 +316,41 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
   return listed[0]
 
 
+def _text(path: Path) -> str:
+  """Reads UTF-8, or UTF-16 with a byte order mark, as Windows writes it."""
+  content = path.read_bytes()
+  utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+  return content.decode("utf-16" if utf16 else "utf-8-sig")
+
+
+def _split_folder(part: Path, split: str, problems: list[_Problem]) -> list[Path]:
+  """Finds the split's file in the only folder with both files, such as 50_50/."""
+  both = sorted(p.parent for p in part.glob("*/train.txt") if p.with_name("test.txt").is_file())
+  if len(both) > 1:
+    listed = ", ".join(f"{folder.name}/" for folder in both)
+    text = f"{listed} each have train.txt and test.txt; copy the right two to splits/"
+    problems.append(_Problem(text, split))
+    return []
+  return [folder / f"{split}.txt" for folder in both]
+
+
 def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
-  """Lists the pairs of PAL's layout: a folder per split, train (or its copy, origin) and val."""
+  """Lists the pairs of a layout with a folder per split.
+
+  PAL has train (or its copy, origin) and val, its test set. Beside a folder test, val is not read.
+  """
   problems, files = [], {}
-  for split, choices in (("train", ("train", "origin")), ("test", ("val",))):
-    halves = [h for h in (_child(part, [c]) for c in choices) if h and _child(h, ["img"])]
+  for split, choices in (("train", ("train", "origin")), ("test", ("test", "val"))):
+    halves = [h for h in (_child(part, [c]) for c in choices) if h and _child(h, _IMAGE_HALVES)]
+    if split == "test" and len(halves) > 1:
+      _LOG.warning("%s is not read: held-out images are drawn from train", halves[1])
     files[split] = {}, {}
     if not halves:
-      tried = " or ".join(f"{c}/img" for c in choices)
+      tried = " or ".join(f"{c}/img, {c}/images" for c in choices)
       text = f"no folder for split {split!r}; looked for {tried} in {part}"
       problems.append(_Problem(text, split, missing=True))
       continue
-    folders = {kind: _child(halves[0], [kind]) for kind in ("img", "mask")}
+    folders = {"img": _child(halves[0], _IMAGE_HALVES), "mask": _child(halves[0], _MASK_HALVES)}
     files[split] = tuple(_files(folder) if folder else {} for folder in folders.values())
     for kind, found in zip(folders, files[split], strict=True):
       if not found:
@@ -269,7 +363,7 @@ def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
     pairs[split] = []
     if images and masks:
       pairs[split] = _match(names[split], images, masks, split, problems)
-      orphans = {name.removesuffix("_pixels0") for name in masks} - set(images)
+      orphans = {_strip(name) for name in masks} - set(images)
       for name in sorted(orphans, key=_natural):
         problems.append(_Problem(f"{split}: {name} has a mask but no image", split, missing=True))
   return pairs, problems
@@ -293,14 +387,14 @@ def _match(
 ) -> list[_Pair]:
   """Finds image and mask of each name.
 
-  If both exist, NAME is preferred to NAME_pixels0 (OUR CHOICE: the suffix marks NUAA-SIRST's
+  If both exist, NAME is preferred to NAME_pixels0 and the like (OUR CHOICE: it marks NUAA-SIRST's
   original masks, one of which has the wrong size).
   """
   pairs = []
   for name in dict.fromkeys(names):
     files = {
       "image": images.get(name, []),
-      "mask": masks.get(name) or masks.get(f"{name}_pixels0", []),
+      "mask": next((masks[n] for n in (name, *(name + a for a in _AFFIXES)) if n in masks), []),
     }
     absent = [kind for kind, found in files.items() if not found]
     if absent:
@@ -334,36 +428,42 @@ def _prefix_colliding_names(parts: dict[Path, dict[str, list[_Pair]]]) -> None:
 # ------------------------------------------------------------------------------ decoding, checking
 
 
-def _decode(pairs: list[_Pair], root: Path) -> tuple[list[Sample], list[_Problem]]:
+def _decode(
+  pairs: list[_Pair], root: Path, values: frames.Range
+) -> tuple[list[Sample], list[_Problem]]:
   with futures.ThreadPoolExecutor(max_workers=8) as pool:
-    results = list(pool.map(_decode_pair, pairs))
+    results = list(pool.map(lambda pair: _decode_pair(pair, values), pairs))
   samples = [sample for sample, _ in results if sample is not None]
   found = [problem for _, problems in results for problem in problems]
   return samples, [_Problem(f"{path.relative_to(root)}: {text}") for path, text in found]
 
 
-def _decode_pair(pair: _Pair) -> tuple[Sample | None, list[tuple[Path, str]]]:
-  problems, arrays = [], []
-  decoders = (sample_lib.decode_image, sample_lib.decode_grey)
-  for path, decode in zip((pair.image, pair.mask), decoders, strict=True):
-    try:
-      arrays.append(decode(path.read_bytes()))
-    except (ValueError, OSError) as error:
-      problems.append((path, str(error)))
+def _decode_pair(pair: _Pair, values: frames.Range) -> tuple[Sample | None, list[tuple[Path, str]]]:
+  problems, image, mask = [], None, None
+  try:
+    if values:
+      image = sample_lib.read_frame(pair.image, values)
+    else:
+      image = sample_lib.decode_image(pair.image.read_bytes())
+  except (ValueError, OSError) as error:
+    problems.append((pair.image, str(error)))
+  try:
+    mask, warning = sample_lib.decode_mask(pair.mask.read_bytes(), share=False)
+  except (ValueError, OSError) as error:
+    problems.append((pair.mask, str(error)))
   if problems:
     return None, problems
-  image, grey = arrays
-  if grey.shape != image.shape[:2]:
-    (height, width), (mask_height, mask_width) = image.shape[:2], grey.shape
+  if mask.shape != image.shape[:2]:
+    (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
     sizes = f"mask is {mask_width}×{mask_height}, its image {pair.image.name} {width}×{height}"
-    problems.append((pair.mask, f"{sizes} (width×height); they must be equal"))
-  if grey.max() == 1:
-    problems.append((pair.mask, "mask holds only 0 and 1; multiply it by 255"))
-  elif 1 < grey.max() <= 127:
-    _LOG.warning("%s: no pixel is > 127 (largest: %d), so it has no target", pair.mask, grey.max())
-  if problems:
-    return None, problems
-  return Sample(pair.name, image, sample_lib.binarise(grey)), []
+    return None, [(pair.mask, f"{sizes} (width×height); they must be equal")]
+  try:  # after the sizes, which explain more
+    warning = warning or mask_rules.check_share(mask)
+  except ValueError as error:
+    return None, [(pair.mask, str(error))]
+  if warning:
+    _LOG.warning("%s: %s", pair.mask, warning)
+  return Sample(pair.name, image, mask), []
 
 
 def _compare_counts(root: Path, split: str, counts: dict[Path, int]) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".npy")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".wmv", ".webm", ".mpg", ".mpeg", ".m4v", ".ts", ".gif")
 MAX_PIXELS = 2**27  # of one frame (11585²); a larger one is a mistake or an attack
 
 # Percentiles mapped to black and white. OUR CHOICE: a target fills about 1e-4 of a frame, and a few
@@ -24,6 +25,14 @@ Range = str | tuple[float, float]
 
 _FORMATS = ("PNG", "BMP", "TIFF", "JPEG")
 _REDUCED = 254  # TIFF's NewSubfileType; bit 0 marks a reduced copy of a page
+
+
+def about_video(path: str | Path) -> str:
+  """Says how to make frames of a video."""
+  return (
+    f"{path} is a video; frames are read from pictures. Make them with `mkdir frames && ffmpeg -i "
+    f"{path} frames/%06d.png` and give the folder frames."
+  )
 
 
 class FrameError(ValueError):
@@ -41,6 +50,8 @@ def read(path: str | Path) -> Iterator[np.ndarray]:
       not finite, too large. Nothing in a file is ever executed.
   """
   path = Path(path)
+  if path.suffix.lower() in VIDEOS:
+    raise FrameError(about_video(path))
   try:
     with open(path, "rb") as file:
       is_array = file.read(6) == b"\x93NUMPY"
@@ -124,6 +135,7 @@ def _read_page(path: Path, page: int) -> np.ndarray | None:
       return _read_deep_colour(path, page, layout)
     if picture.mode.startswith("I") or picture.mode == "F":
       return np.array(picture)
+    picture = ImageOps.exif_transpose(picture)  # as viewers show it
     return np.array(picture.convert("L" if picture.mode in ("1", "L", "LA", "La") else "RGB"))
 
 

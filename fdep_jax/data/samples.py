@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 import struct
 import zlib
@@ -9,7 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+from fdep_jax.data import frames
+from fdep_jax.metrics import masks
 
 
 class Sample(NamedTuple):
@@ -37,19 +41,23 @@ _DECODING_ERRORS = (
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def _open(content: bytes) -> Image.Image:
+def _open(content: bytes, deep: bool = False) -> Image.Image:
+  """Opens a picture as viewers show it, turned as its EXIF data say."""
   try:
     picture = Image.open(io.BytesIO(content), formats=_FORMATS)
     picture.load()
+    picture = ImageOps.exif_transpose(picture)
   except _DECODING_ERRORS as error:
     reason = re.sub(r" <_io[^>]*>", "", str(error))
     raise ValueError(f"cannot be decoded ({reason}); is it damaged? Fetch it again") from None
   # Pillow opens 16-bit RGB PNGs as 8-bit ones by dropping the low byte, so its mode is not enough.
   bits = content[24] if content[:8] == _PNG else 8
+  if deep and (picture.mode in _EIGHT_BIT and bits <= 8 or picture.mode[0] in "IF"):
+    return picture
   if bits == 16 or picture.mode not in _EIGHT_BIT:
     raise ValueError(
-      f"holds more than 8 bits per channel (mode {picture.mode}). Scale it to 8 bits; the right "
-      "range depends on the sensor"
+      f"holds more than 8 bits per channel (mode {picture.mode}). Name the range that becomes "
+      "black to white: --config.data.range=LOW,HIGH in the sensor's counts, full, or auto"
     )
   return picture
 
@@ -64,14 +72,40 @@ def decode_image(content: bytes) -> np.ndarray:
   return np.array(_open(content).convert("RGB"))
 
 
+def read_frame(path: str | os.PathLike, values: frames.Range) -> np.ndarray:
+  """Reads an image of any bit depth as H×W×3 uint8.
+
+  Args:
+    path: a file with one frame.
+    values: range that becomes the grey levels, see `frames.grey_levels`.
+
+  Raises:
+    ValueError: it cannot be read, or has several frames.
+  """
+  found = list(frames.read(path))
+  if len(found) != 1:
+    raise ValueError(f"has {len(found)} frames; save one a file")
+  grey = np.uint8(np.rint(frames.grey_levels(found[0], values)))
+  return np.repeat(grey[..., None], 3, -1) if grey.ndim == 2 else grey
+
+
 def decode_grey(content: bytes) -> np.ndarray:
   """Decodes the bytes of a mask file to H×W uint8, not binarised; raises like `decode_image`."""
   return np.array(_open(content).convert("L"))
 
 
-def binarise(grey: np.ndarray) -> np.ndarray:
-  """Marks the target pixels of a mask: > 127. 85 of IRSTD-1K's masks have values in between."""
-  return grey > 127
+def decode_mask(content: bytes, share: bool = True) -> tuple[np.ndarray, str]:
+  """Decodes the bytes of a mask file to H×W bool, and a warning or "".
+
+  Args:
+    content: of the file.
+    share: checks the share of target pixels.
+
+  Raises:
+    ValueError: damaged, or as `metrics.masks`, whose rule it applies.
+  """
+  mask, warning = masks.binary(masks.levels(_open(content, deep=True)))
+  return mask, warning or (masks.check_share(mask) if share else "")
 
 
 def statistics(samples: Sequence[Sample]) -> tuple[float, float]:

@@ -125,9 +125,9 @@ def read_tfds(
 
 
 def _sample(example) -> samples.Sample:
-  grey = samples.decode_grey(example["mask"])
+  mask, _ = samples.decode_mask(example["mask"])
   name = example["name"].decode()
-  return samples.Sample(name, samples.decode_image(example["image"]), samples.binarise(grey))
+  return samples.Sample(name, samples.decode_image(example["image"]), mask)
 
 
 def _png(array: np.ndarray) -> bytes:

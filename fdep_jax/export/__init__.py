@@ -68,9 +68,16 @@ def export(
       cannot be written.
     RuntimeError: a written file gives different numbers than the run.
   """
+  if str(which).endswith(".safetensors"):
+    raise ValueError(f"{which} is an exported file. Export from the run instead.")
+  run, _ = detector_lib.find_checkpoint(workdir, which)
+  if settings.load(run).mode == "fdep_wo_coisd":
+    raise ValueError(
+      f"{run} has no light branch: it trained the main branch only, which needs DINOv2 at every "
+      "frame. Use --mode predict --branch main for this run, or train with --config.mode=fdep, "
+      "which trains both."
+    )
   detector = detector_lib.load(workdir, which, "light")
-  if detector.folder.is_file():
-    raise ValueError(f"{detector.folder} is an exported file. Export from the run instead.")
   out = pathlib.Path(out if out is not None else detector.folder / "export").expanduser()
   try:
     out.mkdir(parents=True, exist_ok=True)
@@ -170,6 +177,7 @@ def _write_light(detector, light: Light, forward, path, about) -> Callable:
 
   arrays = {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(light.weights).items()}
   more = {"config": settings.as_dict(detector.config), "mean": detector.mean, "std": detector.std}
+  more["range"] = detector.range
   save_file(arrays, path, {"fdep_jax": json.dumps({**about, **more})})
   reread = make_light(detector_lib.load_light(path))
   return lambda image: forward(reread.weights, image)
@@ -247,6 +255,7 @@ def _about(detector: Detector) -> dict:
       },
       "sizes": f"any batch; {multiple}: pad frames with 0 at the right and the bottom (the "
       f"evaluation pads to multiples of {evaluate.PAD}) and crop the result",
+      "range": detector.range,  # in the unit of the frames, becomes 0 to 1; "": 8 bits
       "mean": detector.mean,
       "std": detector.std,
     },

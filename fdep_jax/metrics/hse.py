@@ -505,11 +505,17 @@ def to_numpy(array):
   return array.astype(np.float32) if small else array
 
 
+ROUNDING = 1e-5  # values this far outside [0, 1] come from rounding and are cut
+
+
 def check(prob, mask):
   """Returns (prob as float32, mask, problems) of one image, H×W numpy arrays."""
   prob, mask, problems = np.asarray(prob), np.asarray(mask), []
   if mask.dtype != bool:
-    problems.append(f"the mask is {mask.dtype}, but must be bool; binarise it first (mask > 127)")
+    cut = 127 if mask.size and mask.dtype.kind in "uif" and mask.max() > 1 else 0.5
+    problems.append(
+      f"the mask is {mask.dtype}, but must be bool; binarise it first (mask > {cut}, by its values)"
+    )
   if prob.dtype.kind != "f":
     problems.append(
       f"the map is {prob.dtype}, but must be floats in [0, 1]; divide it by its maximum"
@@ -526,10 +532,15 @@ def check(prob, mask):
     prob = prob + np.float32(0)
     if not np.isfinite(prob).all():
       problems.append(f"the map has {np.sum(~np.isfinite(prob))} values that are NaN or infinite")
-    elif prob.min() < 0 or prob.max() > 1:
+    elif prob.min() >= -ROUNDING and prob.max() <= 1 + ROUNDING:
+      prob = np.clip(prob, 0, 1)
+    else:
+      advice = "apply the sigmoid to logits"
+      if prob.min() >= 0 and 2 < prob.max() <= 255:
+        advice = f"divide grey levels by 255, {advice}"
       problems.append(
-        f"the map's values are in [{prob.min():g}, {prob.max():g}], but must be in [0, 1]; "
-        "apply the sigmoid to logits"
+        f"the map's values are in [{prob.min():.9g}, {prob.max():.9g}], but must be in [0, 1]; "
+        f"{advice}"
       )
   return prob, np.ascontiguousarray(mask), problems
 

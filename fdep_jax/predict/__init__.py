@@ -107,7 +107,7 @@ def command(flags) -> None:
   Raises:
     ValueError: files could not be read (exit code 2); the others are done.
   """
-  values = frames.parse_range(flags.range)
+  values = frames.parse_range(flags.range) if flags.range else None
   out = pathlib.Path(flags.out or pathlib.Path(flags.workdir or ".") / "predictions").expanduser()
   _inputs(pathlib.Path(flags.input).expanduser(), out)  # checks folders before loading
   detector = _detector(flags)
@@ -132,7 +132,7 @@ def _detector(flags):
         "--out names the folder to write."
       )
     return untrained.Detector(flags.method)
-  detector = load(flags.workdir, flags.checkpoint, flags.branch)
+  detector = load(flags.workdir, flags.checkpoint, flags.branch, flags.config)
   mesh.cache_programs(detector.config)
   return detector
 
@@ -143,7 +143,7 @@ def run(
   detector: Detector | untrained.Detector,
   *,
   threshold: float = 0.5,
-  values: frames.Range = "auto",
+  values: frames.Range | None = None,
   progress: bool = True,
 ) -> Result:
   """Finds the targets in a file, or in every picture below a folder, and writes them.
@@ -159,7 +159,8 @@ def run(
     out: folder to write.
     detector: from `load`, or `untrained.Detector("mpcm")`.
     threshold: pixels of masks and targets are above it.
-    values: range that becomes the grey levels, see `data.frames.grey_levels`.
+    values: range that becomes the grey levels, see `data.frames.grey_levels`; default that of the
+      training, else "auto".
     progress: show a bar.
 
   Returns:
@@ -170,6 +171,7 @@ def run(
   """
   if not 0 <= threshold < 1:
     raise ValueError(f"threshold is {threshold}; it must be in [0, 1).")
+  values = values or detector.range or "auto"
   source, out = pathlib.Path(source).expanduser(), pathlib.Path(out).expanduser()
   inputs = _inputs(source, out)
   try:
@@ -208,12 +210,14 @@ def run(
 def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
   """Lists the pictures, sorted: {name: (path, stem of its output files)}; at least one."""
   if source.is_file():
+    if source.suffix.lower() in frames.VIDEOS:
+      raise ValueError(frames.about_video(source))
     return {source.name: (source, source.stem)}
   if not source.is_dir():
     raise FileNotFoundError(f"{source} does not exist. Give a picture or a folder of pictures.")
   if source.resolve() == out.resolve():
     raise ValueError(f"{out} is also the input folder. Choose a different --out.")
-  paths, others = [], 0
+  paths, others, videos = [], 0, []
   for folder, names, inside in os.walk(source):
     folder = pathlib.Path(folder)
     names[:] = [
@@ -225,6 +229,10 @@ def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.
         paths.append((folder / name).relative_to(source))
       else:
         others += 1
+        if pathlib.Path(name).suffix.lower() in frames.VIDEOS:
+          videos.append(folder / name)
+  if videos:
+    logging.warning("%s", frames.about_video(videos[0]))
   if not paths:
     raise ValueError(
       f"{source} contains no pictures ({', '.join(frames.SUFFIXES)}), only {others} other files."

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import pathlib
+import time
 
 import jax
 from ml_collections import ConfigDict
@@ -62,6 +63,53 @@ class Log:
     self._file.close()
     if self._board:
       self._board.close()
+
+
+class Minutes:
+  """Logs a line a minute where no progress bar is shown: SLURM, nohup, a file.
+
+  Args:
+    steps: of the whole run.
+    start: step that the run continues from.
+    shown: whether a bar is shown; then nothing is logged.
+    every: seconds between two lines.
+  """
+
+  def __init__(self, steps: int, start: int, shown: bool, every: float = 60):
+    self._steps, self._start, self._shown, self._every = steps, start, shown, every
+    self._begin = time.monotonic()
+    self._next = self._begin
+
+  def tell(self, step: int, metrics: dict, score: str) -> None:
+    """Logs if it is time.
+
+    Args:
+      step: steps done.
+      metrics: has "loss", "loss_<branch>" and "images_per_second".
+      score: the last held-out score, in words; "" if there is none.
+    """
+    now = time.monotonic()
+    if self._shown or (now < self._next and step < self._steps):
+      return
+    self._next = now + self._every
+    parts = [f"{k.removeprefix('loss_')} {v:.4f}" for k, v in metrics.items() if "loss_" in k]
+    left = (now - self._begin) / max(step - self._start, 1) * (self._steps - step)
+    words = [
+      f"step {step} of {self._steps}",
+      f"loss {metrics['loss']:.4f} ({', '.join(parts)})" if len(parts) > 1 else
+      f"loss {metrics['loss']:.4f}",
+      f"{metrics['images_per_second']:.1f} images/s",
+      f"{_duration(left)} left",
+      *([score] if score else []),
+    ]  # fmt: skip
+    logging.info("%s", ", ".join(words))
+
+
+def _duration(seconds: float) -> str:
+  minutes = round(seconds / 60)
+  if minutes < 1:
+    return f"{seconds:.0f} s"
+  return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Profile:

@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from fdep_jax.runtime import rendezvous
+
 _SMALL = 2**16  # elements; smaller arrays are not worth a gather
 
 
@@ -21,6 +23,10 @@ def start(config: ConfigDict) -> None:
   """Configures jax, joins the run's other processes and waits for them.
 
   Call it before jax finds its devices. On CPUs every process has `host_devices` devices.
+
+  Raises:
+    OSError: a process has not come in time.
+    ValueError: `distributed` does not fit this machine or the other processes.
   """
   if config.host_devices > 1:
     jax.config.update("jax_num_cpu_devices", config.host_devices)
@@ -28,10 +34,23 @@ def start(config: ConfigDict) -> None:
   if config.distributed == "off":
     return
   if config.distributed == "auto":
-    jax.distributed.initialize()
+    arguments = ()
   else:
     address, count, index = config.distributed.split(",")
-    jax.distributed.initialize(address, int(count), int(index))
+    arguments = (address, int(count), int(index))
+    rendezvous.meet(*arguments)
+  try:
+    with rendezvous.telling("the other processes"):
+      jax.distributed.initialize(*arguments)
+  except ValueError as error:
+    raise ValueError(
+      f"distributed is {config.distributed}, but jax finds no processes to join: no TPU pod, no "
+      f"SLURM, no Open MPI ({error}). Alone, leave distributed out; elsewhere give "
+      "--config.distributed=HOST:PORT,COUNT,INDEX."
+    ) from None
+  except RuntimeError as error:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    raise OSError(f"The processes could not be joined: {text[0]}.") from None
   # Gloo, which connects CPUs, fails if processes reach the first exchange of a group of devices
   # more than 30 s apart; later exchanges wait. Loading or compiling may delay a process by more.
   minimum(0)

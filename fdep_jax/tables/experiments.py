@@ -84,6 +84,8 @@ def from_flags(values) -> tuple[Table, ConfigDict]:
   if values.seeds:
     table = table._replace(seeds=_seeds(values.seeds))
   taken = {settings.new_name(name) for row in table.rows for name in row.changes} | {"seed"}
+  if taken & {"train.steps", "train.epochs"}:  # either is a length
+    taken |= {"train.steps", "train.epochs"}
   given = {settings.new_name(name) for name in config_flags.get_override_values(holder)}
   clashes = sorted(taken & given)
   if clashes:

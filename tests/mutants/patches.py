@@ -275,9 +275,13 @@ MUTANTS: list[Mutant] = [
     ("contrast is doubled", "rng.uniform(0.7, 1.3)", "rng.uniform(0.4, 1.6)"),
   ),
   *_mutants(
+    "fdep_jax/metrics/masks.py",
+    _tests("data_folders"),
+    ("masks are cut at half", "top > 255 else 127)", "top > 255 else 63)"),
+  ),
+  *_mutants(
     "fdep_jax/data/samples.py",
     _tests("data_folders"),
-    ("masks are cut at half", "return grey > 127", "return grey > 63"),
     (
       "the deviation is that of all pixels",
       "float(np.mean([g.std() for g in grey]))",

@@ -1,0 +1,99 @@
+"""Checks datasets and shows their first pairs (`--mode validate`)."""
+
+import logging
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from fdep_jax import data
+from fdep_jax.data import frames
+from fdep_jax.runtime import files
+
+SHOWN = 6  # pairs in a picture
+_SIDE = 240  # pixels of a pair's picture
+_AMBER = (255, 176, 0)
+
+
+def command(flags) -> None:
+  """Runs `--mode validate`.
+
+  Raises:
+    ValueError, FileNotFoundError: the message lists all problems of the first bad dataset.
+  """
+  for root in flags.data:
+    values = frames.parse_range(flags.range) if flags.range else ""
+    values = data.measure_range(root) if values == "auto" else values
+    validate(root, flags.out or "validation", values)
+
+
+def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
+  """Reads both splits, prints what is in them, and writes `<out>/<name>.png`.
+
+  Args:
+    root: folder of a dataset, or "tfds:<name>".
+    out: folder, created if absent.
+    values: range of the grey levels, as for `data.read`.
+
+  Returns:
+    {split: facts}, see `facts`.
+
+  Raises:
+    DataError: lists all problems.
+  """
+  splits = {split: data.load(root, split, values=values) for split in ("train", "test")}
+  found = {split: facts(samples) for split, samples in splits.items()}
+  name = pathlib.Path(root.removeprefix("tfds:")).name
+  print(f"{root}: no problems" + (f", range {values}" if values else ""))
+  for split, values in found.items():
+    print(f"  {split:<6}" + ", ".join(f"{value} {key}" for key, value in values.items()))
+  path = pathlib.Path(out).expanduser() / f"{name}.png"
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as partial:
+      picture(splits["train"][:SHOWN]).save(partial, "PNG")
+  except OSError as error:
+    raise ValueError(f"{path} cannot be written ({error.strerror}). Choose a --out.") from None
+  logging.info("wrote %s: the first pairs; outlines are the masks'", path)
+  return found
+
+
+def facts(samples: Sequence[data.Sample]) -> dict[str, object]:
+  """Counts images, targets (8 neighbours) and sizes of a split."""
+  from scipy import ndimage
+
+  areas = []
+  for sample in samples:
+    label, _ = ndimage.label(sample.mask, np.ones((3, 3)))
+    areas += np.bincount(label.ravel())[1:].tolist()
+  heights, widths = zip(*(sample.mask.shape for sample in samples), strict=True)
+  sizes = sorted({f"{w}×{h}" for h, w in zip(heights, widths, strict=True)})
+  return {
+    "images": len(samples),
+    "without a target": sum(not sample.mask.any() for sample in samples),
+    "targets": len(areas),
+    "pixels in the median target": round(float(np.median(areas))) if areas else 0,
+    "pixels in the largest": max(areas, default=0),
+    "sizes": f"{len(sizes)} ({sizes[0]} … {sizes[-1]})" if len(sizes) > 1 else sizes[0],
+  }
+
+
+def picture(samples: Sequence[data.Sample]) -> Image.Image:
+  """Draws images above the same images with the outlines of their masks."""
+  from scipy import ndimage
+
+  sheet = Image.new("RGB", (_SIDE * len(samples), 2 * _SIDE + 20), (0, 0, 0))
+  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+  for i, sample in enumerate(samples):
+    outline = ndimage.binary_dilation(sample.mask, np.ones((3, 3)), 2) & ~ndimage.binary_dilation(
+      sample.mask, np.ones((3, 3))
+    )
+    marked = np.where(outline[..., None], np.uint8(_AMBER), sample.image)
+    for row, array in enumerate((sample.image, marked)):
+      small = Image.fromarray(array)
+      scale = min(_SIDE / small.width, _SIDE / small.height)
+      size = (max(1, round(small.width * scale)), max(1, round(small.height * scale)))
+      sheet.paste(small.resize(size, Image.Resampling.NEAREST), (i * _SIDE, 20 + row * _SIDE))
+    draw.text((i * _SIDE + 4, 3), sample.name[-36:], (255, 255, 255), font)
+  return sheet

@@ -1,0 +1,364 @@
+"""Files as people have them (masks, maps, splits, videos) are read, or refused with advice."""
+
+import io
+import logging
+import re
+import types
+
+import numpy as np
+import pytest
+from helpers import Bright, detector, make_folder, toy_config
+from PIL import Image
+
+from fdep_jax import build, data, predict, score, settings, validate
+from fdep_jax.data import frames, samples
+from fdep_jax.metrics import hse, masks
+
+TRUTH = np.zeros((20, 24), bool)
+TRUTH[5:8, 9:12] = True
+GREY = np.uint8(255 * TRUTH)
+
+
+def encoded(picture, kind="PNG", **options) -> bytes:
+  content = io.BytesIO()
+  picture.save(content, kind, **options)
+  return content.getvalue()
+
+
+def coloured(colour) -> np.ndarray:
+  return np.where(TRUTH[..., None], np.uint8(colour), np.uint8(0))
+
+
+def palette(array, colours) -> Image.Image:
+  picture = Image.fromarray(array, "L").convert("P")
+  picture.putdata(array.ravel().tolist())
+  picture.putpalette(colours)
+  return picture
+
+
+def oriented(array, orientation, kind="JPEG") -> bytes:
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  options = {"quality": 100} if kind == "JPEG" else {}
+  return encoded(Image.fromarray(array), kind, exif=exif, **options)
+
+
+def both(content, tmp_path, suffix=".png"):
+  """The mask, or the refusal, as training and as scoring read it."""
+  path = tmp_path / f"mask{suffix}"
+  path.write_bytes(content)
+  found = []
+  for read in (lambda: samples.decode_mask(content)[0], lambda: score.read_mask(path)):
+    try:
+      found.append(read())
+    except ValueError as error:
+      found.append(str(error))
+  return found
+
+
+ALPHA = Image.fromarray(np.dstack([np.full((20, 24, 3), 255, np.uint8), GREY]))
+INSTANCES = np.uint8(3 * TRUTH + (np.arange(24) == 2))
+VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0]
+READ = {
+  "grey": (encoded(Image.fromarray(GREY)), ".png"),
+  "one bit": (encoded(Image.fromarray(GREY).convert("1")), ".png"),
+  "grey as RGB": (encoded(Image.fromarray(GREY).convert("RGB")), ".png"),
+  "opaque alpha": (encoded(Image.fromarray(GREY).convert("RGBA")), ".png"),
+  "grey palette": (encoded(palette(np.uint8(TRUTH), [0, 0, 0, 255, 255, 255])), ".png"),
+  "16 bits, 65535": (encoded(Image.fromarray(np.uint16(TRUTH) * 65535)), ".png"),
+  "16 bits, 255": (encoded(Image.fromarray(np.uint16(TRUTH) * 255)), ".png"),
+  "16-bit TIFF": (encoded(Image.fromarray(np.uint16(TRUTH) * 65535), "TIFF"), ".tif"),
+  "JPEG": (encoded(Image.fromarray(GREY), "JPEG", quality=95), ".jpg"),
+  "JPEG in colour": (encoded(Image.fromarray(GREY).convert("RGB"), "JPEG", quality=95), ".jpg"),
+  "floats of one": (encoded(Image.fromarray(np.float32(TRUTH)), "TIFF"), ".tif"),
+  "soft floats": (encoded(Image.fromarray(np.float32(0.9 * TRUTH)), "TIFF"), ".tif"),
+}  # fmt: skip
+REFUSED = {
+  "inverted": (encoded(Image.fromarray(255 - GREY)), "fill 98 % of the mask, so it looks inverted"),
+  "target in alpha": (encoded(ALPHA), "transparent pixels.*getchannel"),
+  "red": (encoded(Image.fromarray(coloured((255, 0, 0)))), "colour picture.*max"),
+  "dark blue": (encoded(Image.fromarray(coloured((0, 0, 90)))), "colour picture.*max"),
+  "VOC palette": (encoded(palette(np.uint8(TRUTH), VOC)), "palette picture.* its 2 numbers"),
+  "instances": (encoded(Image.fromarray(INSTANCES)), "3 numbers from 0 to 3"),
+  "class 2": (encoded(Image.fromarray(np.uint8(2 * TRUTH))), "look like classes or instances"),
+  "zero and one": (encoded(Image.fromarray(np.uint8(TRUTH))), "only 0 and 1; multiply it by 255"),
+  "16-bit one": (encoded(Image.fromarray(np.uint16(TRUTH))), "only 0 and 1; multiply it by 255"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_mask_is_read_alike_in_training_and_in_scoring(kind, tmp_path):
+  for found in both(READ[kind][0], tmp_path, READ[kind][1]):
+    np.testing.assert_array_equal(found, TRUTH)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_mask_that_would_be_read_wrongly_is_refused_with_a_way(kind, tmp_path):
+  content, said = REFUSED[kind]
+  for found in both(content, tmp_path):
+    assert isinstance(found, str) and re.search(said, found), found
+
+
+def test_the_conversions_that_refusals_name_give_the_mask(tmp_path):
+  found = {name: Image.open(io.BytesIO(content)) for name, (content, _) in REFUSED.items()}
+  masks_of = {
+    "target in alpha": np.array(found["target in alpha"].convert("RGBA").getchannel("A")),
+    "dark blue": np.uint8(255 * (np.array(found["dark blue"].convert("RGB")).max(-1) > 0)),
+    "VOC palette": np.uint8(255 * (np.array(found["VOC palette"]) > 0)),
+    "class 2": np.uint8(255 * (np.array(found["class 2"]) > 0)),
+    "zero and one": 255 * np.array(found["zero and one"]),
+    "inverted": 255 - np.array(found["inverted"]),
+  }
+  for name, array in masks_of.items():
+    np.testing.assert_array_equal(masks.binary(array)[0], TRUTH, name)
+
+
+def test_large_targets_are_warned_of_in_training_and_scoring(tmp_path, caplog):
+  large = np.zeros((20, 24), np.uint8)
+  large[:6] = 255
+  root = make_folder(tmp_path / "data")
+  Image.fromarray(np.repeat(np.repeat(large, 2, 0), 2, 1)).save(root / "masks/0.png")
+  with caplog.at_level(logging.WARNING):
+    data.validate(root)
+    score.read_mask(root / "masks/0.png")
+  assert caplog.text.count("targets fill 30 % of the mask") >= 2
+  Image.fromarray(255 - np.array(Image.open(root / "masks/1.png"))).save(root / "masks/1.png")
+  with pytest.raises(data.DataError, match="1.png: targets fill .* looks inverted"):
+    data.validate(root)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_pictures_are_turned_as_their_exif_data_say(kind, tmp_path):
+  array = np.zeros((16, 24), np.uint8)
+  array[:8, :8] = 200
+  path = tmp_path / f"a.{kind.lower()}"
+  path.write_bytes(oriented(array, 6, kind))  # turned by 90° clockwise
+  turned = np.rot90(array, -1)
+  (frame,) = frames.read(path)
+  for found in (frame, samples.decode_image(path.read_bytes())[..., 0]):
+    assert found.shape == (24, 16) and np.abs(found.astype(int) - turned).max() < 30
+  np.testing.assert_array_equal(score.read_mask(path), turned > 127)
+
+
+# Maps.
+
+
+def saved(tmp_path, array, name="map.npy"):
+  np.save(tmp_path / name, array)
+  return tmp_path / name
+
+
+def test_rounding_beyond_one_is_cut_and_more_is_shown_with_its_digits():
+  prob = np.where(TRUTH, np.float32(1.0000001), np.float32(-1e-7))
+  checked, _, problems = hse.check(prob, TRUTH)
+  assert not problems and checked.min() == 0 and checked.max() == 1
+  *_, problems = hse.check(np.where(TRUTH, np.float32(1.00002), np.float32(0)), TRUTH)
+  assert "1.00002003" in problems[0]
+
+
+@pytest.mark.parametrize(
+  ("array", "said"),
+  [
+    (np.stack([1.0 - TRUTH, 1.0 * TRUTH], -1), r"prob\[..., 1\]"),
+    (np.stack([1.0 - TRUTH, 1.0 * TRUTH]), r"prob\[1\] with channels first"),
+    (np.float32(TRUTH)[:, :, None].view("V4"), "prob.float"),
+    (np.zeros((3, 1, 20, 24), np.float32), "save one H×W map per file"),
+  ],
+)
+def test_a_map_of_another_form_is_refused_with_the_way_to_the_right_one(array, said, tmp_path):
+  with pytest.raises(ValueError, match=said):
+    score.read_prob(saved(tmp_path, array))
+
+
+def test_a_batch_of_one_and_half_precision_are_read(tmp_path):
+  prob = np.float32(0.75 * TRUTH)
+  for array in (prob[None, None], prob[..., None], prob.astype(np.float16)):
+    np.testing.assert_array_equal(score.read_prob(saved(tmp_path, array)), prob)
+
+
+def test_bfloat16_maps_are_named(tmp_path):
+  import ml_dtypes
+
+  path = saved(tmp_path, TRUTH.astype(ml_dtypes.bfloat16))
+  with pytest.raises(ValueError, match="2 raw bytes a value, as NumPy saves bfloat16"):
+    score.read_prob(path)
+
+
+def test_grey_levels_as_floats_get_the_division():
+  *_, problems = hse.check(np.float32(GREY), TRUTH)
+  assert "divide grey levels by 255" in problems[0]
+  *_, problems = hse.check(np.float32(TRUTH) * 9 - 4, TRUTH)
+  assert "apply the sigmoid" in problems[0] and "255" not in problems[0]
+
+
+@pytest.mark.parametrize(("top", "advice"), [(1, "mask > 0.5"), (255, "mask > 127")])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int64])
+def test_the_advice_for_a_mask_of_numbers_leads_to_the_mask(top, advice, dtype):
+  mask = (top * TRUTH).astype(dtype)
+  *_, problems = hse.check(np.float32(TRUTH), mask)
+  assert advice in problems[0]
+  np.testing.assert_array_equal(mask > float(advice.split()[-1]), TRUTH)
+
+
+# Splits and layouts.
+
+
+def names(root, split="train"):
+  return [sample.name for sample in data.read(root, split)]
+
+
+def pairs(folder, image, mask, *stems, affix=""):
+  for kind in (image, mask):
+    (folder / kind).mkdir(parents=True, exist_ok=True)
+  for stem in stems:
+    Image.fromarray(np.zeros((20, 24), np.uint8)).save(folder / image / f"{stem}.png")
+    Image.fromarray(GREY).save(folder / mask / f"{stem}{affix}.png")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8", "utf-8-sig"])
+def test_split_files_may_be_utf_16(tmp_path, encoding):
+  root = make_folder(tmp_path / "data")
+  (root / "splits/train.txt").write_bytes("0\r\n1\r\n".encode(encoding))
+  assert names(root) == ["0", "1"]
+
+
+def test_names_in_splits_may_have_folders(tmp_path):
+  for i in range(2):
+    pairs(tmp_path, f"images/seq{i}", f"masks/seq{i}", "0001", "0002")
+  (tmp_path / "train.txt").write_text("seq0/0001\nimages/seq0/0002.png\n./images/seq1/0001.png")
+  (tmp_path / "test.txt").write_text("seq1\\0002")
+  assert names(tmp_path) == ["seq0/0001", "seq0/0002", "seq1/0001"]
+  assert names(tmp_path, "test") == ["seq1/0002"]
+
+
+def test_trainval_is_the_train_split_if_there_is_no_train(tmp_path):
+  root = make_folder(tmp_path / "data")
+  (root / "splits/train.txt").rename(root / "splits/trainval.txt")
+  assert names(root) == ["0", "1"]
+
+
+def test_the_only_folder_with_both_split_files_is_taken(tmp_path):
+  root = make_folder(tmp_path / "data")
+  (root / "splits").rename(root / "50_50")
+  assert names(root) == ["0", "1"] and names(root, "test") == ["2", "3"]
+  (root / "80_20").mkdir()
+  for split in ("train", "test"):
+    (root / f"80_20/{split}.txt").write_bytes((root / f"50_50/{split}.txt").read_bytes())
+  with pytest.raises(data.DataError, match="50_50/, 80_20/ each have train.txt and test.txt"):
+    names(root)
+
+
+@pytest.mark.parametrize(
+  ("image", "mask"), [("images", "masks"), ("img", "label"), ("image", "gt"), ("images", "labels")]
+)
+def test_a_folder_per_split_is_read_with_the_common_names(tmp_path, image, mask, caplog):
+  pairs(tmp_path / "train", image, mask, "a", "b")
+  pairs(tmp_path / "test", image, mask, "c")
+  assert names(tmp_path) == ["a", "b"] and names(tmp_path, "test") == ["c"]
+  assert not caplog.text
+  pairs(tmp_path / "val", image, mask, "d")
+  assert names(tmp_path, "all") == ["a", "b", "c"]
+  assert "val is not read" in caplog.text
+
+
+@pytest.mark.parametrize("affix", ["_mask", "_gt", "_label", "_pixels0"])
+def test_names_of_masks_may_say_that_they_are_masks(tmp_path, affix):
+  pairs(tmp_path / "train", "img", "mask", "a", "b", affix=affix)
+  pairs(tmp_path / "val", "img", "mask", "c", affix=affix)
+  assert names(tmp_path, "all") == ["a", "b", "c"]
+
+
+def test_a_missing_split_file_says_what_was_found(tmp_path):
+  root = make_folder(tmp_path / "data")
+  (root / "splits").rename(root / "lists")
+  (root / "lists/train.txt").rename(root / "lists/mine.txt")
+  with pytest.raises(data.DataError, match="looked for .*; there are lists/mine.txt, lists/test"):
+    names(root)
+
+
+# Videos.
+
+
+def test_a_video_gets_the_command_that_makes_frames(tmp_path, caplog):
+  (tmp_path / "flight.MP4").write_bytes(b"\0\0\0\x18ftypmp42")
+  with pytest.raises(ValueError, match="flight.MP4 is a video; .*ffmpeg -i .*flight.MP4"):
+    predict._inputs(tmp_path / "flight.MP4", tmp_path / "out")
+  with pytest.raises(frames.FrameError, match="ffmpeg"):
+    list(frames.read(tmp_path / "flight.MP4"))
+  with pytest.raises(ValueError, match="contains no pictures"):
+    predict._inputs(tmp_path, tmp_path / "out")
+  assert "ffmpeg" in caplog.text
+
+
+# --mode validate.
+
+
+def test_validate_prints_the_counts_and_draws_the_first_pairs(tmp_path, capsys):
+  root = make_folder(tmp_path / "data")
+  validate.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
+  out = capsys.readouterr().out
+  assert f"{root}: no problems" in out
+  assert "train 2 images, 0 without a target, 2 targets, 9 pixels in the median target" in out
+  with Image.open(tmp_path / "out" / "data.png") as sheet:
+    assert sheet.size == (480, 500)
+    colours = {colour for _, colour in sheet.convert("RGB").getcolors(2**20)}
+  assert (255, 176, 0) in colours
+
+
+def test_validate_lists_the_problems_of_a_bad_set(tmp_path):
+  root = make_folder(tmp_path / "data")
+  (root / "masks/0.png").unlink()
+  with pytest.raises(FileNotFoundError, match="0 has no mask"):
+    validate.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
+  assert not (tmp_path / "out").exists()
+
+
+# Cameras.
+
+
+def deep_set(root, low=7000, high=9000):
+  """A dataset of 16-bit images: noise in a narrow range, and a bright target."""
+  root = make_folder(root)
+  rng = np.random.default_rng(0)
+  for path in (root / "images").iterdir():
+    counts = rng.integers(low, high, (40, 48)).astype(np.uint16)
+    Image.fromarray(counts).save(path)
+  return root
+
+
+def test_sixteen_bit_images_are_refused_with_the_setting_that_reads_them(tmp_path):
+  with pytest.raises(data.DataError, match="--config.data.range=LOW,HIGH"):
+    data.read(deep_set(tmp_path / "data"), "train")
+
+
+def test_one_range_turns_the_counts_of_a_camera_into_grey_levels(tmp_path):
+  root = deep_set(tmp_path / "data")
+  low, high = data.measure_range(root)
+  assert 7000 <= low < 7010 and 8990 < high <= 9000
+  raw = np.array(Image.open(root / "images/0.png")).astype(float)
+  for values, wanted in (
+    ((7000.0, 9000.0), (raw - 7000) / 2000 * 255),
+    ("full", raw / 65535 * 255),
+  ):
+    image = data.read(root, "train", values)[0].image
+    assert image.dtype == np.uint8 and image.shape == (40, 48, 3)
+    assert np.abs(image[..., 0] - wanted).max() <= 0.5 + 1e-6
+
+
+def test_the_range_of_a_run_is_fixed_stored_and_used_by_prediction(tmp_path):
+  config = toy_config(**{"data.root": str(deep_set(tmp_path / "data")), "data.range": "auto"})
+  images = build.load_images(config)
+  assert images.range == data.measure_range(tmp_path / "data")
+  mine = detector(Bright())._replace(range=images.range)
+  seen = []
+  grey_levels = frames.grey_levels
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(frames, "grey_levels", lambda f, v: seen.append(v) or grey_levels(f, v))
+    for values in (None, (7000.0, 8000.0)):
+      predict.run(tmp_path / "data/images", tmp_path / "out", mine, values=values, progress=False)
+  assert set(seen) == {images.range, (7000.0, 8000.0)}
+
+
+def test_a_range_that_is_none_is_refused():
+  with pytest.raises(ValueError, match="data.range is '7000'; it must be LOW,HIGH, full, auto"):
+    settings.check(toy_config(**{"data.range": "7000"}))
