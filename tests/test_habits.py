@@ -14,9 +14,10 @@ from absl import flags
 from helpers import ROOT, make_folder, toy_backbone, toy_config
 
 from configs import base
-from fdep_jax import arguments, build, cli, evaluate, export, losses, score, settings, train
+from fdep_jax import build, cli, evaluate, export, losses, score, settings, train
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
+from fdep_jax.cli import arguments
 from fdep_jax.runtime import checkpoint, files, log, mesh, rendezvous
 
 QUICK = ("--config=quickstart", "--workdir=never")
@@ -424,7 +425,9 @@ def test_processes_meet_in_any_order():
 def test_a_process_says_whom_it_waits_for_and_gives_up_in_a_sentence(impatient, caplog):
   port = free_port()
   alone, other = meet(port, 3, 0, 2)
-  assert "still waiting for process 1 of 0 to 2" in alone and "Start every process" in alone
+  # Process 2 gives up at the same time, and may be missing by then.
+  assert re.search("still waiting for process(es)? 1(, 2)? of 0 to 2", alone)
+  assert "Start every process" in alone
   assert "waiting for process 1 of 0 to 2" in caplog.text and caplog.text.count("waiting for") > 3
   assert "still waiting" in other
   (lost,) = meet(port, 2, 1)

@@ -10,8 +10,8 @@ import pytest
 from helpers import Bright, detector, make_folder, toy_config
 from PIL import Image
 
-from fdep_jax import build, data, predict, score, settings, validate
-from fdep_jax.data import frames, samples
+from fdep_jax import build, data, predict, score, settings
+from fdep_jax.data import check, frames, samples
 from fdep_jax.metrics import hse, masks
 
 TRUTH = np.zeros((20, 24), bool)
@@ -295,7 +295,7 @@ def test_a_video_gets_the_command_that_makes_frames(tmp_path, caplog):
 
 def test_validate_prints_the_counts_and_draws_the_first_pairs(tmp_path, capsys):
   root = make_folder(tmp_path / "data")
-  validate.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
+  check.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
   out = capsys.readouterr().out
   assert f"{root}: no problems" in out
   assert "train 2 images, 0 without a target, 2 targets, 9 pixels in the median target" in out
@@ -309,7 +309,7 @@ def test_validate_lists_the_problems_of_a_bad_set(tmp_path):
   root = make_folder(tmp_path / "data")
   (root / "masks/0.png").unlink()
   with pytest.raises(FileNotFoundError, match="0 has no mask"):
-    validate.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
+    check.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
   assert not (tmp_path / "out").exists()
 
 
@@ -345,7 +345,7 @@ def test_one_range_turns_the_counts_of_a_camera_into_grey_levels(tmp_path):
     assert np.abs(image[..., 0] - wanted).max() <= 0.5 + 1e-6
 
 
-def test_the_range_of_a_run_is_fixed_stored_and_used_by_prediction(tmp_path):
+def test_the_range_of_a_run_is_fixed_stored_and_used_by_prediction(tmp_path, toy):
   config = toy_config(**{"data.root": str(deep_set(tmp_path / "data")), "data.range": "auto"})
   images = build.load_images(config)
   assert images.range == data.measure_range(tmp_path / "data")

@@ -21,6 +21,7 @@ ORDER = [
   "fdep_jax.predict",
   "fdep_jax.export",
   "fdep_jax.tables",
+  "fdep_jax.cli",
   "configs.tables",
   "benchmarks",
   "main",

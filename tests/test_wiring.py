@@ -1,6 +1,7 @@
 """The parts of a run are connected as the config says: each setting changes something."""
 
 import contextlib
+import io
 import types
 
 import jax
@@ -346,6 +347,9 @@ class Seen:
     config.mode, config.train.steps = "original", 12
     loop = loop_of(config, self.folder / "logged")
     bar = train.tqdm
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # elsewhere no bar is shown
+    self.patch.setattr(train.sys, "stderr", terminal)
     self.patch.setattr(
       train, "tqdm", lambda **named: found.append(named["disable"]) or bar(**named | {"disable": 1})
     )

@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 
-from fdep_jax import arguments
+from fdep_jax.cli import arguments
 from fdep_jax.runtime.signals import Preempted
 
 NEEDS = {  # mode: the flags that it cannot run without
@@ -51,7 +51,7 @@ COMMANDS = {  # mode: the module whose `command` runs it; imported only then
   "report": "fdep_jax.report",
   "sweep": "fdep_jax.tables.sweep",
   "table": "fdep_jax.tables.table",
-  "validate": "fdep_jax.validate",
+  "validate": "fdep_jax.data.check",
 }
 
 
