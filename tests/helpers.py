@@ -43,15 +43,16 @@ def command(*arguments, timeout: float | None = 300) -> subprocess.CompletedProc
 
 @contextlib.contextmanager
 def toy_backbone():
-  """Makes the tiny detector known to `backbones`, as a dropped-in file is; yields its module."""
+  """Makes the toys known to `backbones`, as dropped-in files are; yields the tiny one's module."""
   known = list(backbones.__path__)
   backbones.__path__ = [*known, str(TOYS)]
   try:
     yield importlib.import_module("fdep_jax.backbones.toy")
   finally:
     backbones.__path__ = known
-    sys.modules.pop("fdep_jax.backbones.toy", None)
-    vars(backbones).pop("toy", None)
+    for file in TOYS.glob("*.py"):
+      sys.modules.pop(f"fdep_jax.backbones.{file.stem}", None)
+      vars(backbones).pop(file.stem, None)
 
 
 @contextlib.contextmanager

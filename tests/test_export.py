@@ -1,5 +1,6 @@
 """Export: files that give the light branch's numbers without this package, and nothing else."""
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -8,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.export
@@ -21,6 +23,7 @@ import converters
 from configs import base
 from fdep_jax import backbones, export
 from fdep_jax import detector as detector_lib
+from fdep_jax.export import onnx
 from fdep_jax.fdep import FDEP
 from fdep_jax.runtime import checkpoint
 
@@ -321,6 +324,59 @@ def test_an_operation_without_counterpart_leaves_out_the_onnx_file_with_the_reas
   )
   with pytest.raises(export.Absent, match="cumsum"):
     export.write_onnx(detector, light, None, tmp_path / "light.onnx", {})
+
+
+OPERATIONS = {
+  "leaky_relu": nnx.leaky_relu,
+  "elu": nnx.elu,
+  "gelu": nnx.gelu,
+  "silu": nnx.silu,
+  "relu6": nnx.relu6,
+  "clip": lambda x: jnp.clip(x, -0.5, 0.7),
+  "where": lambda x: jnp.where(x < 0.3, x**3, 2.0),
+  "max_pool": lambda x: nnx.max_pool(x, (2, 2), (2, 2)),
+  "max_pool of 3, padded": lambda x: nnx.max_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1))),
+  "avg_pool": lambda x: nnx.avg_pool(x, (2, 2), (2, 2)),
+  "avg_pool of 3, padded": lambda x: nnx.avg_pool(x, (3, 3), (1, 1), ((1, 0), (0, 1))),
+}
+for _size, _stride in ((2, 2), (3, 2), (4, 2), (3, 1), (4, 4)):
+  for _padding in ("SAME", "VALID"):
+    OPERATIONS[f"conv_transpose {_size} by {_stride} {_padding}"] = functools.partial(
+      nnx.ConvTranspose(
+        3, 4, (_size, _size), (_stride, _stride), padding=_padding, rngs=nnx.Rngs(0)
+      ).__call__
+    )
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_of_jax_and_flax_is_the_same_in_onnx(name):
+  import onnxruntime
+
+  def function(image):
+    return OPERATIONS[name](image).max(-1)
+
+  batch, height, width = jax.export.symbolic_shape("b, 4*h, 4*w")
+  model = onnx.convert(function, batch, height, width, 3, {})
+  session = onnxruntime.InferenceSession(
+    model.SerializeToString(), providers=["CPUExecutionProvider"]
+  )
+  for shape in ((1, 8, 12, 3), (2, 4, 8, 3)):
+    image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    (found,) = session.run(None, {"image": image.transpose(0, 3, 1, 2)})
+    np.testing.assert_allclose(found[:, 0], function(image), atol=1e-5)
+
+
+@needs_onnx
+def test_a_unet_of_flaxs_own_layers_is_exported(toy):
+  detector = detector_of(make_network("flax_unet"))
+  light = export.make_light(detector)
+  forward = jax.jit(light.apply)
+  with tempfile.TemporaryDirectory() as folder:
+    program = export.write_onnx(detector, light, forward, pathlib.Path(folder, "light.onnx"), {})
+    for image in images(light.net):
+      expected = np.asarray(forward(light.weights, image))
+      np.testing.assert_allclose(program(image), expected, atol=1e-5)
 
 
 @needs_onnx

@@ -25,8 +25,9 @@ _TO_THE_END = np.iinfo(np.int64).max
 
 _ELEMENTWISE = {
   "abs": "Abs", "add": "Add", "add_any": "Add", "div": "Div", "erf": "Erf", "exp": "Exp",
-  "log": "Log", "logistic": "Sigmoid", "max": "Max", "min": "Min", "mul": "Mul", "neg": "Neg",
-  "sqrt": "Sqrt", "sub": "Sub", "tanh": "Tanh",
+  "ge": "GreaterOrEqual", "gt": "Greater", "le": "LessOrEqual", "log": "Log",
+  "logistic": "Sigmoid", "lt": "Less", "max": "Max", "min": "Min", "mul": "Mul", "neg": "Neg",
+  "select_n": "Where", "sqrt": "Sqrt", "sub": "Sub", "tanh": "Tanh",
 }  # fmt: skip
 _CALLS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
 # Functions of `ops` that become ONNX operations as a whole.
@@ -174,6 +175,8 @@ class _Graph:
     if name == "div" and isinstance(inputs[0], Tensor) and not isinstance(inputs[1], Tensor):
       if mean := self._mean(*inputs):
         return mean
+    if name == "select_n":
+      inputs = [inputs[0], *inputs[:0:-1]]  # ONNX names the value of true first
     placed, shape = [], [1, 1, 1, 1]
     for value in inputs:
       if isinstance(value, Tensor):
@@ -209,9 +212,18 @@ class _Graph:
     return self.add("Mul", [x, x], x.shape, x.axes)
 
   def _integer_pow(self, equation, x: Tensor) -> Tensor:
-    if equation.params["y"] != 2:
-      raise _unknown(f"the power {equation.params['y']}")
-    return self._square(equation, x)
+    if equation.params["y"] == 2:
+      return self._square(equation, x)
+    return self.add("Pow", [x, np.float32(equation.params["y"])], x.shape, x.axes)
+
+  def _expm1(self, _, x: Tensor) -> Tensor:
+    power = self.add("Exp", [x], x.shape, x.axes)
+    return self.add("Sub", [power, np.float32(1)], x.shape, x.axes)
+
+  def _clamp(self, _, low, x: Tensor, high) -> Tensor:
+    if isinstance(low, Tensor) or isinstance(high, Tensor) or np.ndim(low) or np.ndim(high):
+      raise _unknown("a clamp whose limits are no numbers")
+    return self.add("Clip", [x, np.float32(low), np.float32(high)], x.shape, x.axes)
 
   def _rsqrt(self, _, x: Tensor) -> Tensor:
     root = self.add("Sqrt", [x], x.shape, x.axes)
@@ -318,10 +330,11 @@ class _Graph:
       not isinstance(kernel, Tensor)
       and (numbers.lhs_spec, numbers.rhs_spec) == (_NCHW, (3, 2, 0, 1))
       and params["batch_group_count"] == 1
-      and set(params["lhs_dilation"]) == {1}
     )
     if not plain:
       raise _unknown("a convolution that is not NHWC with a constant HWIO kernel")
+    if set(params["lhs_dilation"]) != {1}:
+      return self._transposed_conv(equation, x, np.asarray(kernel))
     (top, bottom), (left, right) = params["padding"]
     return self.add(
       "Conv",
@@ -332,6 +345,53 @@ class _Graph:
       pads=[top, left, bottom, right],
       group=params["feature_group_count"],
     )
+
+  def _transposed_conv(self, equation, x: Tensor, kernel: np.ndarray) -> Tensor:
+    params, sizes = equation.params, kernel.shape[:2]
+    strided = {*params["window_strides"], *params["rhs_dilation"], params["feature_group_count"]}
+    # ONNX pads by what is missing of size − 1, and crops; what is beyond that is added at the end.
+    (top, bottom), (left, right) = (
+      (size - 1 - low, size - 1 - high)
+      for size, (low, high) in zip(sizes, params["padding"], strict=True)
+    )
+    if strided != {1} or top < 0 or left < 0:
+      raise _unknown("a transposed convolution with strides, dilation, groups or much padding")
+    return self.add(
+      "ConvTranspose",
+      [x, kernel[::-1, ::-1].transpose(2, 3, 0, 1)],
+      equation.outvars[0].aval.shape,
+      strides=list(params["lhs_dilation"]),
+      pads=[top, left, max(bottom, 0), max(right, 0)],
+      output_padding=[max(-bottom, 0), max(-right, 0)],
+    )
+
+  def _reduce_window_max(self, equation, x: Tensor) -> Tensor:
+    return self.add("MaxPool", [x], equation.outvars[0].aval.shape, **self._window(equation, x))
+
+  def _reduce_window_sum(self, equation, x: Tensor) -> Tensor:
+    options, shape = self._window(equation, x), equation.outvars[0].aval.shape
+    if options.pop("dilations") != [1, 1]:
+      raise _unknown("a sum over a dilated window")
+    mean = self.add("AveragePool", [x], shape, count_include_pad=1, **options)
+    return self.add("Mul", [mean, np.float32(np.prod(options["kernel_shape"]))], shape)
+
+  def _window(self, equation, x: Tensor) -> dict[str, list[int]]:
+    """Returns the attributes of a pooling over H and W."""
+    self._check_full(x, equation.invars[0])
+    params = equation.params
+    sizes, strides, pads, dilations = (
+      params[name] for name in ("window_dimensions", "window_strides", "padding", "window_dilation")
+    )
+    within = all((v[0], v[3]) == (1, 1) for v in (sizes, strides, dilations))
+    within &= not any(pads[0] + pads[3]) and {*params["base_dilation"]} == {1}
+    if not within or not all(isinstance(n, int) for pair in pads for n in pair):
+      raise _unknown("a pooling that is not over height and width, by fixed numbers")
+    return {
+      "kernel_shape": list(sizes[1:3]),
+      "strides": list(strides[1:3]),
+      "pads": [pads[1][0], pads[2][0], pads[1][1], pads[2][1]],
+      "dilations": list(dilations[1:3]),
+    }
 
   def _dot_general(self, equation, x, matrix) -> Tensor:
     contracted, batched = equation.params["dimension_numbers"]
