@@ -210,7 +210,9 @@ def load_prior(
     return _load(path_or_state, dtype, kind, heads, variable)
   state = read_torch(path_or_state)
   try:
-    return _load(state, dtype, kind, heads, variable)
+    model = _load(state, dtype, kind, heads, variable)
+    _check_depth(model)
+    return model
   except ValueError as error:
     raise ValueError(f"{path_or_state}: {error}") from None
 
@@ -254,7 +256,6 @@ def _fill(the_table: Table, state, dtype, heads, variable) -> Foundation:
   title = the_table.title
   state, naming, problems = _strip(the_table, state)
   sizes = the_table.sizes(state, naming)
-  _check_depth(the_table, sizes)
   if "heads" in sizes:
     sizes["heads"] = heads or sizes["heads"]
     if not sizes["heads"] or sizes["width"] % sizes["heads"]:
@@ -313,13 +314,16 @@ def _fill(the_table: Table, state, dtype, heads, variable) -> Foundation:
   return model
 
 
-def _check_depth(the_table: Table, sizes: dict) -> None:
-  """Raises ValueError if no published model of this width has this number of blocks."""
-  published = the_table.model.sizes.values()
-  known = sorted({size["depth"] for size in published if size["width"] == sizes["width"]})
-  if known and sizes["depth"] not in known:
+def _check_depth(model: Foundation) -> None:
+  """Raises ValueError if no published model of this width has this number of blocks.
+
+  A file that ends early is a whole model of fewer blocks.
+  """
+  published = getattr(model, "sizes", {}).values()
+  known = sorted({size["depth"] for size in published if size["width"] == model.width})
+  if known and model.depth not in known:
     raise ValueError(
-      f"it has {sizes['depth']} blocks, and a {the_table.title} of width {sizes['width']} has "
+      f"it has {model.depth} blocks, and a {model.title} of width {model.width} has "
       f"{' or '.join(map(str, known))}: it is cut off, or not a whole model. Copy or download it "
       "again."
     )

@@ -31,6 +31,7 @@ class Detector:
   """A method as `predict.run` uses it."""
 
   branch = MODE
+  range = ""  # frames become grey levels by their own percentiles
 
   def __init__(self, method: str):
     classical.parse(method)  # refused before anything is read

@@ -485,12 +485,13 @@ def test_a_write_that_fails_late_keeps_the_checkpoint_before(tmp_path):
 @pytest.fixture
 def poison(monkeypatch):
   """A batch whose masks are full gives a loss that is not a number."""
-  eedm = losses.eedm
-  monkeypatch.setattr(
-    losses,
-    "eedm",
-    lambda heads, mask, mode: eedm(heads, mask, mode) * jnp.where(mask.all(), jnp.nan, 1.0),
-  )
+  criterion = losses.criterion
+
+  def poisoned(mask, mode):
+    plain = criterion(mask, mode)
+    return lambda logits: plain(logits) * jnp.where(mask.all(), jnp.nan, 1.0)
+
+  monkeypatch.setattr(losses, "criterion", poisoned)
 
 
 def test_a_step_that_is_not_finite_is_left_out(toy, poison):

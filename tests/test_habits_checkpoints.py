@@ -105,12 +105,14 @@ def test_a_training_checkpoint_of_dinov2_gives_its_teacher(vit):
     np.testing.assert_array_equal(found[name], array, name)
 
 
-def test_a_dinov2_without_its_last_block_is_refused(vit, monkeypatch):
+def test_a_dinov2_without_its_last_block_is_refused(vit, monkeypatch, tmp_path):
   monkeypatch.setitem(dinov2.SIZES, "toy", {"width": 64, "depth": 2, "heads": 1})
-  converters.load_dinov2(vit)
+  save_file(vit, tmp_path / "whole.safetensors")
+  converters.load_dinov2(tmp_path / "whole.safetensors")
   cut = {name: array for name, array in vit.items() if not name.startswith("blocks.1.")}
+  save_file(cut, tmp_path / "cut.safetensors")
   with pytest.raises(ValueError, match="has 1 blocks, and a DINOv2 of width 64 has 2: it is cut"):
-    converters.load_dinov2(cut)
+    converters.load_dinov2(tmp_path / "cut.safetensors")
 
 
 def test_dinov2_weights_that_are_not_finite_are_refused(vit):

@@ -242,6 +242,8 @@ def test_initial_values_have_the_published_spread(name, shared):
   paths = torch_paths(name, shapes_only(name))
   checked = 0
   for key, rms in expected.items():
+    if paths[key] in CONSTANT.get(name, ()):
+      continue  # fixed numbers, not drawn
     array = np.asarray(ours[paths[key]])
     if array.size >= 500:
       assert abs(np.sqrt(np.mean(array**2)) - rms) <= 0.1 * rms, key

@@ -31,7 +31,7 @@ class Predictor:
   """Computes probability maps of frames of any size with one branch of a trained run."""
 
   def __init__(self, detector: Detector):
-    self._whole, self._part = _forwards(detector)
+    self._whole, self._part, self._shapes = _forwards(detector)
     network = getattr(detector.model, "backbone", None)
     self._why_whole = network.whole_frame if network else ""
     # Of sizes that the network was not trained for, each told once.
@@ -135,7 +135,7 @@ class Predictor:
     size = tuple(min(window, length) for length in (height, width))
     frame = np.array([height, width], np.int32)
     first = (np.zeros(2, np.int32), np.zeros((2, 2), np.int32))
-    shapes = jax.eval_shape(lambda: self._part(_image(levels, (0, 0), size), frame, *first, None))
+    shapes = self._shapes(_image(levels, (0, 0), size), frame, *first, None)
     known = [[np.full(s.shape, np.nan, np.float32) for s in kind] for kind in shapes[1]]
     # The first pass has no statistics; each pass makes at least one more exact.
     for _ in range(2 + sum(map(len, known))):
@@ -158,8 +158,13 @@ class Predictor:
     return prob[: levels.shape[0], : levels.shape[1]]
 
 
-def _forwards(detector: Detector) -> tuple[Callable, Callable]:
-  """Makes two jitted functions: batch → B×H×W, and window → (h×w, its shares of statistics)."""
+def _forwards(detector: Detector) -> tuple[Callable, Callable, Callable]:
+  """Makes three functions.
+
+  Returns:
+    Two jitted ones, batch → B×H×W, and window → (h×w, its shares of statistics); and the shapes of
+    what the second returns, without computing it.
+  """
   graphdef, state = nnx.split(detector.model)
 
   def apply(state, prior, image):
@@ -179,6 +184,7 @@ def _forwards(detector: Detector) -> tuple[Callable, Callable]:
   return (
     lambda image: whole(state, prior, image),
     lambda *arguments: part(state, prior, *arguments),
+    lambda *arguments: part.eval_shape(state, prior, *arguments),
   )
 
 
