@@ -27,9 +27,6 @@ import tempfile
 import networks as bench
 import numpy as np
 
-from fdep_jax import build
-from fdep_jax import step as step_lib
-
 CROP, BATCH = 224, 4
 OURS = ("step", "two passes", "levels", "bank")
 LAYOUTS = ("NCHW", "channels_last")
@@ -89,6 +86,8 @@ class JaxWorker:
   def _step(self, config, the_mesh, next_batch, two_passes):
     import jax
 
+    from fdep_jax import build
+    from fdep_jax import step as step_lib
     from fdep_jax.runtime import mesh
 
     model = build.create_model(config, self.prior)

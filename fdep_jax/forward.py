@@ -67,7 +67,8 @@ def probability(branch: Logits) -> jax.Array:
 def jit(function: Callable) -> Callable:
   """Jits a forward pass, as `jax.jit`; on a CPU its convolutions use all cores.
 
-  A train step needs no such option: its devices share the batch, one core each.
+  A train step needs no such option: its devices share the batch, one core each. Unlike `jax.jit`'s,
+  the result cannot be called inside another traced function (its `eval_shape` can be used there).
   """
   return jax.jit(function, compiler_options=_options())
 

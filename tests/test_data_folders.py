@@ -207,7 +207,10 @@ def test_every_8_bit_mode_becomes_rgb(tmp_path, mode):
   save(tmp_path / "a.png", grey, mode)
   content = (tmp_path / "a.png").read_bytes()
   np.testing.assert_array_equal(samples.decode_image(content), np.repeat(grey[..., None], 3, -1))
-  np.testing.assert_array_equal(samples.decode_grey(content), grey)
+  grey = np.where(np.arange(64).reshape(8, 8) < 5, 255, 0).astype(np.uint8)
+  save(tmp_path / "b.png", grey, mode)
+  mask, _ = samples.decode_mask((tmp_path / "b.png").read_bytes())
+  np.testing.assert_array_equal(mask, grey > 127)
 
 
 def png_16_bit_rgb():

@@ -89,11 +89,6 @@ def read_frame(path: str | os.PathLike, values: frames.Range) -> np.ndarray:
   return np.repeat(grey[..., None], 3, -1) if grey.ndim == 2 else grey
 
 
-def decode_grey(content: bytes) -> np.ndarray:
-  """Decodes the bytes of a mask file to H×W uint8, not binarised; raises like `decode_image`."""
-  return np.array(_open(content).convert("L"))
-
-
 def decode_mask(content: bytes, share: bool = True) -> tuple[np.ndarray, str]:
   """Decodes the bytes of a mask file to H×W bool, and a warning or "".
 
