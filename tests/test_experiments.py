@@ -225,11 +225,11 @@ def test_every_program_takes_two_steps_and_an_evaluation(name, monkeypatch, quic
   "name",
   [
     "msda-fdep-share_encoder-distill",
-    "msda-fdep-share_decoder",
-    "msda-fdep-distill",
     "msda-fdep_wo_coisd-add",
-    "msda-fdep-vit_s",
-    "msda-fdep-levels_4_9_14_19_24",
+    *(
+      pytest.param(f"msda-fdep-{kind}", marks=pytest.mark.slow)
+      for kind in ("share_decoder", "distill", "vit_s", "levels_4_9_14_19_24")
+    ),
   ],
 )
 def test_a_program_of_each_kind_runs_on_a_small_network(
