@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import ablations, data, priors, settings
+from fdep_jax import ablations, data, forward, priors, settings
 from fdep_jax.backbones import network_class
 from fdep_jax.data import frames
 from fdep_jax.fdep import FDEP
@@ -22,7 +22,7 @@ class Images(NamedTuple):
   """A dataset as a run uses it."""
 
   train: list[data.Sample]  # without the held-out images
-  val: list[data.Sample]  # held out of train; empty if the test split selects
+  val: list[data.Sample]  # the set's own or held out of train; empty if the test split selects
   test: list[data.Sample]
   mean: float  # of grey levels / 255, over the whole train split
   std: float  # (0 and 1 for a network that takes grey levels as they are)
@@ -90,8 +90,21 @@ def load_images(config: ConfigDict) -> Images:
     mean, std = data.statistics(train)
   val = []
   if config.eval.select_on == "val":
-    train, val = data.split_validation(train, config.data.val_fraction, seed=0)
+    val = load_validation(config, values)
+    if not val:
+      train, val = data.split_validation(train, config.data.val_fraction, seed=0)
   return Images(train, val, test, mean, std, values)
+
+
+def load_validation(config: ConfigDict, values: frames.Range = "") -> list[data.Sample]:
+  """Reads the dataset's own validation split; [] if it has none."""
+  root = config.data.root
+  if root == "synthetic" or root.startswith("tfds:"):
+    return []
+  val = data.load(root, "val", values=values)
+  if val:
+    logging.info("%d images of the dataset's own split val select the checkpoint", len(val))
+  return val
 
 
 def load_test(config: ConfigDict, values: frames.Range = "") -> list[data.Sample]:
@@ -248,6 +261,13 @@ def count_parameters(params: nnx.State) -> int:
   """Counts parameters (P of the paper), the prior excluded even when trained."""
   flat = nnx.to_flat_state(params)
   return sum(leaf.size for path, leaf in flat if path[0] != "vit")
+
+
+def count_deployed(config: ConfigDict, model: nnx.Module) -> int:
+  """Counts the parameters of the deployed branch: of a light branch, without SAMF."""
+  light = forward.deployed_branch(config.mode) == "light"
+  model = model.model if isinstance(model, ablations.Unfrozen) else model
+  return count_parameters(nnx.state(model.backbone if light else model, nnx.Param))
 
 
 def parameters(config: ConfigDict) -> int:

@@ -148,8 +148,8 @@ def table(metrics: dict) -> str:
   for branch in ("main", "light"):
     if branch not in metrics:
       continue
-    values = metrics[branch] | {"params": metrics["params"]}
     deployed = branch == metrics["deployed"]
+    values = metrics[branch] | {"params": metrics["params_deployed" if deployed else "params"]}
     values["seconds_per_image"] = metrics["seconds_per_image"] if deployed else None
     cells = [column.shown(values[column.key]) for column in shown.values()]
     lines.append(f"{branch:<8}" + "".join(f"{cell:>10}" for cell in cells))
@@ -278,6 +278,7 @@ def evaluate(
   metrics = {
     **chosen,
     "params": build.count_parameters(params),
+    "params_deployed": build.count_deployed(config, model),
     "deployed": forward.deployed_branch(config.mode),
     **cost(config, model, prior),
     "split": "test",

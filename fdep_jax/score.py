@@ -6,17 +6,21 @@ Needs numpy, scipy and pillow only, and matplotlib for `pr.png`.
 import argparse
 import contextlib
 import csv
+import itertools
 import logging
 import math
+import os
 import pathlib
 import zipfile
 
 import numpy as np
 
+from fdep_jax.data import folders as datasets
 from fdep_jax.metrics import bootstrap, columns, hse
 from fdep_jax.metrics import masks as masks_lib
 from fdep_jax.report import plots
 from fdep_jax.runtime import files
+from fdep_jax.runtime.problems import listing
 
 MASKS = (".png", ".bmp", ".tif", ".tiff", ".npy", ".npz", ".jpg", ".jpeg")
 READABLE = (".png", ".bmp", ".tif", ".tiff", ".npy", ".npz")
@@ -41,7 +45,10 @@ def parse(argv) -> argparse.Namespace:
   parser.add_argument(
     "--predictions", type=folders, help="folder of probability maps; A,B compares two"
   )
-  parser.add_argument("--masks", help="folder of masks with the same file names")
+  parser.add_argument("--masks", help="folder of masks with the same file names, or of a dataset")
+  parser.add_argument(
+    "--split", choices=["train", "test", "all"], help="of a dataset in --masks; default test"
+  )
   parser.add_argument("--out", help="folder for metrics.json, curves.npz, images.csv and pr.png")
   return parser.parse_args(argv)
 
@@ -55,26 +62,31 @@ def command(flags) -> None:
   """Runs `--mode score`."""
   if len(flags.predictions) > 2:
     raise ValueError(f"--predictions names {len(flags.predictions)} folders; one or two fit.")
-  run(flags.predictions[0], flags.masks, flags.out, *flags.predictions[1:])
+  run(flags.predictions[0], flags.masks, flags.out, *flags.predictions[1:], split=flags.split)
 
 
-def run(predictions, masks, out=None, compare=None, resamples=1000, **options):
+def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, **options):
   """Scores a folder, prints the paper's columns and writes the reports.
 
   Args:
     predictions: folder of maps; `<stem>.png` (8 or 16 bit), `.tif`, `.npy` or `.npz`. If files are
       named `<stem>_prob.*`, as `--mode predict` writes them, only these are read. Integers are
       divided by their type's maximum. Sizes may differ.
-    masks: folder of masks with the same stems (a suffix `_pixels0` is dropped), binarised at > 127.
+    masks: folder of masks with the same stems (a suffix `_pixels0` is dropped), binarised at > 127,
+      or the folder of a dataset (`data.folders`). A beginning or ending that all files of a folder
+      share, such as `_pred`, is dropped if the stems agree then.
     out: folder for `metrics.json`, `curves.npz`, `images.csv` and `pr.png`; None writes nothing.
     compare: a second folder of maps, for a paired comparison.
     resamples: number of bootstrap resamples; 0 leaves the intervals out.
+    split: of a dataset: "train", "test" or "all"; None takes "test". Masks of the other split are
+      not read.
     **options: see `hse.Options`.
 
   Returns:
     The content of `metrics.json`: {"predictions": metrics as fractions, with "intervals"}, and with
-    `compare` also "compared" and "comparison". If all maps of a folder are binary, the metrics that
-    need a curve are None and "hse_refused" says why.
+    `compare` also "compared" and "comparison". The metrics of a union, such as SIRST3, have
+    "parts": {name: metrics with "images", their number}. If all maps of a folder are binary, the
+    metrics that need a curve are None and "hse_refused" says why.
 
   Raises:
     ValueError: listing every file that is missing, extra, unreadable, of the wrong size or range.
@@ -84,10 +96,10 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, **options):
   folders = {"predictions": predictions} | ({"compared": compare} if compare is not None else {})
   problems, sets = [], {}
   for name, folder in folders.items():
-    sets[name], found = _accumulate(folder, masks, options)
+    sets[name], found = _accumulate(folder, masks, split, options)
     problems += found
   if problems:
-    raise ValueError(hse.listing("files", list(dict.fromkeys(problems))))
+    raise ValueError(listing("files", list(dict.fromkeys(problems))))
   metrics = {name: _metrics(found, resamples) for name, found in sets.items()}
   if compare is not None and resamples:
     totals = [found["total"] for found in sets.values()]
@@ -104,11 +116,10 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, **options):
   return metrics
 
 
-def _accumulate(folder, masks, options):
-  """Reads a folder once. Returns ({"total", "rows", "refused"}, problems)."""
-  pairs, problems = _pairs(pathlib.Path(folder), pathlib.Path(masks))
-  total, rows, values = hse.Accumulator(**vars(options)), [], np.zeros(0, np.float32)
-  threshold = None
+def _accumulate(folder, masks, split, options):
+  """Reads a folder once. Returns ({"total", "parts", "rows", "refused"}, problems)."""
+  pairs, parts, problems = _pairs(pathlib.Path(folder), pathlib.Path(masks), split)
+  found, values = _Counts(parts, options), np.zeros(0, np.float32)
   for stem, (prob_path, mask_path) in pairs.items():
     prob, mask, problem = _read_pair(prob_path, mask_path)
     problems += problem
@@ -116,38 +127,143 @@ def _accumulate(folder, masks, options):
       continue
     if len(values) <= 2:
       values = np.union1d(values, np.unique(prob)[:3])
-    total.update(prob, mask)
-    rows.append(_row(stem, prob, mask, options))
+    found.add(stem, prob, mask)
   refused = None
   if not problems and len(values) <= 2 and values.max() > 0:
     refused = _BINARY.format(folder, " and ".join(f"{v:g}" for v in values))
     threshold = values.min() if len(values) == 2 else 0
     if values.max() <= hse.HALF:  # 0/1 saved as 8 bit: any value above the lower one is a detection
-      total, rows = hse.Accumulator(**vars(options)), []
+      found = _Counts(parts, options)
       for stem, paths in pairs.items():
         prob, mask, _ = _read_pair(*paths)
-        prob = (prob > threshold).astype(np.float32)
-        total.update(prob, mask)
-        rows.append(_row(stem, prob, mask, options))
-  return {"total": total, "rows": rows, "refused": refused}, problems
+        found.add(stem, (prob > threshold).astype(np.float32), mask)
+  return {
+    "total": found.total(),
+    "parts": found.parts if len(found.parts) > 1 else {},
+    "rows": found.rows,
+    "refused": refused,
+  }, problems
 
 
-def _pairs(predictions, masks):
-  """Returns {stem: (map, mask)} of two folders, and a list of the files without a partner."""
+class _Counts:
+  """Collects the counts of every part, and the lines of `images.csv`."""
+
+  def __init__(self, part_of, options):
+    self.part_of, self.options = part_of, options
+    self.parts = {}  # accumulators by the part's name
+    self.rows = []
+
+  def add(self, stem, prob, mask):
+    part = self.part_of[stem]
+    self.parts.setdefault(part, hse.Accumulator(**vars(self.options))).update(prob, mask)
+    self.rows.append(_row(stem, prob, mask, self.options))
+
+  def total(self):
+    total = hse.Accumulator(**vars(self.options))
+    for part in self.parts.values():
+      total.merge(part)
+    return total
+
+
+def _pairs(predictions, masks, split):
+  """Finds the mask of every map.
+
+  Returns:
+    {stem: (map, mask)}, {stem: name of the dataset's part}, and a list of the files without a
+    partner.
+  """
   for folder in (predictions, masks):
     if not folder.is_dir():
       raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
-  problems = []
+  root = _dataset(masks, split)
+  problems, part_of, others = [], {}, []
   maps, found = _by_stem(predictions, READABLE, "_prob", only_with_suffix=True)
-  truth, more = _by_stem(masks, MASKS, "_pixels0")
+  if root:
+    split = split or "test"
+    truth, part_of = _of_split(root, split)
+    maps, _ = _without_affixes(maps, truth, masks_too=False)
+    others = sorted(maps.keys() & _of_split(root, "all")[0].keys() - truth.keys())
+    more, source = [], f"split {split} of {root}"
+  else:
+    truth, more = _by_stem(masks, MASKS, "_pixels0")
+    maps, truth = _without_affixes(maps, truth)
+    source = masks
   problems += found + more
   if not maps:
     problems.append(f"{predictions}: no file ends in {', '.join(READABLE)}")
-  for stem in sorted(maps.keys() - truth.keys()):
-    problems.append(f"{maps[stem]}: no mask {stem}.* in {masks}")
-  for stem in sorted(truth.keys() - maps.keys()):
-    problems.append(f"{truth[stem]}: no prediction {stem}.* in {predictions}")
-  return {stem: (maps[stem], truth[stem]) for stem in sorted(maps.keys() & truth.keys())}, problems
+  if others:
+    logging.info("%d maps of %s are not of %s and are left out", len(others), predictions, source)
+  for stem in sorted(maps.keys() - truth.keys() - set(others)):
+    problems.append(f"{maps[stem]}: no mask {stem}.* in {source}")
+  unused = sorted(truth.keys() - maps.keys())
+  problems += [f"{truth[stem]}: no prediction {stem}.* in {predictions}" for stem in unused]
+  if unused and not root and datasets.is_dataset(masks.parent):
+    problems.append(
+      f"{masks.parent} is a dataset. If the maps are of one split, write --masks {masks.parent} "
+      "--split test"
+    )
+  both = [stem for stem in (truth if root else sorted(truth)) if stem in maps]
+  return {s: (maps[s], truth[s]) for s in both}, {s: part_of.get(s, "") for s in both}, problems
+
+
+def _dataset(masks, split):
+  """Returns the folder of the dataset that --masks names, or None if it holds masks alone."""
+  if datasets.is_dataset(masks):
+    holds_masks = any(p.suffix.lower() in MASKS for p in masks.iterdir())
+    return None if holds_masks and not split else masks
+  if split and not datasets.is_dataset(masks.parent):
+    raise ValueError(
+      f"--split {split}: {masks} is no dataset, so it has no splits. Name the dataset's folder, or "
+      "leave --split out to score all masks."
+    )
+  return masks.parent if split else None
+
+
+def _of_split(root, split):
+  """Returns {stem: mask} and {stem: part} of a dataset's split; stems are those of saved maps."""
+  masks, part_of = {}, {}
+  for part, listed in datasets.masks(root, split).items():
+    for name, path in listed.items():
+      stem = name.replace("/", "_")
+      masks[stem], part_of[stem] = path, part
+  return masks, part_of
+
+
+def _without_affixes(maps, truth, masks_too=True):
+  """Drops beginnings and endings that all files share, such as `_pred`, if the stems agree then.
+
+  Takes the shortest ones. Stems of which some agree already stay as they are.
+  """
+  if maps.keys() & truth.keys():
+    return maps, truth
+  tried = itertools.product(_affixes(maps), _affixes(truth) if masks_too else [("", "")])
+  for of_maps, of_truth in sorted(tried, key=lambda both: len("".join(itertools.chain(*both)))):
+    shorter = _strip(maps, of_maps)
+    masks = _strip(truth, of_truth)
+    if masks.keys() == shorter.keys() or (not masks_too and masks.keys() <= shorter.keys()):
+      for what, (start, end) in (("maps", of_maps), ("masks", of_truth)):
+        if start or end:
+          logging.info("the names of all %s are read without %s", what, f"{start}…{end}")
+      return shorter, masks
+  return maps, truth
+
+
+def _affixes(stems):
+  """Lists the (beginning, ending) that all stems share, cut at a separator, "" included."""
+  start = os.path.commonprefix(list(stems))
+  end = os.path.commonprefix([stem[::-1] for stem in stems])[::-1]
+  starts = ["", *(start[: i + 1] for i, c in enumerate(start) if c in "_-. ")]
+  ends = ["", *(end[i:] for i, c in enumerate(end) if c in "_-. ")]
+  return list(itertools.product(starts, ends))
+
+
+def _strip(paths, affix):
+  start, end = affix
+  return {
+    stem.removeprefix(start).removesuffix(end): path
+    for stem, path in paths.items()
+    if len(stem) > len(start) + len(end)
+  }
 
 
 def _by_stem(folder, kinds, suffix, only_with_suffix=False):
@@ -322,18 +438,27 @@ def _row(stem, prob, mask, options):
 
 
 def _metrics(found, resamples):
-  score = found["total"].result()
+  out, found["score"] = _of_total(found["total"], resamples, found["refused"])
+  if found["refused"]:
+    out["hse_refused"] = found["refused"]
+  for name, total in found["parts"].items():
+    metrics, _ = _of_total(total, resamples, found["refused"])
+    out.setdefault("parts", {})[name] = metrics | {"images": len(total)}
+  return out
+
+
+def _of_total(total, resamples, refused):
+  """Returns the metrics of an accumulator for JSON, and its `Score`."""
+  score = total.result()
   out = score.as_dict()
   if resamples:
-    intervals = bootstrap.intervals(found["total"], resamples)
+    intervals = bootstrap.intervals(total, resamples)
     out["intervals"] = {k: [_json(v) for v in pair] for k, pair in intervals.items()}
-  if found["refused"]:
+  if refused:
     for name in _NEEDS_A_CURVE:
       out[name] = None
       out.get("intervals", {}).pop(name, None)
-    out["hse_refused"] = found["refused"]
-  found["score"] = score
-  return out
+  return out, score
 
 
 def _json(value):
@@ -349,18 +474,16 @@ def _table(metrics, folders):
   lines = [line("", [c.heading for c in columns.METRICS.values()])]
   for name, folder in folders.items():
     values = metrics[name]
-    lines.append(
-      line(
-        pathlib.Path(folder).name[:23], [c.shown(values[c.key]) for c in columns.METRICS.values()]
-      )
-    )
-    spans = values.get("intervals", {})
-    if spans:
-      cells = []
-      for column in columns.METRICS.values():
-        low, high = spans.get(column.key, (None, None))
-        cells.append("-" if low is None else f"{column.shown(low)}–{column.shown(high)}")
-      lines.append(line("  95 %", cells))
+    parts = {f"  {part}": found for part, found in values.get("parts", {}).items()}
+    for title, found in ({pathlib.Path(folder).name: values} | parts).items():
+      shown = [c.shown(found[c.key]) for c in columns.METRICS.values()]
+      lines.append(line(title[:23], shown))
+      spans = found.get("intervals", {})
+      if spans:
+        ends = [spans.get(c.key, (None, None)) for c in columns.METRICS.values()]
+        cells = zip(columns.METRICS.values(), ends, strict=True)
+        cells = ["-" if e[0] is None else f"{c.shown(e[0])}–{c.shown(e[1])}" for c, e in cells]
+        lines.append(line("  95 %", cells))
     if "hse_refused" in values:
       lines.append(values["hse_refused"])
   if "comparison" in metrics:

@@ -141,6 +141,7 @@ def evaluate(
   metrics = {
     _BRANCH: chosen,
     "params": None,
+    "params_deployed": None,
     "deployed": _BRANCH,
     "flops": None,
     "seconds_per_image": statistics.fmean(seconds),

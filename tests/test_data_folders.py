@@ -260,8 +260,8 @@ def test_counts_unlike_the_published_ones_are_warned_of(tmp_path, caplog):
 
 
 def test_a_split_that_does_not_exist_is_named(tmp_path):
-  with pytest.raises(ValueError, match="'val'; it must be 'train', 'test' or 'all'"):
-    data.read(tmp_path, "val")
+  with pytest.raises(ValueError, match="'dev'; it must be 'train', 'test', 'val' or 'all'"):
+    data.read(tmp_path, "dev")
 
 
 def test_known_counts_of_sirst3_are_the_sum_of_its_parts():

@@ -255,10 +255,51 @@ def test_a_folder_per_split_is_read_with_the_common_names(tmp_path, image, mask,
   pairs(tmp_path / "train", image, mask, "a", "b")
   pairs(tmp_path / "test", image, mask, "c")
   assert names(tmp_path) == ["a", "b"] and names(tmp_path, "test") == ["c"]
-  assert not caplog.text
+  assert names(tmp_path, "val") == [] and not caplog.text
   pairs(tmp_path / "val", image, mask, "d")
-  assert names(tmp_path, "all") == ["a", "b", "c"]
-  assert "val is not read" in caplog.text
+  assert names(tmp_path, "all") == ["a", "b", "c"] and names(tmp_path, "val") == ["d"]
+
+
+def test_a_validation_split_of_its_own_selects(tmp_path, toy):
+  root = make_folder(tmp_path / "data")
+  config = toy_config(**{"data.root": str(root), "data.val_fraction": 0.5, "mode": "original"})
+  drawn = build.load_images(config)
+  assert len(drawn.train) == len(drawn.val) == 1  # held out of train
+  (root / "splits/train.txt").write_text("0\n")
+  (root / "splits/val.txt").write_text("1\n")
+  images = build.load_images(config)
+  found = {split: [s.name for s in getattr(images, split)] for split in ("train", "val", "test")}
+  assert found == {"train": ["0"], "val": ["1"], "test": ["2", "3"]}
+  config.eval.select_on = "test"
+  assert not build.load_images(config).val
+
+
+def test_trainval_without_val_is_the_train_split(tmp_path):
+  root = make_folder(tmp_path / "data")
+  (root / "splits/train.txt").rename(root / "splits/trainval.txt")
+  (root / "splits/val.txt").write_text("1\n")
+  assert (names(root), names(root, "val")) == (["0"], ["1"])
+
+
+def test_a_validation_split_shares_no_name_and_is_not_the_test_split(tmp_path, caplog):
+  root = make_folder(tmp_path / "data")
+  (root / "splits/val.txt").write_text("1\n")
+  with pytest.raises(data.DataError, match="1 is in both train and val"):
+    names(root)
+  (root / "splits/val.txt").write_text((root / "splits/test.txt").read_text())
+  assert names(root) == ["0", "1"] and names(root, "val") == []
+  assert "the split val is the test split" in caplog.text
+
+
+def test_a_union_uses_validation_splits_that_all_parts_have(tmp_path, caplog):
+  for part in ("A", "B"):
+    root = make_folder(tmp_path / "data" / part)
+    (root / "splits/train.txt").write_text("0\n")
+    (root / "splits/val.txt").write_text("1\n")
+  assert names(tmp_path / "data", "val") == ["A_1", "B_1"]
+  (root / "splits/val.txt").unlink()
+  assert names(tmp_path / "data", "val") == [] and names(tmp_path / "data") == ["A_0", "B_0"]
+  assert "the validation split of A is not read" in caplog.text
 
 
 @pytest.mark.parametrize("affix", ["_mask", "_gt", "_label", "_pixels0"])

@@ -218,3 +218,100 @@ def test_scoring_starts_neither_jax_nor_anything_but_the_core_requirements(folde
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture
+def union(tmp_path):
+  """Two datasets of two test and one train image with equal names, and maps of the test images."""
+  rng = np.random.default_rng(1)
+  root, arrays = tmp_path / "Both", {}
+  for part in ("One", "Two"):
+    folder = root / part
+    (folder / "splits").mkdir(parents=True)
+    (folder / "splits/test.txt").write_text("a\nb\n")
+    (folder / "splits/train.txt").write_text("c\n")
+    for stem in "abc":
+      levels, mask = scene(rng, 20, 30)
+      save(mask.astype(np.uint8) * 255, folder / "masks" / f"{stem}.png")
+      save(np.zeros((20, 30), np.uint8), folder / "images" / f"{stem}.png")
+      arrays[f"{part}_{stem}"] = levels, mask
+  for name, (levels, _) in arrays.items():
+    if not name.endswith("c"):
+      save(levels, tmp_path / "maps" / f"{name}.png")
+  return root, tmp_path / "maps", arrays
+
+
+def expected_of(arrays, names):
+  maps = [arrays[name][0] / np.float32(65535) for name in names]
+  return hse.score(maps, [arrays[name][1] for name in names]).as_dict()
+
+
+def test_a_datasets_split_is_scored_with_its_parts(union, caplog, capsys):
+  root, maps, arrays = union
+  caplog.set_level("INFO")
+  got = score.run(maps, root, resamples=0)["predictions"]
+  parts = got.pop("parts")
+  assert got == expected_of(arrays, ["One_a", "One_b", "Two_a", "Two_b"])
+  for part in ("One", "Two"):
+    assert parts[part] == expected_of(arrays, [f"{part}_a", f"{part}_b"]) | {"images": 2}
+  assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+    "maps", "One", "Two",
+  ]  # fmt: skip
+  save(arrays["One_c"][0], maps / "One_c.png")  # of the train split
+  assert score.run(maps, root, resamples=0, split="test")["predictions"] == got | {"parts": parts}
+  assert "1 maps of" in caplog.text and "are left out" in caplog.text
+  with pytest.raises(ValueError, match=r"no prediction Two_c\.\* in"):
+    score.run(maps, root, split="train")
+  save(arrays["One_c"][0], maps / "unknown.png")
+  with pytest.raises(ValueError, match=r"no mask unknown\.\* in split test"):
+    score.run(maps, root)
+
+
+def test_one_dataset_is_named_by_its_folder_or_by_its_masks(union):
+  root, _, arrays = union
+  maps = root.parent / "alone"
+  for stem in "ab":
+    save(arrays[f"One_{stem}"][0], maps / f"{stem}.png")
+  expected = expected_of(arrays, ["One_a", "One_b"])
+  assert score.run(maps, root / "One", resamples=0)["predictions"] == expected
+  got = score.run(maps, root / "One/masks", resamples=0, split="test")
+  assert got["predictions"] == expected
+  with pytest.raises(ValueError, match="is a dataset. If the maps are of one split, write --masks"):
+    score.run(maps, root / "One/masks")
+  with pytest.raises(ValueError, match="--split test: .*alone is no dataset"):
+    score.run(maps, maps, split="test")
+
+
+@pytest.mark.parametrize(
+  ("of_maps", "of_masks"),
+  [("{}_pred", "{}"), ("{}", "{}_mask"), ("out-{}.sigmoid", "gt_{}_v2"), ("pred_{}", "{}_pixels0")],
+)
+@pytest.mark.parametrize("stems", [("Misc_1", "Misc_2", "Misc_13"), ("XDU0",)])
+def test_what_all_names_share_is_dropped_if_they_agree_then(tmp_path, of_maps, of_masks, stems):
+  rng = np.random.default_rng(2)
+  arrays = {stem: scene(rng, 20, 30) for stem in stems}
+  for stem, (levels, mask) in arrays.items():
+    save(levels, tmp_path / "maps" / f"{of_maps.format(stem)}.png")
+    save(mask.astype(np.uint8) * 255, tmp_path / "masks" / f"{of_masks.format(stem)}.png")
+  got = score.run(tmp_path / "maps", tmp_path / "masks", resamples=0)["predictions"]
+  assert got == expected_of(arrays, sorted(stems))
+
+
+def test_an_ending_that_not_all_share_is_kept(folders):
+  maps, masks, *_ = folders
+  for path in list(maps.iterdir())[:2]:
+    path.rename(path.with_name(f"{path.stem}_pred.png"))
+  with pytest.raises(ValueError, match="no prediction"):
+    score.run(maps, masks)
+
+
+def test_twenty_problems_of_one_kind_are_shown(tmp_path):
+  (tmp_path / "maps").mkdir()
+  np.save(tmp_path / "maps/other.npy", np.zeros((5, 6)))
+  for i in range(30):
+    save(np.zeros((5, 6), np.uint8), tmp_path / "masks" / f"{i}.png")
+  with pytest.raises(ValueError) as error:
+    score.run(tmp_path / "maps", tmp_path / "masks")
+  lines = str(error.value).splitlines()
+  assert lines[0] == "31 problems with the files:" and "no mask other.*" in lines[1]
+  assert len(lines) == 1 + 1 + 20 + 1 and lines[-1].strip() == "… and 10 more of this kind"

@@ -321,6 +321,33 @@ def test_runs_of_other_lengths_or_crops_are_rows_of_their_own(toy, tmp_path):
   }  # fmt: skip
 
 
+def test_a_folder_with_two_test_sets_names_them_and_counts_the_deployed_branch(toy, tmp_path):
+  config = sweeping.config("")
+  fake(sweep.Run(None, 0, config, tmp_path / "a", None), 0.5)
+  path = tmp_path / "a/metrics.json"
+  files.write_json(path, json.loads(path.read_text()) | {"params_deployed": 4_000})
+  found, results = table.collect_folder(tmp_path)
+  assert found.head == ("Run",) and results[0].cells["params_m"].values == (0.004,)
+  assert "P counts the parameters of the deployed branch." in table.markdown(found, results)
+  config = config.copy_and_resolve_references()
+  config.data.synthetic_test += 1
+  fake(sweep.Run(None, 0, config, tmp_path / "b", None), 0.5)
+  found, results = table.collect_folder(tmp_path)
+  sets = [r.row.label[1] for r in results]
+  assert found.head == ("Run", "Test set") and len(set(sets)) == 2
+  assert all(name in table.markdown(found, results) for name in sets)
+
+
+def test_rows_of_different_test_images_are_not_compared(toy, tmp_path):
+  results = with_maps(tmp_path, toy)
+  (run, *others) = results[1].runs
+  config = run.config.copy_and_resolve_references()
+  config.data.synthetic_test += 1
+  results[1] = results[1]._replace(runs=[run._replace(config=config), *others])
+  with pytest.raises(ValueError, match="their test images differ"):
+    table.paired(results, resamples=5)
+
+
 def test_rows_are_compared_with_the_baseline_that_they_name(toy, tmp_path):
   results = with_maps(tmp_path, toy)
   results = [r._replace(row=r.row._replace(baseline="toy-fdep_wo_coisd")) for r in results]

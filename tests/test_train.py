@@ -54,6 +54,9 @@ def test_every_mode_trains_and_reports_its_branches(toy, tmp_path, mode):
   for name in branches:
     assert {"hse", "hse_p", "hse_t", "iou", "niou", "pd", "fa"} <= set(metrics[name])
   assert {"params", "flops", "seconds_per_image", "checkpoint", "split", "last"} <= set(metrics)
+  own = build.parameters(toy_config(mode="original"))
+  assert metrics["params_deployed"] == (metrics["params"] if mode == "fdep_wo_coisd" else own)
+  assert (metrics["params"] == own) == (mode == "original")
   assert settings.load(tmp_path).mode == mode
   assert (tmp_path / "examples.png").stat().st_size > 1000
   (shown,) = report._read(tmp_path / "report.html")["runs"]

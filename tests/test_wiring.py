@@ -117,7 +117,7 @@ def test_the_deployed_branch_is_what_is_loaded_and_reported(tmp_path, monkeypatc
         ),
       )  # fmt: skip
       assert detector.load(tmp_path / mode).branch == branch
-    row = {"params": 1, "deployed": branch, "seconds_per_image": 0.123}
+    row = {"params": 1, "params_deployed": 1, "deployed": branch, "seconds_per_image": 0.123}
     scores = dict.fromkeys(("iou", "niou", "pd", "fa", "hse_p", "hse_t", "hse"), 0.5)
     both = {"light": scores, "main": scores}
     lines = {line.split()[0]: line for line in evaluate.table({**row, **both}).splitlines()[1:]}

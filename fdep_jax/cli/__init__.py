@@ -30,7 +30,7 @@ TAKES = {  # mode: the flags that it may have besides; it refuses all others
   "eval": ("method", "checkpoint", "data", "out"),
   "predict": ("workdir", "method", "checkpoint", "branch", "threshold", "range", "out"),
   "export": ("workdir", "checkpoint", "out"),
-  "score": ("out",),
+  "score": ("split", "out"),
   "plan": ("workdir", "out", "thorough"),
   "report": (),
   "sweep": ("task", "seeds"),
@@ -79,7 +79,8 @@ def program_flags():
   flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
   flags.DEFINE_string("range", None, "predict, validate: black to white: LOW,HIGH, full or auto")
   flags.DEFINE_list("predictions", None, "score: folder of probability maps; A,B compares two")
-  flags.DEFINE_string("masks", None, "score: folder of masks")
+  flags.DEFINE_string("masks", None, "score: folder of masks, or of a dataset")
+  flags.DEFINE_enum("split", None, ("train", "test", "all"), "score: of a dataset; default test")
   flags.DEFINE_string("out", None, "folder to write; report: a file .html")
   flags.DEFINE_list("runs", None, "report: folders of evaluated runs, A,B,C,D")
   flags.DEFINE_string("task", None, "sweep: i/n, the share of this process, 0/n to n−1/n")

@@ -29,7 +29,7 @@ def command(flags) -> None:
 
 
 def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
-  """Reads both splits, prints what is in them, and writes `<out>/<name>.png`.
+  """Reads all splits, prints what is in them, and writes `<out>/<name>.png`.
 
   Args:
     root: folder of a dataset, or "tfds:<name>".
@@ -43,6 +43,8 @@ def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
     DataError: lists all problems.
   """
   splits = {split: data.load(root, split, values=values) for split in ("train", "test")}
+  if not root.startswith("tfds:") and (own := data.load(root, "val", values=values)):
+    splits["val"] = own
   found = {split: facts(samples) for split, samples in splits.items()}
   name = pathlib.Path(root.removeprefix("tfds:")).name
   print(f"{root}: no problems" + (f", range {values}" if values else ""))

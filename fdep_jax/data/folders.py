@@ -12,8 +12,13 @@ Accepted layouts, with NAME for the folder's own name:
 IRSTD-1K's own folders IRSTD1k_Img and IRSTD1k_Label are accepted as images and masks. The names of
 masks may end in _pixels0 (NUAA-SIRST), _mask, _gt or _label. Names in split files may have folders
 (sequence_1/0001). Without train.txt, trainval.txt is read as the train split.
+
+A third split, val.txt or val/ beside test/, holds the images that select the checkpoint. It must
+share no name with train or test. If it is the test split once more, as in some public copies, or if
+a part of a union has none, it is not read.
 """
 
+import itertools
 import logging
 import math
 import re
@@ -29,8 +34,10 @@ from fdep_jax.data import frames
 from fdep_jax.data import samples as sample_lib
 from fdep_jax.data.samples import Sample
 from fdep_jax.metrics import masks as mask_rules
+from fdep_jax.runtime.problems import shorten
 
 SPLITS = ("train", "test")
+VAL = "val"  # a dataset may have it
 
 # Numbers of train and test pairs, counted on the full public copies. Unions are read in this order,
 # the paper's order of SIRST3's parts.
@@ -95,7 +102,7 @@ def measure_range(root: str | Path) -> tuple[float, float]:
       problems.append(_Problem(f"{path.relative_to(root)}: {error}"))
   if problems or not low < high:
     texts = [p.text for p in problems] or [f"all train images hold the one value {low:g}"]
-    raise DataError("\n  ".join([f"{root}: the range cannot be measured:", *texts]))
+    raise DataError("\n  ".join([f"{root}: the range cannot be measured:", *shorten(texts)]))
   return low, high
 
 
@@ -109,7 +116,7 @@ def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample
 
   Args:
     root: the dataset's folder, see the top of this file.
-    split: "train", "test" or "all" (train, then test).
+    split: "train", "test", "all" (train, then test), or "val", which is [] if there is none.
     values: range that becomes the grey levels, see `frames.grey_levels`; "": reads 8 bits only.
 
   Raises:
@@ -119,8 +126,8 @@ def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample
     MissingDataError: a DataError and FileNotFoundError, if the only problems are folders, split
       files, images or masks that do not exist.
   """
-  if split not in (*SPLITS, "all"):
-    raise ValueError(f"split is {split!r}; it must be 'train', 'test' or 'all'")
+  if split not in (*SPLITS, VAL, "all"):
+    raise ValueError(f"split is {split!r}; it must be 'train', 'test', 'val' or 'all'")
   root = Path(root)
   wanted = SPLITS if split == "all" else (split,)
   parts, problems = _survey(root)
@@ -138,7 +145,7 @@ def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample
     texts = [p.text for p in problems]
     title = f"{root}: {len(texts)} problem{'s' * (len(texts) > 1)} in split {split!r}"
     kind = MissingDataError if all(p.missing for p in problems) else DataError
-    raise kind("\n  ".join([title, *texts]))
+    raise kind("\n  ".join([title, *shorten(texts)]))
   for which in wanted:
     _compare_counts(root, which, {part: len(pairs[which]) for part, pairs in parts.items()})
   return result
@@ -153,6 +160,45 @@ def parts(root: str | Path, split: str) -> dict[str, int]:
     return {}
   found, _ = _survey(Path(root))
   return {part.name: len(pairs[split]) for part, pairs in found.items()}
+
+
+def is_dataset(folder: str | Path) -> bool:
+  """Returns whether a folder has images beside masks, or is a union of such folders."""
+  folder = Path(folder)
+  children = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+  return any(map(_has_both, [folder, *children]))
+
+
+def _has_both(folder: Path) -> bool:
+  if not folder.is_dir():
+    return False
+  halves = _child(folder, _IMAGES), _child(folder, _MASKS)
+  return all(halves) or (not any(halves) and _is_dataset(folder))
+
+
+def masks(root: str | Path, split: str) -> dict[str, dict[str, Path]]:
+  """Lists the masks of a split without opening them.
+
+  Args:
+    root: the dataset's folder.
+    split: "train", "test" or "all".
+
+  Returns:
+    {folder's name: {name: mask}} for each part of a union, or of the dataset alone; order and names
+    are those of `read`.
+
+  Raises:
+    DataError: split files, images or masks are missing.
+  """
+  wanted = SPLITS if split == "all" else (split,)
+  parts, problems = _survey(Path(root))
+  texts = [p.text for p in problems if p.split in (None, *wanted)]
+  if texts:
+    raise MissingDataError("\n  ".join([f"{root}: split {split!r}", *shorten(texts)]))
+  return {
+    part.name: {pair.name: pair.mask for which in wanted for pair in pairs[which]}
+    for part, pairs in parts.items()
+  }
 
 
 def validate(root: str | Path) -> dict[str, int]:
@@ -209,8 +255,19 @@ def _survey(root: Path) -> tuple[dict[Path, dict[str, list[_Pair]]], list[_Probl
     list_pairs = _list_by_split_files if split_files else _list_pal
     parts[folder], found = list_pairs(folder)
     problems += [p._replace(text=_show(folder, root) + p.text) for p in found]
+  _drop_partial_val(parts)
   _prefix_colliding_names(parts)
   return parts, problems
+
+
+def _drop_partial_val(parts: dict[Path, dict[str, list[_Pair]]]) -> None:
+  """Leaves the validation splits of a union out if not every part has one."""
+  having = [part.name for part, splits in parts.items() if splits[VAL]]
+  if having and len(having) < len(parts):
+    message = "the validation split of %s is not read, as other parts of the union have none"
+    _LOG.warning(message, ", ".join(having))
+    for splits in parts.values():
+      splits[VAL] = []
 
 
 def _reading_order(part: Path) -> tuple[int, str]:
@@ -263,16 +320,39 @@ def _list_by_split_files(part: Path) -> tuple[dict[str, list[_Pair]], list[_Prob
       problems.append(_Problem(f"{folder.name}: no {kind} files in this folder", missing=True))
   names = {
     split: [_resolve(name, files["image"]) for name in _split_names(part, split, problems)]
-    for split in SPLITS
+    for split in (*SPLITS, VAL)
   }
+  if names[VAL] and not _is_own(part, names):
+    names[VAL] = []
+  if names[VAL] and _from_trainval(part):
+    held_out = set(names[VAL])
+    names["train"] = [name for name in names["train"] if name not in held_out]
   _check_names(names, problems)
   if not (files["image"] and files["mask"]):
-    return {split: [] for split in SPLITS}, problems
-  return {s: _match(names[s], files["image"], files["mask"], s, problems) for s in SPLITS}, problems
+    return {split: [] for split in names}, problems
+  return {s: _match(names[s], files["image"], files["mask"], s, problems) for s in names}, problems
+
+
+def _is_own(part: Path, names: dict[str, list[str]]) -> bool:
+  """Returns whether the validation split is not just the test split under another name."""
+  if set(names[VAL]) != set(names["test"]):
+    return True
+  _LOG.warning("%s: the split val is the test split, so it is not read", part)
+  return False
+
+
+def _from_trainval(part: Path) -> bool:
+  places = (part, part / "splits")
+  return not any((p / "train.txt").is_file() for p in places) and any(
+    (p / "trainval.txt").is_file() for p in places
+  )
 
 
 def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
-  """Reads the names in a split's file, without extension; [] and a problem if there is none."""
+  """Reads the names in a split's file, without extension.
+
+  Returns [] if there is none, and adds a problem unless the split is val.
+  """
   index = part / "img_idx"
   looked_for = [
     index / f"{split}_{part.name}.txt",
@@ -292,6 +372,8 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
       text = f"img_idx has {', '.join(p.name for p in found)}; rename the right one to"
       problems.append(_Problem(f"{text} {split}_{part.name}.txt", split))
       return []
+  if not found and split == VAL:
+    return []
   if not found:
     tried = " or ".join(str(p.relative_to(part)) for p in looked_for)
     others = sorted(p.relative_to(part).as_posix() for p in part.glob("**/*.txt"))[:10]
@@ -331,24 +413,27 @@ def _split_folder(part: Path, split: str, problems: list[_Problem]) -> list[Path
     text = f"{listed} each have train.txt and test.txt; copy the right two to splits/"
     problems.append(_Problem(text, split))
     return []
-  return [folder / f"{split}.txt" for folder in both]
+  return [f for f in (folder / f"{split}.txt" for folder in both) if f.is_file()]
 
 
 def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
   """Lists the pairs of a layout with a folder per split.
 
-  PAL has train (or its copy, origin) and val, its test set. Beside a folder test, val is not read.
+  PAL has train (or its copy, origin) and val, its test set. Beside a folder test, val is the
+  validation split.
   """
   problems, files = [], {}
-  for split, choices in (("train", ("train", "origin")), ("test", ("test", "val"))):
+  choices_of = {"train": ("train", "origin"), "test": ("test", "val"), VAL: ("val",)}
+  for split, choices in choices_of.items():
     halves = [h for h in (_child(part, [c]) for c in choices) if h and _child(h, _IMAGE_HALVES)]
-    if split == "test" and len(halves) > 1:
-      _LOG.warning("%s is not read: held-out images are drawn from train", halves[1])
     files[split] = {}, {}
-    if not halves:
+    if split == VAL and not _child(part, ["test"]):
+      continue
+    if not halves and split != VAL:
       tried = " or ".join(f"{c}/img, {c}/images" for c in choices)
       text = f"no folder for split {split!r}; looked for {tried} in {part}"
       problems.append(_Problem(text, split, missing=True))
+    if not halves:
       continue
     folders = {"img": _child(halves[0], _IMAGE_HALVES), "mask": _child(halves[0], _MASK_HALVES)}
     files[split] = tuple(_files(folder) if folder else {} for folder in folders.values())
@@ -357,6 +442,8 @@ def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
         text = f"{halves[0].name}/{kind}: no image files in this folder"
         problems.append(_Problem(text, split, missing=True))
   names = {s: sorted(images, key=_natural) for s, (images, _) in files.items()}
+  if names[VAL] and not _is_own(part, names):
+    names[VAL], files[VAL] = [], ({}, {})
   _check_names(names, problems)
   pairs: dict[str, list[_Pair]] = {}
   for split, (images, masks) in files.items():
@@ -374,8 +461,9 @@ def _check_names(names: dict[str, list[str]], problems: list[_Problem]) -> None:
     for name, count in Counter(listed).items():
       if count > 1:
         problems.append(_Problem(f"{split}: {name} is listed {count} times", split))
-  for name in sorted(set(names["train"]) & set(names["test"]), key=_natural):
-    problems.append(_Problem(f"{name} is in both train and test"))
+  for one, other in itertools.combinations(names, 2):
+    for name in sorted(set(names[one]) & set(names[other]), key=_natural):
+      problems.append(_Problem(f"{name} is in both {one} and {other}"))
 
 
 def _match(
@@ -469,7 +557,8 @@ def _decode_pair(pair: _Pair, values: frames.Range) -> tuple[Sample | None, list
 def _compare_counts(root: Path, split: str, counts: dict[Path, int]) -> None:
   for part, number in (counts | {root: sum(counts.values())}).items():
     name = known_name(part)
-    expected = KNOWN_COUNTS[name][SPLITS.index(split)] if name else number
+    known = name and split in SPLITS
+    expected = KNOWN_COUNTS[name][SPLITS.index(split)] if known else number
     if number != expected:
       message = "%s: %d %s pairs, but %s has %d; results are not comparable with published ones"
       _LOG.warning(message, part, number, split, name, expected)

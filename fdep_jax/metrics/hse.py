@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 
 from fdep_jax.metrics import components, pixels
+from fdep_jax.runtime.problems import listing
 
 # 0.05, 0.10 … 0.95 as float32, so that a score saved as 0.15 is not above the threshold 0.15.
 THRESHOLDS = (np.arange(1, 20) / 20).astype(np.float32)
@@ -547,11 +548,3 @@ def check(prob, mask):
 
 def _shape(array):
   return "×".join(map(str, array.shape)) or "a single number"
-
-
-def listing(what, problems):
-  """Formats a list of problems as the text of one error."""
-  number = len(problems)
-  return f"{number} problem{'s' * (number > 1)} with the {what}:\n" + "\n".join(
-    f"  {p}" for p in problems
-  )

@@ -37,6 +37,7 @@ class Table(NamedTuple):
   columns: tuple[str, ...]  # of metrics.columns.METRICS
   rows: tuple[Row, ...]
   seeds: tuple[int, ...] = (0,)
+  trained_params: bool = True  # P as the paper counts it, else of the deployed branch alone
 
 
 def load(path: str | os.PathLike) -> Table:

@@ -155,16 +155,34 @@ def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
     raise FileNotFoundError(
       f"{workdir} contains no finished run: no metrics.json beside a config.json."
     )
+  # The sets are named as soon as there are two: numbers of different images are not comparable.
+  sets = {key: _test_set(runs[0]) for key, runs in groups.items()}
+  mixed = len(set(sets.values())) > 1
   title = f"Runs in {workdir.name or workdir}"
   folders = [runs[0].folder.relative_to(workdir).as_posix() for runs in groups.values()]
   short = [re.sub(r"_seed\d+$", "", name) for name in folders]
   names = [s if short.count(s) == 1 else name for s, name in zip(short, folders, strict=True)]
-  rows = tuple(Row(name, (name,), {}, {}) for name in names)
-  table = Table(title, ("Run",), tuple(METRICS), rows)
+  labels = [
+    (name, sets[key]) if mixed else (name,) for name, key in zip(names, groups, strict=True)
+  ]
+  rows = tuple(Row(label[0], label, {}, {}) for label in labels)
+  head = ("Run", "Test set") if mixed else ("Run",)
+  table = Table(title, head, tuple(METRICS), rows, trained_params=False)
   return table, [
     _result(table, row, [run._replace(row=row) for run in runs], "", None)
     for row, runs in zip(rows, groups.values(), strict=True)
   ]
+
+
+def _test_set(run: sweep.Run) -> str:
+  """Names the test images of a run: the data's folder, and what tells it from one of its name."""
+  root = run.config.data.root
+  if root == "synthetic":
+    return f"synthetic, {run.config.data.synthetic_test} of {run.config.data.synthetic_size} pixels"
+  found = json.loads((run.folder / "metrics.json").read_text())
+  digest = found.get("test_sha256", "")[:8]
+  name = pathlib.Path(root).name
+  return f"{name}, {found['images']} images ({digest})" if digest else name
 
 
 def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
@@ -179,7 +197,11 @@ def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
     cells[name] = Cell(row.paper.get(name), kept, lacks)
   for name, (_, key, factor, _) in COSTS.items():
     more = row.uncounted if name == "params_m" else 0
-    values = tuple((m[key] + more) * factor for m in metrics if m[key] is not None)
+    if name == "params_m" and not table.trained_params:
+      found = [m.get("params_deployed", m[key]) for m in metrics]
+    else:
+      found = [m[key] for m in metrics]
+    values = tuple((value + more) * factor for value in found if value is not None)
     if name == "params_m" and unbuilt is not None and unbuilt.mode != "classical":
       try:
         values = ((build.parameters(unbuilt) + more) * factor,)
@@ -291,10 +313,13 @@ def _ours(cell: Cell, decimals: int) -> str:
 
 _LEGEND = (
   "Ours: mean ± standard deviation (number of seeds) of the deployed branch on the test split; "
-  "percent. P counts all trained parameters, SAMF included. FLOPs (two for a multiply-add) and "
-  "time are for one crop-sized image and the deployed branch; the time is on the machine that "
-  "evaluated, the paper's on an RTX 4090."
+  "percent. {} FLOPs (two for a multiply-add) and time are for one crop-sized image and the "
+  "deployed branch; the time is on the machine that evaluated, the paper's on an RTX 4090."
 )
+_P = {  # by Table.trained_params
+  True: "P counts all trained parameters, SAMF included.",
+  False: "P counts the parameters of the deployed branch.",
+}
 
 
 def markdown(table: Table, results: Sequence[Result], comparisons: dict | None = None) -> str:
@@ -310,7 +335,7 @@ def markdown(table: Table, results: Sequence[Result], comparisons: dict | None =
   for block in grid.lines:
     for i, cells in enumerate(block):
       lines.append(_line(cells if not i else [""] * len(table.head) + cells[len(table.head) :]))
-  lines += ["", _LEGEND, ""]
+  lines += ["", _LEGEND.format(_P[table.trained_params]), ""]
   lines += [f"[{i}] {note}  " for i, note in enumerate(grid.notes, 1)]
   others = main_branches(results)
   if others:
@@ -439,6 +464,16 @@ def main_branches(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
   return found
 
 
+def _check_same_images(result: Result, other: Result, pair) -> None:
+  """Raises ValueError if two rows were evaluated on different images."""
+  sets = [_test_set(r.runs[0]) for r in (result, other)]
+  if sets[0] != sets[1] or len(pair[0]) != len(pair[1]):
+    raise ValueError(
+      f"{result.row.name} is compared with {other.row.name}, but their test images differ: "
+      f"{sets[0]} and {sets[1]}. Name a baseline with the same data."
+    )
+
+
 def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[str, Gap]]:
   """Compares each row with its baseline (`experiments.baselines`) on the same resampled images.
 
@@ -468,6 +503,7 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
       pairs = [pair for pair in pairs if None not in pair]
       if not pairs:
         continue
+      _check_same_images(result, other, pairs[0])
       count = len(pairs[0][0])
       weights = np.concatenate([np.ones((1, count)), bootstrap.draw(count, resamples, 0)])
       each = [[bootstrap.samples(total, weights) for total in pair] for pair in pairs]
