@@ -110,7 +110,7 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
       if not (refused and name in _NEEDS_A_CURVE)
     }
   metrics["options"] = vars(options)
-  print(_table(metrics, folders))
+  print(_table(metrics, folders, {name: found["score"] for name, found in sets.items()}))
   if out is not None:
     _write(pathlib.Path(out), metrics, sets["predictions"])
   return metrics
@@ -465,7 +465,7 @@ def _json(value):
   return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _table(metrics, folders):
+def _table(metrics, folders, scores):
   """Formats the paper's columns, in percent (Fa × 10⁶), with the 95 % intervals below."""
 
   def line(name, cells):
@@ -486,6 +486,8 @@ def _table(metrics, folders):
         lines.append(line("  95 %", cells))
     if "hse_refused" in values:
       lines.append(values["hse_refused"])
+    elif warning := hse.warning_of_merging(scores[name]):
+      lines.append(f"Warning: {pathlib.Path(folder).name}: {warning}")
   if "comparison" in metrics:
     compared = metrics["comparison"]
     chances = [compared.get(c.key, {}).get("a_is_better") for c in columns.METRICS.values()]

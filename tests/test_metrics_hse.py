@@ -325,3 +325,17 @@ def test_roc_prefers_the_worse_of_two_detectors_and_hse_does_not(tmp_path):
   assert found["I"].roc_auc > found["II"].roc_auc + 0.01
   assert found["I"].hse < 0.1 < 0.9 < found["II"].hse
   assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_thresholds_that_merge_targets_are_said():
+  hits = np.array([0, 3, 9, 10, 8, 5])
+  np.testing.assert_array_equal(hse.merging(hits), [True, True, False, False, False, False])
+  prob, mask = np.full((20, 20), 0.06, np.float32), np.zeros((20, 20), bool)
+  mask[3:5, 3:5] = mask[14:16, 14:16] = True
+  prob[mask] = 0.9
+  score = hse.score(prob, mask)
+  assert score.hse_t == 0.5  # perfect from 0.1 on; the point at 0.05 starts the curve
+  warning = hse.warning_of_merging(score)
+  assert warning.startswith("at prob > 0.05 ") and "0 of 2 targets" in warning
+  prob[prob < 0.1] = 0.04
+  assert hse.score(prob, mask).hse_t == 1 and not hse.warning_of_merging(hse.score(prob, mask))

@@ -387,6 +387,43 @@ def target_curve(hits, predicted, targets, options):
   return recall, precision, (np.diff(recall, axis=-1) * height).sum(-1)
 
 
+MERGED = 0.9  # of the most targets that any threshold finds
+
+
+def merging(hits):
+  """Marks thresholds that find fewer targets than a higher one does.
+
+  A lower threshold keeps every pixel, but predictions merge with each other or with the background,
+  so that their centroids leave the targets.
+
+  Args:
+    hits: numbers of found targets at ascending thresholds.
+
+  Returns:
+    Bools: below the threshold that finds most, and fewer than `MERGED` of its number.
+  """
+  hits = np.asarray(hits)
+  most = int(hits.argmax())
+  return (np.arange(len(hits)) < most) & (hits < MERGED * hits[most])
+
+
+def warning_of_merging(score):
+  """Says which thresholds merge targets, in one sentence; "" if none does."""
+  order = np.argsort(score.curves["threshold"])
+  thresholds = score.curves["threshold"][order]
+  hits = score.curves["threshold_hits"][order]
+  merged = merging(hits)
+  if not merged.any():
+    return ""
+  best = int(hits.argmax())
+  listed = ", ".join(f"{t:.2g}" for t in thresholds[merged])
+  return (
+    f"at prob > {listed} predictions merge with each other or with the background: "
+    f"{hits[merged].min()} of {score.targets} targets are found at least, {hits[best]} at "
+    f"{thresholds[best]:.2g}. These points lower HSE-T (docs/metric.md)."
+  )
+
+
 def image_iou(counts, options):
   """Computes the IoU of each image at prob > 0.5; NaN if `empty_niou` leaves the image out."""
   union = counts.target_pixels + counts.predicted_pixels - counts.intersection
