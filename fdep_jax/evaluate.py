@@ -29,7 +29,6 @@ def probabilities(
   samples: Sequence[data.Sample],
   batch_size: int,
   the_mesh,
-  canvas: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
   """Yields (place in `samples`, {branch: H×W probabilities}), images of equal shape together.
 
@@ -40,14 +39,12 @@ def probabilities(
     samples: images of any size; maps have the same sizes.
     batch_size: images at once, rounded up to a multiple of the devices.
     the_mesh: devices.
-    canvas: height and width to pad every image to; default one per shape.
   """
   devices = the_mesh.devices.size
   batches = data.eval_batches(
     samples,
     PAD,
     -(-batch_size // devices) * devices,
-    canvas=canvas,
     row_multiple=devices,
   )
   for batch in batches:

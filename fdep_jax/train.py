@@ -311,7 +311,6 @@ class Loop:
       self.selection,
       config.eval.batch_size,
       self.mesh,
-      data.canvas_size(self.selection, evaluate.PAD),
     )
     scores = evaluate.score(self.signals.passing(maps), self.selection)
     value = scores[forward.deployed_branch(config.mode)].hse
