@@ -18,7 +18,8 @@ import sweeping
 from helpers import command, samples_and_maps, write_report
 from ml_collections import ConfigDict
 
-from fdep_jax import forward, settings
+from fdep_jax import evaluate, forward, settings
+from fdep_jax.metrics import per_image
 from fdep_jax.runtime import files
 from fdep_jax.tables import experiments, figures, sweep, table
 from fdep_jax.tables.experiments import Row, Table
@@ -364,6 +365,41 @@ def test_rows_with_maps_are_compared_on_the_same_images(toy, tmp_path):
   assert low <= difference <= high and difference > 50
   assert np.mean(by_seed) == pytest.approx(difference)
   assert "Paired over test images" in table.markdown(sweeping.table(), results)
+
+
+def test_the_counts_of_the_images_give_the_comparison_of_the_maps(toy, tmp_path):
+  results = with_maps(tmp_path, toy)
+  expected = table.paired(results, resamples=50)
+  for run in six(tmp_path, toy):
+    branch, path = forward.deployed_branch(run.config.mode), run.folder / "metrics.json"
+    total = figures.totals(run)
+    per_image.save(run.folder / per_image.FILE, {branch: total})
+    metrics = json.loads(path.read_text())
+    metrics[branch] |= total.result().as_dict()
+    path.write_text(json.dumps(metrics))
+    shutil.rmtree(run.folder / "probs")
+  found = table.paired(results, resamples=50)
+  assert found == expected and len(found) == 2
+  # A file that is not of the metrics beside it is refused.
+  best, worst = (tmp_path / f"toy-{name}_seed0" / per_image.FILE for name in ("fdep", "original"))
+  shutil.copy(worst, best)
+  with pytest.raises(ValueError, match="of another evaluation than metrics.json beside it"):
+    table.paired(results, resamples=5)
+
+
+def test_runs_on_different_test_images_are_not_compared(toy, tmp_path):
+  results = with_maps(tmp_path, toy)
+  runs = [run for run in six(tmp_path, toy) if run.row.name == "toy-fdep"]
+  for run in runs:
+    samples, maps = samples_and_maps(3)
+    total = evaluate.accumulate(enumerate({"light": prob} for prob in maps), samples)["light"]
+    per_image.save(run.folder / per_image.FILE, {"light": total})
+    path = run.folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["light"] |= total.result().as_dict()
+    path.write_text(json.dumps(metrics))
+  with pytest.raises(ValueError, match="needs the same images and options"):
+    table.paired(results, resamples=5)
 
 
 def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_listed_and_compared(toy, tmp_path):

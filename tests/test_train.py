@@ -108,7 +108,13 @@ def test_selection_and_final_evaluation_score_a_checkpoint_alike(toy, tmp_path, 
   assert fresh == [[(2, 32, 64, 3), (2, 64, 32, 3), (4, 64, 64, 3)], [], []]
   prior = build.load_prior(config)
   loaded = (images._replace(test=images.val), prior, build.create_model(config, prior))
-  found = evaluate.evaluate(tmp_path / "run", config, loaded, out=tmp_path / "out")
+  monkeypatch.setattr(evaluate, "cost", lambda *a: {"flops": 1.0, "seconds_per_image": 1.0})
+  for route in (False, True):  # by numpy, and by the jitted counts
+    monkeypatch.setattr(evaluate, "COUNT_JITTED", route)
+    out = tmp_path / str(route)
+    found = evaluate.evaluate(tmp_path / "run", config, loaded, out=out)
+  for name in ("metrics.json", "counts.npz"):
+    assert (out / name).read_bytes() == (tmp_path / "False" / name).read_bytes()
   for scores in (found, found["last"]):
     for branch, selected in logged[scores["checkpoint"]].items():
       assert selected["hse"] > 0

@@ -442,12 +442,15 @@ def main_branches(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
 def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[str, Gap]]:
   """Compares each row with its baseline (`experiments.baselines`) on the same resampled images.
 
-  Needs the runs' probability maps (eval.save_probs). In every resample of the test images the
-  differences of all seeds are averaged, so the interval is over images, not over trainings. If a
-  row deploys the light branch, its main branch is compared, too.
+  Needs the runs' `counts.npz`, or of older runs the maps (eval.save_probs). In every resample of
+  the test images the differences of all seeds are averaged, so the interval is over images, not
+  over trainings. If a row deploys the light branch, its main branch is compared, too.
 
   Returns:
     {"ROW − BASELINE, seeds": {metric: gap}}.
+
+  Raises:
+    ValueError: the two were evaluated on different images.
   """
   import numpy as np
 
@@ -463,11 +466,13 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
     ours, theirs = ({run.seed: run for run in r.runs} for r in (result, other))
     for branch in ("", "main") if main_branches([result]) else ("",):
       pairs = [
-        (figures.totals(ours[s], branch), figures.totals(theirs[s])) for s in ours if s in theirs
+        (figures.counts(ours[s], branch), figures.counts(theirs[s])) for s in ours if s in theirs
       ]
       pairs = [pair for pair in pairs if None not in pair]
       if not pairs:
         continue
+      for pair in pairs:
+        bootstrap.check_pair(*pair)
       count = len(pairs[0][0])
       weights = np.concatenate([np.ones((1, count)), bootstrap.draw(count, resamples, 0)])
       each = [[bootstrap.samples(total, weights) for total in pair] for pair in pairs]
