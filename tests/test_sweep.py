@@ -1,6 +1,8 @@
 """Sweeps: each row once, whoever is killed; failures recorded; tables of what there is."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import pathlib
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -139,6 +142,65 @@ def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_pa
   (run.folder / "metrics.json").unlink()
   with files.locked(run.folder, "sweep.lock"):
     assert "running step 4 of 12 (process" in str(sweep.state(run))
+
+
+def test_looking_at_a_run_never_makes_its_start_fail(tmp_path):
+  """Somebody who looks at a lock holds it for a moment: here for a third of every second."""
+  begin, looks = threading.Event(), []
+
+  def look():
+    with open(tmp_path / "lock", "a+") as file:
+      while len(looks) < 6:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        begin.set()
+        time.sleep(0.05)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        looks.append(1)
+        time.sleep(0.1)
+
+  thread = threading.Thread(target=look)
+  thread.start()
+  begin.wait()
+  for _ in range(3):
+    begin.clear()
+    begin.wait()  # the lock is held now
+    with files.locked(tmp_path):
+      assert re.match(r"process \d+ on", files.holder(tmp_path, "lock"))
+  thread.join()
+  with files.locked(tmp_path), pytest.raises(files.InUse, match="is in use: process"):
+    with files.locked(tmp_path):  # a training holds it for longer than any look
+      pass
+
+
+@pytest.mark.parametrize("vanishes", ["metrics.json", "failed.json"])
+def test_a_file_that_a_starting_run_removes_or_replaces_is_no_error_of_the_view(
+  toy, tmp_path, monkeypatch, vanishes
+):
+  """Whatever it has seen before: the file vanishes before every further read of it."""
+  runs, read = six(tmp_path, toy), pathlib.Path.read_text
+  fake(runs[0], 0.5)
+  sweep._record(runs[0].folder, "the first attempt")
+  if vanishes == "failed.json":
+    (runs[0].folder / "metrics.json").unlink()
+  path = runs[0].folder / vanishes
+  for allowed in range(3):  # reads that find it
+    left = [True] * allowed
+
+    def once(self, *a, left=left, **k):
+      if self == path and not left:
+        raise FileNotFoundError(2, "No such file or directory", str(self))
+      if self == path:
+        left.pop()
+      return read(self, *a, **k)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", once)
+    words = {state.word for state in map(sweep.state, runs)}
+    assert words <= {"finished", "failed", "begun", "missing"}
+    left[:] = [True] * allowed
+    table.collect(sweeping.table(), sweeping.config(""), tmp_path)
+    left[:] = [True] * allowed
+    with contextlib.suppress(FileNotFoundError):  # "contains no finished run"
+      table.collect_folder(tmp_path)
 
 
 def test_the_end_of_a_run_by_epochs_is_what_its_evaluation_says(toy, tmp_path):

@@ -117,18 +117,19 @@ def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[
   results = []
   for row in table.rows:
     mine = [run for run in everything if run.row.name == row.name]
-    states = {run.seed: sweep.state(run) for run in mine}
-    done = [run for run in mine if states[run.seed].word == "finished"]
+    found = {run.seed: sweep.results(run) for run in mine}
+    done = [run for run in mine if found[run.seed] is not None]
     reasons = {
-      seed: str(state).replace("missing", "not run")
-      for seed, state in states.items()
-      if state.word != "finished"
+      run.seed: str(sweep.state(run)).replace("missing", "not run")
+      for run in mine
+      if found[run.seed] is None
     }
     why = "; ".join(
       f"{reason}, seed {', '.join(str(s) for s, r in reasons.items() if r == reason)}"
       for reason in dict.fromkeys(reasons.values())
     )
-    results.append(_result(table, row, done, why, None if done else mine[0].config))
+    metrics = [found[run.seed] for run in done]
+    results.append(_result(table, row, done, metrics, why, None if done else mine[0].config))
   return results
 
 
@@ -140,10 +141,13 @@ def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
   """
   workdir = pathlib.Path(workdir).expanduser()
   groups: dict[tuple, list[sweep.Run]] = {}
+  metrics = {}
   for path in sorted(workdir.glob("**/metrics.json")):
-    if not (path.parent / "config.json").exists():
+    try:
+      found, config = json.loads(path.read_text()), settings.load(path.parent)
+    except FileNotFoundError:  # no run's, or removed by a training that starts
       continue
-    config = settings.load(path.parent)
+    metrics[path.parent] = found
     run = sweep.Run(None, config.seed, config, path.parent, None)
     alike = settings.results_of(config) | {"seed": 0}
     alike |= {"train.steps": config.train.steps, "train.epochs": config.train.epochs}
@@ -162,14 +166,20 @@ def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
   rows = tuple(Row(name, (name,), {}, {}) for name in names)
   table = Table(title, ("Run",), tuple(METRICS), rows)
   return table, [
-    _result(table, row, [run._replace(row=row) for run in runs], "", None)
+    _result(
+      table,
+      row,
+      [run._replace(row=row) for run in runs],
+      [metrics[run.folder] for run in runs],
+      "",
+      None,
+    )
     for row, runs in zip(rows, groups.values(), strict=True)
   ]
 
 
-def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
+def _result(table, row, runs, metrics, why, unbuilt: ConfigDict | None) -> Result:
   """Makes the cells of a row. Without runs, P is counted on the model of the config `unbuilt`."""
-  metrics = [json.loads((run.folder / "metrics.json").read_text()) for run in runs]
   cells = {}
   for name in table.columns:
     key, factor = METRICS[name][1:3]
