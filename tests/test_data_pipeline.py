@@ -165,10 +165,3 @@ def test_eval_wastes_few_rows_and_fits_devices():
   assert shapes == [8]
   with pytest.raises(ValueError, match="multiple of row_multiple"):
     data.eval_batches(samples, 32, 12, row_multiple=8)
-
-
-def test_real_test_images_have_34_padded_shapes(shared):
-  samples = data.read(shared / "data" / "NUAA-SIRST", "test")
-  batches = list(data.eval_batches(samples, 32, 8))
-  assert len({b["image"].shape for b in batches}) == 34
-  assert sorted(i for b in batches for i in b["indices"]) == list(range(214))
