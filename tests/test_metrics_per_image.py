@@ -80,6 +80,16 @@ def test_the_jitted_counter_gives_the_counts_of_numpy(scenes, monkeypatch):
     assert found[1][name].result() == total.result()
 
 
+def test_the_jitted_counter_adds_no_image_that_was_not_given(scenes):
+  samples, maps = scenes
+  counter = jitted.Counter(hse.Accumulator(), (96, 96))
+  for i in range(3):
+    counter.update(maps[i]["light"], samples[i].mask)
+  counter.flush()
+  counter.flush()
+  assert counter.total.counts().pixels.tolist() == [s.mask.size for s in samples[:3]]
+
+
 def test_the_route_is_the_jitted_one_where_the_backend_is_no_cpu(scenes, monkeypatch):
   samples, _ = scenes
   for backend, kind in (("cpu", hse.Accumulator), ("gpu", jitted.Counter), ("tpu", jitted.Counter)):
@@ -103,8 +113,8 @@ def test_a_file_that_is_damaged_or_of_another_kind_is_refused(tmp_path):
 def test_without_any_target_the_file_still_has_its_counts(tmp_path):
   total = hse.Accumulator()
   for _ in range(3):
-    total.update(np.full((4, 4), 0.7, np.float32), np.zeros((4, 4), bool))
+    total.update(np.full((300, 300), 0.7, np.float32), np.zeros((300, 300), bool))
   per_image.save(tmp_path / per_image.FILE, {"light": total})
   found = per_image.load(tmp_path / per_image.FILE)["light"]
-  assert found.counts.predicted_pixels.tolist() == [16, 16, 16]
+  assert found.counts.predicted_pixels.tolist() == 3 * [90_000]  # more than 16 bits hold
   assert bootstrap.intervals(found, 10)["fa"] == (1, 1)

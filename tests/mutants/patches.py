@@ -602,13 +602,14 @@ MUTANTS: list[Mutant] = [
     "fdep_jax/metrics/jitted.py",
     "keep, self._waiting = slice(len(self._waiting)), []",
     "keep, self._waiting = slice(None), []",
-    _tests("metrics_per_image", "test_the_jitted_counter_gives_the_counts_of_numpy"),
+    _tests("metrics_per_image", "test_the_jitted_counter_adds_no_image_that_was_not_given"),
   ),
   *_mutants(
     "fdep_jax/metrics/per_image.py",
     _tests(
       "metrics_per_image",
       "test_intervals_and_comparisons_from_the_file_are_those_of_the_maps",
+      "test_without_any_target_the_file_still_has_its_counts",
     ),
     (
       "differences are read as counts",
