@@ -90,6 +90,8 @@ def get_config():
   # OUR CHOICE.
   c.eval.least_steps = 20
   c.eval.select_on = "val"  # val | test: what the best checkpoint is chosen on. PAL: test
+  # hse | iou: the deployed branch's score that chooses it. PAL: iou. OUR CHOICE: the paper's metric
+  c.eval.select_by = "hse"
   c.eval.batch_size = 16  # most images evaluated at once
   c.eval.save_probs = False  # write the probability maps to workdir/probs
 

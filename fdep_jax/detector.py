@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from fdep_jax import build, settings
 from fdep_jax.fdep import FDEP
+from fdep_jax.metrics import columns
 from fdep_jax.priors import Prior
 from fdep_jax.runtime import checkpoint, files
 
@@ -109,9 +110,10 @@ def selection_doubt(saved: dict) -> str:
   """
   step, best, steps = saved["step"], saved.get("best"), saved.get("steps") or 0
   if best is not None and best < POOR:
+    score = columns.METRICS[saved.get("selected_by", "hse")]  # older versions did not write it
     return (
-      f"the selected checkpoint, step {step}, has HSE {100 * best:.2f} on the images that select, "
-      "so the selection is chance. --checkpoint last may be better."
+      f"the selected checkpoint, step {step}, has {score.heading} {score.shown(best)} on the "
+      "images that select, so the selection is chance. --checkpoint last may be better."
     )
   if step <= steps / 10:
     return (

@@ -15,11 +15,13 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fdep_jax import backbones, build, data, detector, forward, report, settings
-from fdep_jax.metrics import columns, hse
+from fdep_jax.metrics import columns, hse, jitted, per_image
 from fdep_jax.priors import Prior
 from fdep_jax.runtime import checkpoint, files, hlo, mesh
 
 PAD = 32  # pixels; images are zero-padded to multiples of it, as in the reference
+# Whether images are counted by the jitted route; None: on accelerators. Tests set it.
+COUNT_JITTED: bool | None = None
 
 
 def probabilities(
@@ -29,7 +31,6 @@ def probabilities(
   samples: Sequence[data.Sample],
   batch_size: int,
   the_mesh,
-  canvas: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
   """Yields (place in `samples`, {branch: H×W probabilities}), images of equal shape together.
 
@@ -40,14 +41,12 @@ def probabilities(
     samples: images of any size; maps have the same sizes.
     batch_size: images at once, rounded up to a multiple of the devices.
     the_mesh: devices.
-    canvas: height and width to pad every image to; default one per shape.
   """
   devices = the_mesh.devices.size
   batches = data.eval_batches(
     samples,
     PAD,
     -(-batch_size // devices) * devices,
-    canvas=canvas,
     row_multiple=devices,
   )
   for batch in batches:
@@ -73,19 +72,46 @@ def accumulate(
 ) -> dict[str, hse.Accumulator]:
   """Accumulates the counts from which the metrics of every branch are computed.
 
+  On accelerators the jitted counts do it (`metrics.jitted`), on a CPU numpy, which is faster there.
+  Both give the same integers.
+
   Args:
-    maps: from `probabilities`.
+    maps: from `probabilities`, every image at most once.
     samples: the images, with their masks.
     save: folder for `<branch>/<name>.npy` (float32), or None.
+
+  Returns:
+    {branch: the counts of the images, in the order of `samples`}.
   """
-  totals: dict[str, hse.Accumulator] = {}
+  counters, order = {}, []
   for index, probs in maps:
+    order.append(index)
     for name, prob in probs.items():
-      totals.setdefault(name, hse.Accumulator()).update(prob, samples[index].mask)
+      if name not in counters:
+        counters[name] = _counter(samples)
+      counters[name].update(prob, samples[index].mask)
       if save is not None:
         (save / name).mkdir(parents=True, exist_ok=True)
         np.save(save / name / f"{samples[index].name.replace('/', '_')}.npy", prob)
-  return totals
+  places = np.argsort(order)
+  return {name: _total(counter).select(places) for name, counter in counters.items()}
+
+
+def _counter(samples: Sequence[data.Sample]):
+  """Makes an empty counter of the route that suits the devices."""
+  total = hse.Accumulator()
+  jit = jax.default_backend() != "cpu" if COUNT_JITTED is None else COUNT_JITTED
+  if not jit:
+    return total
+  heights, widths = zip(*(sample.mask.shape for sample in samples), strict=True)
+  return jitted.Counter(total, data.padded_size((max(heights), max(widths)), PAD))
+
+
+def _total(counter) -> hse.Accumulator:
+  if isinstance(counter, hse.Accumulator):
+    return counter
+  counter.flush()
+  return counter.total
 
 
 def cost(
@@ -230,8 +256,8 @@ def evaluate(
 ) -> dict:
   """Scores the best and the newest checkpoint on the test split.
 
-  Writes `metrics.json`, `report.html` and `examples.png`, and prints the table. Images are
-  normalised as the run's were, also those of other data.
+  Writes `metrics.json`, `counts.npz`, `report.html` and `examples.png`, and prints the table.
+  Images are normalised as the run's were, also those of other data.
 
   Args:
     workdir: folder of a run.
@@ -270,8 +296,7 @@ def evaluate(
     newest = results(score(maps_of(last_state), images.test)) | {"checkpoint": last["step"]}
   shown = {i: {} for i in _examples(images.test)}
   recorder = report.Recorder(images.test)
-  by_part = Parts(config.data.root, len(images.test))
-  maps = by_part.watch(_watch(maps_of(best_state), shown), images.test)
+  maps = _watch(maps_of(best_state), shown)
   save = out / "probs" if config.eval.save_probs and mesh.writes() else None
   totals = accumulate(recorder.watch(maps) if mesh.writes() else maps, images.test, save)
   chosen = _with_intervals(totals) | {"checkpoint": best["step"]}
@@ -288,12 +313,12 @@ def evaluate(
     "data": config.data.root,
     "steps": last.get("steps"),
   }
-  if by_part.names:
-    metrics["parts"] = by_part.results()
+  metrics |= _parts(config.data.root, totals, len(images.test))
   if which is None:
     metrics["last"] = newest or chosen
   if mesh.writes():
     out.mkdir(parents=True, exist_ok=True)
+    per_image.save(out / per_image.FILE, totals)
     files.write_json(out / "metrics.json", metrics)
     words = _words(config, which, best, last)
     about = _about(config, images, best, best_state, words)
@@ -338,37 +363,27 @@ def _load_images(workdir, config: ConfigDict, prior: Prior | None, saved: dict) 
   return build.Images([], [], test, saved["mean"], saved["std"], values)
 
 
-class Parts:
+def _parts(root: str, totals: dict[str, hse.Accumulator], count: int) -> dict[str, dict]:
   """Scores the parts of a union, such as SIRST3, apart.
 
   Args:
     root: of the dataset.
+    totals: of every branch.
     count: number of its test images.
+
+  Returns:
+    {"parts": {part: {"images": number, branch: metrics with "intervals"}}}; {} if it is no union.
   """
-
-  def __init__(self, root: str, count: int):
-    counts = data.parts(root, "test")
-    self.names = [name for name, number in counts.items() for _ in range(number)]
-    if len(self.names) != count or len(counts) < 2:  # no union
-      self.names = []
-    self._totals: dict[str, dict[str, hse.Accumulator]] = {}
-
-  def watch(self, maps, samples: Sequence[data.Sample]):
-    """Yields `maps` unchanged, and scores each with its part."""
-    for index, probs in maps:
-      for name, prob in probs.items() if self.names else ():
-        totals = self._totals.setdefault(self.names[index], {})
-        totals.setdefault(name, hse.Accumulator()).update(prob, samples[index].mask)
-      yield index, probs
-
-  def results(self) -> dict[str, dict]:
-    """Returns {part: {"images": number, branch: metrics with "intervals"}}."""
-    found = {}
-    for part in dict.fromkeys(self.names):
-      totals = self._totals.get(part, {})
-      found[part] = _with_intervals(totals)
-      found[part]["images"] = self.names.count(part)
-    return found
+  counts = data.parts(root, "test")
+  if sum(counts.values()) != count or len(counts) < 2:
+    return {}
+  found, start = {}, 0
+  for part, number in counts.items():
+    places = range(start, start + number)
+    found[part] = _with_intervals({name: total.select(places) for name, total in totals.items()})
+    found[part]["images"] = number
+    start += number
+  return {"parts": found}
 
 
 def _with_intervals(totals: dict[str, hse.Accumulator]) -> dict[str, dict]:

@@ -22,7 +22,12 @@ _FREE = re.compile(
 
 
 # Settings that runs of earlier versions do not have, and the value that they ran with.
-_ADDED = {"eval.least_steps": 1, "data.range": "", "prior.normalisation": "model"}
+_ADDED = {
+  "eval.least_steps": 1,
+  "eval.select_by": "hse",
+  "data.range": "",
+  "prior.normalisation": "model",
+}
 
 # Paths: a begun run may be continued with the same files at another place.
 _PLACES = ("data.root", "prior.checkpoint")
@@ -44,6 +49,7 @@ _CHOICES = {
   "train.labels": ("true", "pseudo", "both"),
   "loss.edge_mode": ("intended", "released"),
   "eval.select_on": ("val", "test"),
+  "eval.select_by": ("hse", "iou"),
 }
 _POSITIVE = (
   "data.crop", "data.threads", "train.batch_size", "train.learning_rate", "eval.batch_size",

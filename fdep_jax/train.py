@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fdep_jax import build, data, evaluate, forward, pseudo, settings
 from fdep_jax import step as step_lib
+from fdep_jax.metrics import columns
 from fdep_jax.priors import Prior, bank
 from fdep_jax.runtime import checkpoint, files, mesh
 from fdep_jax.runtime.log import Log, Minutes, Profile
@@ -26,7 +27,7 @@ class Progress:
   """The progress of a run, saved with every checkpoint; `skipped` is saved in the state."""
 
   step: int = 0  # steps done
-  best: float = -math.inf  # HSE of the deployed branch on the selection images
+  best: float = -math.inf  # score of the deployed branch on the selection images
   best_step: int | None = None
   evaluated: int = 0  # last step whose selection images were scored
   skipped: int = 0  # steps that were not finite
@@ -120,6 +121,7 @@ class Loop:
     self.claimed = False
     self.meta = {
       "steps": self.steps,
+      "selected_by": config.eval.select_by,
       "mean": images.mean,
       "std": images.std,
       "range": images.range,
@@ -311,13 +313,13 @@ class Loop:
       self.selection,
       config.eval.batch_size,
       self.mesh,
-      data.canvas_size(self.selection, evaluate.PAD),
     )
     scores = evaluate.score(self.signals.passing(maps), self.selection)
-    value = scores[forward.deployed_branch(config.mode)].hse
+    value = getattr(scores[forward.deployed_branch(config.mode)], config.eval.select_by)
     value = -math.inf if math.isnan(value) else value
     progress.evaluated = progress.step
-    self.score = f"{config.eval.select_on} HSE {100 * max(value, 0):.2f} at step {progress.step}"
+    name = columns.METRICS[config.eval.select_by].heading
+    self.score = f"{config.eval.select_on} {name} {100 * max(value, 0):.2f} at step {progress.step}"
     if value > progress.best:
       progress.best, progress.best_step = value, progress.step
       self.save()

@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from fdep_jax import classical, data, report, settings
-from fdep_jax.metrics import columns, hse
+from fdep_jax.metrics import columns, hse, per_image
 from fdep_jax.runtime import files
 
 MODE = "classical"
@@ -99,7 +99,7 @@ def config_of(method: str, root: str) -> ConfigDict:
 def evaluate(
   workdir: str | os.PathLike, config: ConfigDict, processes: int | None = None
 ) -> dict[str, object]:
-  """Scores a method on the test split and writes `metrics.json` and `report.html`.
+  """Scores a method on the test split; writes `metrics.json`, `counts.npz` and `report.html`.
 
   Every map is kept as an 8-bit picture in a folder `maps` beside `workdir`, from where an
   evaluation that was ended goes on, and others with the same images read it.
@@ -134,9 +134,11 @@ def evaluate(
           np.save(save / f"{samples[place].name.replace('/', '_')}.npy", prob)
         yield place, {_BRANCH: prob}
 
-  total = hse.Accumulator()
+  total, order = hse.Accumulator(), []
   for place, probs in recorder.watch(watched()):
+    order.append(place)
     total.update(probs[_BRANCH], samples[place].mask)
+  total = total.select(np.argsort(order))  # whatever maps were kept
   chosen = total.result().as_dict() | {"intervals": report.intervals(total), "checkpoint": 0}
   metrics = {
     _BRANCH: chosen,
@@ -148,9 +150,11 @@ def evaluate(
     "split": "test",
     "selected_on": None,
     "images": len(samples),
+    "test_sha256": data.fingerprint(samples),
     "last": {_BRANCH: chosen, "checkpoint": 0},
     "steps": 0,
   }
+  per_image.save(workdir / per_image.FILE, {_BRANCH: total})
   files.write_json(workdir / "metrics.json", metrics)
   about = {
     "method": f"{method}, without training; each map divided by its maximum, 8 bits",

@@ -1,6 +1,5 @@
 """Fixtures: CPU only, ranks never broadcast silently, real data where the folder of evidence is."""
 
-import importlib.util
 import os
 import pathlib
 
@@ -11,12 +10,9 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from goldens import SHARED
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-_SHARED = pathlib.Path(
-  os.environ.get("FDEP_SHARED", pathlib.Path(__file__).resolve().parents[1].parent / "shared")
-)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,18 +28,9 @@ def compile_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
   """Real datasets, weights and golden outputs: $FDEP_SHARED, else ../shared."""
-  if not (_SHARED / "golden").is_dir():
-    pytest.skip("needs the folder of real data and golden outputs ($FDEP_SHARED or ../shared)")
-  return _SHARED
-
-
-@pytest.fixture(scope="session")
-def formula(shared):
-  """The module that makes the goldens' weights and inputs from names."""
-  spec = importlib.util.spec_from_file_location("formula", shared / "golden" / "formula.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  if not (SHARED / "golden").is_dir():
+    pytest.skip("needs the folder of real data and weights ($FDEP_SHARED or ../shared)")
+  return SHARED
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 import logging
 
+import formula
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from goldens import Golden
 from jax.extend.core import ClosedJaxpr
 
 import converters
@@ -142,8 +144,8 @@ def test_predictions_at_a_doubtful_size_are_warned_of_once(caplog):
 
 
 @pytest.mark.slow
-def test_a_tiled_sctransnet_is_the_untiled_one(shared, formula):
-  manifest = formula.load_manifest(shared / "golden/networks/sctransnet.json")
+def test_a_tiled_sctransnet_is_the_untiled_one():
+  manifest = Golden("networks", "sctransnet").manifest
   net = converters.load_backbone("sctransnet", formula.weights(manifest))
   model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
   model.eval()

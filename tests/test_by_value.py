@@ -299,10 +299,19 @@ def batch_of(seed, config):
 # What a run selects, scores and times.
 
 
-@pytest.mark.parametrize("select_on", ["val", "test"])
+@pytest.mark.parametrize(("select_on", "select_by"), [("val", "hse"), ("test", "iou")])
 @pytest.mark.parametrize("mode", ["original", "fdep_wo_coisd", "fdep"])
-def test_the_deployed_branch_selects_on_the_images_of_the_config(tmp_path, mode, select_on):
-  config = toy_config(**{"mode": mode, "train.batch_size": 2, "eval.select_on": select_on})
+def test_the_deployed_branch_selects_on_the_images_of_the_config(
+  tmp_path, mode, select_on, select_by
+):
+  config = toy_config(
+    **{
+      "mode": mode,
+      "train.batch_size": 2,
+      "eval.select_on": select_on,
+      "eval.select_by": select_by,
+    }
+  )
   loop = loop_of(config, tmp_path)
   of_main, of_light = (lambda image: image / 255), (lambda image: 1 - image / 400)
 
@@ -320,7 +329,7 @@ def test_the_deployed_branch_selects_on_the_images_of_the_config(tmp_path, mode,
   samples = loop.images.val if select_on == "val" else loop.images.test
   deployed = of_main if mode == "fdep_wo_coisd" else of_light
   maps = [deployed(s.image[..., 0].astype(np.float32)).astype(np.float32) for s in samples]
-  expected = hse.score(maps, [s.mask for s in samples]).hse
+  expected = getattr(hse.score(maps, [s.mask for s in samples]), select_by)
   assert expected > 0 and loop.progress.best == pytest.approx(expected, abs=1e-9)
   assert loop.progress.best_step == 1 and loop.checkpoints.best_step() == 1
 

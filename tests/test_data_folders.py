@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from fdep_jax import data
 from fdep_jax.data import folders, samples
@@ -271,41 +272,32 @@ def test_known_counts_of_sirst3_are_the_sum_of_its_parts():
 
 # Means and deviations of the train images by the rule of PAL's cal_mean_std.py, published with
 # the datasets' split.
-@pytest.mark.parametrize(
-  ("name", "train", "test", "mean", "std"),
-  [
-    ("NUAA-SIRST", 213, 214, 0.434035, 0.115102),
-    ("NUDT-SIRST", 663, 664, 0.423619, 0.130252),
-  ],
-)
-def test_real_datasets_have_the_published_counts_and_statistics(
-  shared, caplog, name, train, test, mean, std
-):
-  with caplog.at_level(logging.WARNING):
-    trained = data.read(shared / "data" / name, "train")
-    assert data.validate(shared / "data" / name) == {"train": train, "test": test}
-  assert not caplog.text
-  assert len(trained) == train
-  assert data.statistics(trained) == pytest.approx((mean, std), abs=1e-6)
+REAL = {"NUAA-SIRST": (213, 214, 0.434035, 0.115102), "NUDT-SIRST": (663, 664, 0.423619, 0.130252)}
 
 
-def test_real_target_counts_are_the_published_ones(shared):
-  from scipy import ndimage
+def test_real_datasets_have_the_published_counts_statistics_targets_and_sizes(shared, caplog):
+  for name, (train, test, *statistics) in REAL.items():
+    with caplog.at_level(logging.WARNING):
+      trained = data.read(shared / "data" / name, "train")
+      assert data.validate(shared / "data" / name) == {"train": train, "test": test}
+    assert not caplog.text
+    assert len(trained) == train
+    assert data.statistics(trained) == pytest.approx(statistics, abs=1e-6)
+  splits = {split: data.read(shared / "data/NUAA-SIRST", split) for split in ("train", "test")}
+  for split, expected in (("train", 270), ("test", 263)):  # 8-connected
+    found = (ndimage.label(sample.mask, np.ones((3, 3)))[1] for sample in splits[split])
+    assert sum(found) == expected
+  batches = list(data.eval_batches(splits["test"], 32, 8))
+  assert len({b["image"].shape for b in batches}) == 34
+  assert sorted(i for b in batches for i in b["indices"]) == list(range(214))
 
-  # 8-connected targets of NUAA-SIRST, train and test.
-  for split, expected in (("train", 270), ("test", 263)):
-    masks = [s.mask for s in data.read(shared / "data" / "NUAA-SIRST", split)]
-    assert sum(ndimage.label(m, np.ones((3, 3)))[1] for m in masks) == expected
 
-
-def test_the_published_mask_of_misc_111_is_refused_with_both_sizes(shared, tmp_path):
+def test_a_mask_of_the_size_of_misc_111s_published_one_is_refused_with_both_sizes(tmp_path):
+  """NUAA-SIRST's own mask of Misc_111 is that of a larger picture."""
   root = tmp_path / "NUAA-SIRST"
-  for folder in ("images", "masks"):
+  for folder, size in (("images", (325, 220)), ("masks", (592, 400))):
     (root / folder).mkdir(parents=True)
-  source = shared / "data" / "NUAA-SIRST"
-  shutil.copy(source / "images" / "Misc_111.png", root / "images")
-  faulty = shared / "data" / "faulty" / "Misc_111_mask_original_592x400.png"
-  shutil.copy(faulty, root / "masks" / "Misc_111.png")
+    Image.new("L", size).save(root / folder / "Misc_111.png")
   (root / "splits").mkdir()
   (root / "splits" / "train.txt").write_text("Misc_111")
   assert "mask is 592×400, its image Misc_111.png 325×220" in refusal(root)

@@ -165,20 +165,3 @@ def test_eval_wastes_few_rows_and_fits_devices():
   assert shapes == [8]
   with pytest.raises(ValueError, match="multiple of row_multiple"):
     data.eval_batches(samples, 32, 12, row_multiple=8)
-
-
-def test_eval_on_a_canvas_has_one_shape_and_refuses_what_does_not_fit():
-  samples = sized((30, 40), (33, 70), (1, 33))
-  assert data.canvas_size(samples, 32) == (64, 96)
-  batches = list(data.eval_batches(samples, 32, 2, canvas=(64, 96)))
-  assert [b["image"].shape for b in batches] == [(2, 64, 96, 3)] * 2
-  assert [i for b in batches for i in b["indices"]] == [0, 1, 2]
-  with pytest.raises(ValueError, match="too small for 1 33×70; needs 64×96"):
-    data.eval_batches(samples, 32, 2, canvas=(64, 64))
-
-
-def test_real_test_images_have_34_padded_shapes(shared):
-  samples = data.read(shared / "data" / "NUAA-SIRST", "test")
-  batches = list(data.eval_batches(samples, 32, 8))
-  assert len({b["image"].shape for b in batches}) == 34
-  assert sorted(i for b in batches for i in b["indices"]) == list(range(214))

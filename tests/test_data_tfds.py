@@ -71,6 +71,7 @@ def test_missing_folders_and_unknown_names_are_named(tmp_path):
     data.load("tfds:nuaa_sirst", "val", tmp_path)
 
 
+@pytest.mark.slow
 def test_real_images_are_the_same_through_tfds(shared, tmp_path):
   source, root = shared / "data" / "NUAA-SIRST", tmp_path / "NUAA-SIRST"
   # One grey, one palette, one RGBA that is not exactly grey, one RGB, of different sizes.

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import formula
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from goldens import Golden
 from helpers import relative_error
 
 import converters
@@ -67,16 +69,15 @@ BAR = 1e-5
     pytest.param("vitg14", marks=pytest.mark.slow),
   ],
 )
-def test_outputs_equal_the_published_network_on_formula_weights(shared, formula, name):
-  manifest = formula.load_manifest(shared / "golden" / "dinov2" / f"{name}.json")
-  golden = np.load(shared / "golden" / "dinov2" / f"{name}.npz")
-  kept = tuple(f"blocks.{i}." for i in range(int(golden["blocks_kept"])))
+def test_outputs_equal_the_published_network_on_formula_weights(name):
+  golden = Golden("dinov2", name)
+  kept = tuple(f"blocks.{i}." for i in range(int(golden.facts["blocks_kept"])))
   manifest = {
-    k: v for k, v in manifest.items() if not k.startswith("blocks.") or k.startswith(kept)
+    k: v for k, v in golden.manifest.items() if not k.startswith("blocks.") or k.startswith(kept)
   }
-  vit = converters.load_dinov2(formula.weights(manifest, 0))
-  assert vit.depth == golden["blocks_kept"]
-  levels = tuple(int(level) for level in golden["levels"])
+  vit = converters.load_dinov2(formula.weights(manifest))
+  assert vit.depth == golden.facts["blocks_kept"]
+  levels = tuple(golden.facts["levels"].tolist())
   compared = set()
   for height, width in ((224, 224), (98, 154)):
     size = f"{height}x{width}"
@@ -88,14 +89,15 @@ def test_outputs_equal_the_published_network_on_formula_weights(shared, formula,
       ours[f"{size}_level{i}_norm"] = level.reshape(-1, vit.width)[::7]
       ours[f"{size}_level{i}_raw"] = raw[0, 1 + vit.registers :][::29]
     for key, array in ours.items():
-      assert relative_error(array, golden[key]) <= BAR, key
+      assert golden.error(key, array) <= BAR, key
     compared |= set(ours)
-  assert compared == set(golden) - {"blocks_kept", "levels"}
+  assert compared == set(golden.keys)
 
 
-def test_outputs_equal_the_published_network_on_pretrained_weights_also_at_448(shared, formula):
+def test_the_pretrained_file_has_the_published_outputs_and_is_converted(shared, tmp_path):
   golden = np.load(shared / "golden" / "dinov2" / "vits14_pretrained.npz")
-  vit = converters.load_dinov2(shared / "weights" / "dinov2_vits14_pretrain.pth")
+  source = shared / "weights" / "dinov2_vits14_pretrain.pth"
+  vit = converters.load_dinov2(source)
   levels = dinov2.quarter_levels(vit.depth)
   assert levels == tuple(golden["levels"])
   compared = set()
@@ -107,6 +109,13 @@ def test_outputs_equal_the_published_network_on_pretrained_weights_also_at_448(s
       assert relative_error(level.reshape(-1, vit.width)[::11], golden[key]) <= BAR, key
       compared.add(key)
   assert compared == set(golden) - {"levels"}
+  out = tmp_path / "vits14.safetensors"
+  assert convert_dinov2.convert(source, out) == sha256(source)
+  with safetensors.safe_open(out, framework="np") as file:
+    assert file.metadata()["sha256"] == sha256(source)
+  original, converted = converters.read_torch(source), converters.read_torch(out)
+  assert set(original) - set(converted) == {"mask_token"}
+  assert all(np.array_equal(array, original[name]) for name, array in converted.items())
 
 
 # Sizes and position embeddings.
@@ -458,14 +467,3 @@ def test_a_converted_file_that_gives_other_outputs_is_not_kept(tmp_path, source,
   with pytest.raises(ValueError, match="its outputs differ"):
     convert_dinov2.convert(source, tmp_path / "out.safetensors")
   assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
-
-
-def test_the_pretrained_file_and_its_conversion_are_the_same_network(shared, tmp_path):
-  source = shared / "weights" / "dinov2_vits14_pretrain.pth"
-  out = tmp_path / "vits14.safetensors"
-  assert convert_dinov2.convert(source, out) == sha256(source)
-  with safetensors.safe_open(out, framework="np") as file:
-    assert file.metadata()["sha256"] == sha256(source)
-  original, converted = converters.read_torch(source), converters.read_torch(out)
-  assert set(original) - set(converted) == {"mask_token"}
-  assert all(np.array_equal(array, original[name]) for name, array in converted.items())

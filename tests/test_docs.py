@@ -1,5 +1,6 @@
 """Compares the documents with the code: choices, files, modes, flags, settings."""
 
+import ast
 import collections
 import pathlib
 import re
@@ -33,6 +34,28 @@ def test_links_lead_to_files():
       assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
   for name in re.findall(r"`((?:configs|docs|fdep_jax|tests|benchmarks)/[\w/]+\.\w+)`", TEXT):
     assert (ROOT / name).exists(), name
+
+
+def test_every_place_that_the_paper_is_compared_with_exists():
+  page = (ROOT / "docs/paper.md").read_text()
+  rows = [line for line in page.splitlines() if re.match(r"\| (\d|D)", line)]
+  assert len(rows) > 30
+  for row in rows:
+    sentence, here = row.split(" | ")[1:3]
+    places = re.findall(r"`([\w/]+\.py):([\w.]+)`", here)
+    assert sentence and places, row
+    for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", row):
+      body = ast.parse((ROOT / file).read_text()).body
+      for part in name.split("."):
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        found = [node for node in body if isinstance(node, kinds) and node.name == part]
+        assert found, f"{file}: {name}"
+        body = found[0].body
+  # Every equation and every section of the method has its row.
+  numbered = set()
+  for first, last in re.findall(r"^\| 3\.\d, eq\. (\d+)(?:–(\d+))?", page, re.MULTILINE):
+    numbered |= set(range(int(first), int(last or first) + 1))
+  assert numbered == set(range(1, 13))
 
 
 def test_modes_flags_and_settings_exist():

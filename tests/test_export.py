@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from goldens import Golden
 from helpers import toy_backbone
 
 import converters
@@ -412,14 +413,14 @@ def test_the_light_branch_costs_what_the_original_network_costs(name):
 
 
 @pytest.mark.parametrize("name", FAST_FIRST)
-def test_the_pytorch_file_has_the_published_networks_keys(name, shared, formula, tmp_path):
+def test_the_pytorch_file_has_the_published_networks_keys(name, tmp_path):
   from safetensors.numpy import load_file
 
   detector = detector_of(make_network(name))
   light = export.make_light(detector)
   path = tmp_path / "light_torch.safetensors"
   export._write_torch(detector, light, light.apply, path, {"network": name})
-  published = formula.load_manifest(shared / "golden" / "networks" / f"{name}.json")
+  published = Golden("networks", name).manifest
   written = load_file(path)
   # MSDA-Net's Haar filters are constants, which the goldens leave out.
   fixed = getattr(importlib.import_module(f"converters.{name}"), "fixed", dict)()

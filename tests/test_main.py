@@ -6,7 +6,6 @@ import os
 import pathlib
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -138,17 +137,6 @@ def test_a_mask_of_a_different_size_is_refused(toy, tmp_path):
   Image.new("L", (50, 40)).save(root / "masks/1.png")
   message = refused(folder_config(root), tmp_path / "run")
   assert "1.png" in message and "40" in message and "50" in message
-
-
-def test_the_published_mask_of_misc_111_is_refused(toy, shared, tmp_path):
-  root = make_folder(tmp_path / "data")
-  source = shared / "data/NUAA-SIRST/images/Misc_111.png"
-  faulty = next((shared / "data/faulty").glob("Misc_111_mask*"))
-  shutil.copy(source, root / "images/Misc_111.png")
-  shutil.copy(faulty, root / "masks/Misc_111.png")
-  (root / "splits/train.txt").write_text("0\nMisc_111\n")
-  message = refused(folder_config(root), tmp_path / "run")
-  assert "Misc_111" in message and "592" in message and "325" in message
 
 
 def test_a_truncated_image_is_refused(toy, tmp_path):

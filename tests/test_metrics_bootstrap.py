@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fdep_jax.metrics import bootstrap, hse
+from fdep_jax.metrics import bootstrap, hse, per_image
 
 
 def scenes(rng, number=12, quality=0.7, size=48):
@@ -46,7 +46,7 @@ def test_thinning_the_pixel_curve_moves_it_by_far_less_than_an_interval(monkeypa
   probs, masks = scenes(np.random.default_rng(1), number=60)
   total = accumulated(probs, masks)
   assert len(np.unique(np.concatenate(total.positives))) > 300
-  monkeypatch.setattr(bootstrap, "_POINTS", 128)
+  monkeypatch.setattr(per_image, "POINTS", 128)
   got = bootstrap.samples(total, np.ones((1, 60)))["hse_p"][0]
   assert 0 < abs(got - total.result().hse_p) < 1e-4
 

@@ -2,15 +2,16 @@
 
 import functools
 import importlib
-import json
 import pathlib
 
+import formula
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import count_parameters, relative_error
+from goldens import FOLDER, Golden
+from helpers import count_parameters
 
 import converters
 from converters.rules import flat_variables
@@ -59,20 +60,21 @@ def shapes_only(name: str):
   return nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0)))
 
 
-@pytest.fixture(scope="module")
-def golden(shared, formula):
-  @functools.cache
-  def load(name: str):
-    folder = shared / "golden" / "networks"
-    state = formula.weights(formula.load_manifest(folder / f"{name}.json"))
-    return state, np.load(folder / f"{name}.npz")
-
-  return load
+@functools.cache
+def golden(name: str) -> tuple[dict[str, np.ndarray], Golden]:
+  """The state_dict of a network, and the golden outputs with it."""
+  found = Golden("networks", name)
+  return formula.weights(found.manifest), found
 
 
-def golden_image(formula, name: str) -> jax.Array:
+def golden_image(name: str) -> jax.Array:
   channels = 1 if name == "rpcanet" else 3
   return jnp.asarray(formula.image((2, channels, 64, 64)).transpose(0, 2, 3, 1))
+
+
+def test_the_golden_files_are_small_and_every_network_has_one():
+  assert {path.stem for path in (FOLDER / "networks").glob("*.npz")} == {*backbones.names()}
+  assert sum(path.stat().st_size for path in FOLDER.rglob("*.*")) < 1e6
 
 
 def test_every_network_has_its_parameter_count_in_the_table():
@@ -121,7 +123,7 @@ def test_with_its_dead_layers_a_network_has_all_published_parameters(name):
 
 
 @pytest.mark.parametrize("name", backbones.names())
-def test_forward_equals_the_published_network(name, golden, formula):
+def test_forward_equals_the_published_network(name):
   state, reference = golden(name)
   net = converters.load_backbone(name, state)
   net.set_attributes(deterministic=True, raise_if_not_found=False)
@@ -136,20 +138,20 @@ def test_forward_equals_the_published_network(name, golden, formula):
     net.set_attributes(use_running_average=False)
     return top, evaluated, net(image)
 
-  top, evaluated, trained = run(variables, golden_image(formula, name))
+  top, evaluated, trained = run(variables, golden_image(name))
   if net.top_channels:
-    assert relative_error(nchw(top), reference["eval_top"]) <= 1e-4
+    assert reference.error("eval_top", nchw(top)) <= 1e-4
   else:
-    assert top is None and "eval_top" not in reference
+    assert top is None and "eval_top" not in reference.keys
   for kind, logits in (("eval", evaluated), ("train", trained)):
     heads = reference_heads(name, logits)
-    assert f"{kind}_head{len(heads)}" not in reference
+    assert f"{kind}_head{len(heads)}" not in reference.keys
     # UIU-Net normalises 2×2 maps here: PyTorch's own float32 is 2.8e-4 off in training. In float64,
     # below, ours is held to 1e-5. ILNet has 130 layers in series, each of which multiplies rounding
     # by about 1.2 there: PyTorch's own float32 is 2.7e-4 off.
     bound = 1e-3 if kind == "train" and name in ("uiu", "ilnet") else 1e-4
     for i, head in enumerate(heads):
-      assert relative_error(nchw(head), reference[f"{kind}_head{i}"]) <= bound, (kind, i)
+      assert reference.error(f"{kind}_head{i}", nchw(head)) <= bound, (kind, i)
 
 
 LONG_TO_COMPILE = {"uiu", "msda", "dna", "ggl", "ilnet", "sctransnet", "sdsnet"}
@@ -159,7 +161,7 @@ LONG_TO_COMPILE = {"uiu", "msda", "dna", "ggl", "ilnet", "sctransnet", "sdsnet"}
   "name",
   [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG_TO_COMPILE)) for n in backbones.names()],
 )
-def test_gradients_and_statistics_equal_the_published_network(name, golden, formula):
+def test_gradients_and_statistics_equal_the_published_network(name):
   # In float64: on the goldens' 4×4 top maps these networks amplify float32 rounding a thousandfold
   # (PyTorch's own float32 gradient norms of MSDA-Net miss the float64 ones by up to 0.7 %).
   state, reference = golden(name)
@@ -169,7 +171,7 @@ def test_gradients_and_statistics_equal_the_published_network(name, golden, form
     net.set_attributes(deterministic=True, raise_if_not_found=False)
     graphdef, params, stats, rest = nnx.split(net, nnx.Param, nnx.BatchStat, ...)
     params, stats = jax.tree.map(lambda a: a.astype(jnp.float64), (params, stats))
-    image = golden_image(formula, name).astype(jnp.float64)
+    image = golden_image(name).astype(jnp.float64)
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_and_aux(params, stats, image):
@@ -186,26 +188,27 @@ def test_gradients_and_statistics_equal_the_published_network(name, golden, form
 
   for i, head in enumerate(heads):
     # Not 1e-7: the published Haar filters are products of float32 √½, not exact halves.
-    assert relative_error(nchw(head), reference[f"train_head{i}"]) <= 1e-5, i
-  np.testing.assert_allclose(loss, reference["loss"], rtol=1e-5)
+    assert reference.error(f"train_head{i}", nchw(head)) <= 1e-5, i
+  facts = reference.facts
+  np.testing.assert_allclose(loss, facts["loss"], rtol=1e-5)
 
   paths = torch_paths(name, net)
   norms = {path: float(np.linalg.norm(g)) for path, g in by_path(grads).items()}
-  known = reference["grad_norm_names"].tolist()
+  known = facts["grad_norm_names"].tolist()
   assert {paths[key] for key in known if key in paths} == set(norms)
-  bound = 1e-7 * reference["grad_norms"].max()
-  for key, norm in zip(known, reference["grad_norms"], strict=True):
+  bound = 1e-7 * facts["grad_norms"].max()
+  for key, norm in zip(known, facts["grad_norms"], strict=True):
     if key in paths:
       assert abs(norms[paths[key]] - norm) <= 1e-4 * norm + bound, key
 
   stats = by_path(stats)
-  assert {paths[key] for key in reference["stat_names"]} == set(stats) - CONSTANT.get(name, set())
-  for key, total in zip(reference["stat_names"], reference["stat_sums"], strict=True):
+  assert {paths[key] for key in facts["stat_names"]} == set(stats) - CONSTANT.get(name, set())
+  for key, total in zip(facts["stat_names"], facts["stat_sums"], strict=True):
     assert abs(stats[paths[key]].sum() - total) <= 1e-5 * stats[paths[key]].size, key
 
 
 @pytest.mark.parametrize("name", backbones.names())
-def test_there_and_back_is_bit_identical(name, golden):
+def test_there_and_back_is_bit_identical(name):
   state, _ = golden(name)
   net = converters.load_backbone(name, state)
   back = converters.to_torch(net)
@@ -219,7 +222,7 @@ def test_there_and_back_is_bit_identical(name, golden):
       np.testing.assert_array_equal(back[key], array, key)
 
 
-def test_the_wavelet_buffers_of_real_checkpoints_are_accepted_and_written_back(golden):
+def test_the_wavelet_buffers_of_real_checkpoints_are_accepted_and_written_back():
   state, _ = golden("msda")
   buffers = converters._fixed(converters._table("msda"))
   assert len(buffers) == 44 and {b.shape for b in buffers.values()} == {(1, 1, 2, 2)}
@@ -235,9 +238,9 @@ def test_the_wavelet_buffers_of_real_checkpoints_are_accepted_and_written_back(g
   "name",
   [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG_TO_COMPILE)) for n in backbones.names()],
 )
-def test_initial_values_have_the_published_spread(name, shared):
-  files = [shared / "golden" / file for file in ("init_rms.json", "init_rms_more.json")]
-  expected = {k: v for file in files for k, v in json.loads(file.read_text()).items()}[name]
+def test_initial_values_have_the_published_spread(name):
+  facts = golden(name)[1].facts
+  expected = dict(zip(facts["init_names"].tolist(), facts["init_rms"], strict=True))
   ours = by_path(nnx.state(backbones.create(name, rngs=nnx.Rngs(0)), nnx.Param))
   paths = torch_paths(name, shapes_only(name))
   checked = 0

@@ -1,16 +1,17 @@
 """Foundation models: goldens of DINOv1 and DINOv3, the contract, their files, and refusals."""
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
 
+import formula
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from goldens import Golden, load_names
 from helpers import relative_error, toy_config, toy_prior
 
 import converters
@@ -90,36 +91,23 @@ def assert_same(ours, theirs):
 BAR = 1e-5
 
 
-@pytest.fixture(scope="module")
-def names_of(shared, formula):
-  """The module that makes formula weights of DINOv1 and DINOv3, and their other names."""
-  path = shared / "golden" / "priors" / "formula_priors.py"
-  spec = importlib.util.spec_from_file_location("formula_priors", path)
-  module = importlib.util.module_from_spec(spec)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(sys.modules, "formula", formula)
-    spec.loader.exec_module(module)
-  return module
-
-
-def formula_state(folder, names_of, golden, file, naming, round_periods=False):
-  manifest = json.loads((folder / f"{file}.json").read_text())
-  kept = int(golden["blocks_kept"])
+def formula_state(golden, naming="upstream", round_periods=False):
+  kept = int(golden.facts["blocks_kept"])
   manifest = {
     name: shape
-    for name, shape in manifest.items()
+    for name, shape in golden.manifest.items()
     if not name.startswith("blocks.") or int(name.split(".")[1]) < kept
   }
-  state = names_of.weights(manifest, 0, round_periods)
-  if "embedding_scale" in golden:
+  state = formula.prior_weights(manifest, round_periods)
+  if "embedding_scale" in golden.facts:
     small = ("cls_token", "pos_embed", "storage_tokens", "patch_embed.proj.weight")
     for name in (*small, "patch_embed.proj.bias"):
       if name in state:
-        state[name] = state[name] * np.float32(golden["embedding_scale"])
+        state[name] = state[name] * np.float32(golden.facts["embedding_scale"])
   if naming == "upstream":
     return state
-  rules = json.loads((folder / f"names_{file.split('_')[0]}.json").read_text())
-  return names_of.to_hf(state, rules, naming)
+  kind = "dinov3" if "rope_embed.periods" in state else "dino"
+  return formula.renamed(state, load_names(kind), naming)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +133,11 @@ def formula_state(folder, names_of, golden, file, naming, round_periods=False):
     ),
   ],
 )
-def test_outputs_equal_the_published_network(shared, formula, names_of, name, naming, sizes):
-  folder = shared / "golden" / "priors"
-  golden = np.load(folder / f"{name}.npz")
-  file = name.removesuffix("_small").removesuffix("_bf16periods")
-  state = formula_state(folder, names_of, golden, file, naming, "bf16" in name)
-  model = converters.load_prior(state)
-  assert type(model) is (dino.DINO if file.startswith("dino_") else dinov3.DINOv3)
-  levels = tuple(int(level) for level in golden["levels"])
+def test_outputs_equal_the_published_network(name, naming, sizes):
+  golden = Golden("priors", name)
+  model = converters.load_prior(formula_state(golden, naming, "bf16" in name))
+  assert type(model) is (dino.DINO if name.startswith("dino_") else dinov3.DINOv3)
+  levels = tuple(golden.facts["levels"].tolist())
   for size in sizes:
     height, width = map(int, size.split("x"))
     x = formula.image((1, 3, height, width), 0).transpose(0, 2, 3, 1)
@@ -166,16 +151,14 @@ def test_outputs_equal_the_published_network(shared, formula, names_of, name, na
       ours[f"{size}_pos"] = model.position_embedding(*places)[0, ::5]
     elif "small" not in name:
       ours[f"{size}_rope"] = np.stack(model.rope(*places), 1)[::5]
-    assert set(ours) == {key for key in golden if key.startswith(f"{size}_")}
+    assert set(ours) == {key for key in golden.keys if key.startswith(f"{size}_")}
     for key, array in ours.items():
-      assert relative_error(array, golden[key]) <= BAR, key
+      assert golden.error(key, array) <= BAR, key
 
 
-def test_periods_of_the_file_count_if_it_has_them(shared, names_of):
-  folder = shared / "golden" / "priors"
-  golden = np.load(folder / "dinov3_vits16_small.npz")
-  exact = formula_state(folder, names_of, golden, "dinov3_vits16", "upstream")
-  rounded = formula_state(folder, names_of, golden, "dinov3_vits16", "upstream", True)
+def test_periods_of_the_file_count_if_it_has_them():
+  golden = Golden("priors", "dinov3_vits16_small")
+  exact, rounded = (formula_state(golden, round_periods=r) for r in (False, True))
   loaded = [converters.load_prior(state).periods[...] for state in (exact, rounded)]
   assert 1e-4 < np.abs(loaded[1] / loaded[0] - 1).max() < 2**-8
   np.testing.assert_array_equal(loaded[1], np.float32(rounded["rope_embed.periods"]))
@@ -449,12 +432,11 @@ def test_a_state_dict_is_recognised_and_comes_back_unchanged(kind):
 
 
 @pytest.mark.parametrize("kind", ["dino", "dinov3", "dinov3-gated"])
-def test_every_naming_gives_the_same_network(shared, names_of, kind):
+def test_every_naming_gives_the_same_network(kind):
   kind, _, gated = kind.partition("-")
   model = make(kind, **({"swiglu": True, "hidden": 64} if gated else {}))
   state = foundation.state_dict(model)
-  rules = json.loads((shared / "golden" / "priors" / f"names_{kind}.json").read_text())
-  hub, memory = (names_of.to_hf(state, rules, column) for column in ("hub", "memory5"))
+  hub, memory = (formula.renamed(state, load_names(kind), c) for c in ("hub", "memory5"))
   training = {f"teacher.backbone.{name}": array for name, array in state.items()}
   training |= {f"student.module.backbone.{name}": array * 0 for name, array in state.items()}
   training["teacher.head.mlp.0.weight"] = np.zeros((2, 2), np.float32)

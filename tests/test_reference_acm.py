@@ -18,12 +18,13 @@ import converters
 from fdep_jax.layers import basic
 from fdep_jax.metrics import hse
 
+CHECKPOINT = "weights/reference/acm_sirst3_1channel.pth.tar"
 MEAN, STD = 95.010, 41.511  # grey levels; LESPS `get_img_norm_cfg`, SIRST3
 
 
 @pytest.fixture(scope="module")
 def net(shared):
-  net = converters.load_backbone("acm", shared / "weights/reference/acm_sirst3_1channel.pth.tar")
+  net = converters.load_backbone("acm", shared / CHECKPOINT)
   net.eval()
   return net
 
@@ -68,12 +69,6 @@ def score(folder: pathlib.Path, probability, batch_size: int = 4) -> hse.Score:
   return hse.score([probs[name] for name in names], masks)
 
 
-def test_the_variant_is_read_off_the_checkpoint(net):
-  assert net.in_channels == 1
-  assert not any(isinstance(node, basic.GroupNorm) for _, node in nnx.iter_graph(net))
-  assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(net, nnx.Param))) == 397_823
-
-
 @pytest.mark.parametrize(
   "dataset, iou, pd, targets",
   [
@@ -82,8 +77,18 @@ def test_the_variant_is_read_off_the_checkpoint(net):
     pytest.param("NUAA-SIRST", 64.84, 90.11, 263, marks=pytest.mark.slow),
   ],
 )
-def test_the_public_checkpoint_scores_as_published(shared, probability, dataset, iou, pd, targets):
+def test_the_public_checkpoint_is_read_and_scores_as_published(
+  shared, net, probability, dataset, iou, pd, targets
+):
   # IoU and Pd: what the published code gives for this checkpoint at threshold 0.5.
+  state = converters.read_torch(shared / CHECKPOINT)
+  assert len(state) == 297 and sum(array.size for array in state.values()) == 400_392
+  assert state["model.stem.1.weight"].shape == (8, 1, 3, 3)
+  assert all(np.isfinite(array).all() for array in state.values())
+  # The variant is read off the checkpoint.
+  assert net.in_channels == 1
+  assert not any(isinstance(node, basic.GroupNorm) for _, node in nnx.iter_graph(net))
+  assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(net, nnx.Param))) == 397_823
   folder = shared / "data" / dataset
   result = score(folder, probability)
   assert result.targets == targets

@@ -44,6 +44,7 @@ def score(net, folder, batch_size: int = 4, watch=iter) -> hse.Score:
   return total.result()
 
 
+@pytest.mark.slow
 def test_the_file_is_the_networks_and_goes_back_bit_for_bit(shared):
   state = converters.read_torch(shared / FILE)
   back = converters.to_torch(load(shared))

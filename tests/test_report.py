@@ -139,6 +139,7 @@ def test_the_command_line_makes_one_report_of_several_runs(tmp_path):
   assert done.returncode == 2 and "--out" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_report_of_the_real_test_set_is_small(shared, tmp_path):
   samples = data.load(shared / "data/NUAA-SIRST", "test")
   assert len(samples) == 214

@@ -8,8 +8,8 @@ import statistics
 
 import pytest
 
-from fdep_jax.metrics import bootstrap
-from fdep_jax.tables import experiments, table
+from fdep_jax.metrics import bootstrap, hse, per_image
+from fdep_jax.tables import experiments, figures, sweep, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = [path.parent.name for path in sorted(ROOT.glob("results/*/table.json"))]
@@ -125,6 +125,34 @@ def test_the_newest_checkpoints_of_the_text_are_those_of_the_runs():
     for choice in ("", "-released", "-shared")
   )
   assert f"the three have {ours}, {released} and {shared}" in text
+
+
+COUNTED = sorted(ROOT.glob("results/**/counts.npz"))
+
+
+@pytest.mark.parametrize("path", COUNTED, ids=lambda path: path.parent.name)
+def test_the_committed_counts_are_those_of_the_metrics_beside_them(path):
+  metrics = json.loads((path.parent / "metrics.json").read_text())
+  run = sweep.Run(None, 0, None, path.parent, None)
+  found = figures.counts(run)  # refuses a file of another evaluation
+  scores = hse.rates({n: v.sum(0) for n, v in vars(found.counts).items()}, found.options)
+  for name, value in scores.items():
+    assert metrics[metrics["deployed"]][name] == pytest.approx(float(value), rel=1e-12)
+
+
+def test_committed_intervals_are_computed_again_from_the_counts():
+  folder = ROOT / "results/classical/runs/fkrw-published-NUAA-SIRST"
+  counts = per_image.load(folder / "counts.npz")["light"]
+  printed = json.loads((folder / "metrics.json").read_text())["light"]["intervals"]
+  for name, (low, high) in bootstrap.intervals(counts).items():
+    assert printed[name] == pytest.approx([low, high], rel=1e-9), name
+
+
+def test_the_text_says_which_runs_have_counts():
+  assert len(COUNTED) == 5 and sum(p.stat().st_size for p in COUNTED) < 2e5
+  assert not list(ROOT.glob("results/nuaa_cpu*/**/counts.npz"))
+  text = " ".join(TEXT.split())
+  assert "The nine trained runs of `nuaa_cpu` and the two others of `nuaa_cpu_choices`" in text
 
 
 def committed_table() -> dict:

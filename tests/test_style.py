@@ -30,6 +30,7 @@ ORDER = [
   "tests.toy_priors",
   "tests.toy_priors.converters",
   "tests",
+  "tests.golden",
 ]
 FILES = [ROOT / "main.py"]
 for _folder in ("configs", "fdep_jax", "converters", "benchmarks", "tests"):
@@ -135,3 +136,15 @@ def test_tests_import_no_tests():
           if a in ("from", "import") and b in tests
         }
   assert not wrong
+
+
+def test_few_tests_of_make_test_need_what_a_bare_clone_lacks():
+  """Others take golden samples (`tests/golden`) or made data, or are marked slow."""
+  need = []
+  for module, tree in TREES.items():
+    for node in tree.body if module.startswith("tests.test_") else ():
+      if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+        marks = [ast.unparse(mark) for mark in node.decorator_list]
+        if "shared" in [a.arg for a in node.args.args] and "pytest.mark.slow" not in marks:
+          need.append(node.name)
+  assert 0 < len(need) <= 5, need

@@ -1,6 +1,8 @@
 """Sweeps: each row once, whoever is killed; failures recorded; tables of what there is."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import pathlib
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -18,7 +21,8 @@ import sweeping
 from helpers import command, samples_and_maps, write_report
 from ml_collections import ConfigDict
 
-from fdep_jax import forward, settings
+from fdep_jax import evaluate, forward, settings
+from fdep_jax.metrics import per_image
 from fdep_jax.runtime import files
 from fdep_jax.tables import experiments, figures, sweep, table
 from fdep_jax.tables.experiments import Row, Table
@@ -138,6 +142,65 @@ def test_a_run_is_finished_by_its_own_config_at_its_full_length_only(toy, tmp_pa
   (run.folder / "metrics.json").unlink()
   with files.locked(run.folder, "sweep.lock"):
     assert "running step 4 of 12 (process" in str(sweep.state(run))
+
+
+def test_looking_at_a_run_never_makes_its_start_fail(tmp_path):
+  """Somebody who looks at a lock holds it for a moment: here for a third of every second."""
+  begin, looks = threading.Event(), []
+
+  def look():
+    with open(tmp_path / "lock", "a+") as file:
+      while len(looks) < 6:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        begin.set()
+        time.sleep(0.05)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        looks.append(1)
+        time.sleep(0.1)
+
+  thread = threading.Thread(target=look)
+  thread.start()
+  begin.wait()
+  for _ in range(3):
+    begin.clear()
+    begin.wait()  # the lock is held now
+    with files.locked(tmp_path):
+      assert re.match(r"process \d+ on", files.holder(tmp_path, "lock"))
+  thread.join()
+  with files.locked(tmp_path), pytest.raises(files.InUse, match="is in use: process"):
+    with files.locked(tmp_path):  # a training holds it for longer than any look
+      pass
+
+
+@pytest.mark.parametrize("vanishes", ["metrics.json", "failed.json"])
+def test_a_file_that_a_starting_run_removes_or_replaces_is_no_error_of_the_view(
+  toy, tmp_path, monkeypatch, vanishes
+):
+  """Whatever it has seen before: the file vanishes before every further read of it."""
+  runs, read = six(tmp_path, toy), pathlib.Path.read_text
+  fake(runs[0], 0.5)
+  sweep._record(runs[0].folder, "the first attempt")
+  if vanishes == "failed.json":
+    (runs[0].folder / "metrics.json").unlink()
+  path = runs[0].folder / vanishes
+  for allowed in range(3):  # reads that find it
+    left = [True] * allowed
+
+    def once(self, *a, left=left, **k):
+      if self == path and not left:
+        raise FileNotFoundError(2, "No such file or directory", str(self))
+      if self == path:
+        left.pop()
+      return read(self, *a, **k)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", once)
+    words = {state.word for state in map(sweep.state, runs)}
+    assert words <= {"finished", "failed", "begun", "missing"}
+    left[:] = [True] * allowed
+    table.collect(sweeping.table(), sweeping.config(""), tmp_path)
+    left[:] = [True] * allowed
+    with contextlib.suppress(FileNotFoundError):  # "contains no finished run"
+      table.collect_folder(tmp_path)
 
 
 def test_the_end_of_a_run_by_epochs_is_what_its_evaluation_says(toy, tmp_path):
@@ -338,16 +401,6 @@ def test_a_folder_with_two_test_sets_names_them_and_counts_the_deployed_branch(t
   assert all(name in table.markdown(found, results) for name in sets)
 
 
-def test_rows_of_different_test_images_are_not_compared(toy, tmp_path):
-  results = with_maps(tmp_path, toy)
-  (run, *others) = results[1].runs
-  config = run.config.copy_and_resolve_references()
-  config.data.synthetic_test += 1
-  results[1] = results[1]._replace(runs=[run._replace(config=config), *others])
-  with pytest.raises(ValueError, match="their test images differ"):
-    table.paired(results, resamples=5)
-
-
 def test_rows_are_compared_with_the_baseline_that_they_name(toy, tmp_path):
   results = with_maps(tmp_path, toy)
   results = [r._replace(row=r.row._replace(baseline="toy-fdep_wo_coisd")) for r in results]
@@ -391,6 +444,41 @@ def test_rows_with_maps_are_compared_on_the_same_images(toy, tmp_path):
   assert low <= difference <= high and difference > 50
   assert np.mean(by_seed) == pytest.approx(difference)
   assert "Paired over test images" in table.markdown(sweeping.table(), results)
+
+
+def test_the_counts_of_the_images_give_the_comparison_of_the_maps(toy, tmp_path):
+  results = with_maps(tmp_path, toy)
+  expected = table.paired(results, resamples=50)
+  for run in six(tmp_path, toy):
+    branch, path = forward.deployed_branch(run.config.mode), run.folder / "metrics.json"
+    total = figures.totals(run)
+    per_image.save(run.folder / per_image.FILE, {branch: total})
+    metrics = json.loads(path.read_text())
+    metrics[branch] |= total.result().as_dict()
+    path.write_text(json.dumps(metrics))
+    shutil.rmtree(run.folder / "probs")
+  found = table.paired(results, resamples=50)
+  assert found == expected and len(found) == 2
+  # A file that is not of the metrics beside it is refused.
+  best, worst = (tmp_path / f"toy-{name}_seed0" / per_image.FILE for name in ("fdep", "original"))
+  shutil.copy(worst, best)
+  with pytest.raises(ValueError, match="of another evaluation than metrics.json beside it"):
+    table.paired(results, resamples=5)
+
+
+def test_runs_on_different_test_images_are_not_compared(toy, tmp_path):
+  results = with_maps(tmp_path, toy)
+  runs = [run for run in six(tmp_path, toy) if run.row.name == "toy-fdep"]
+  for run in runs:
+    samples, maps = samples_and_maps(3)
+    total = evaluate.accumulate(enumerate({"light": prob} for prob in maps), samples)["light"]
+    per_image.save(run.folder / per_image.FILE, {"light": total})
+    path = run.folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["light"] |= total.result().as_dict()
+    path.write_text(json.dumps(metrics))
+  with pytest.raises(ValueError, match="needs the same images and options"):
+    table.paired(results, resamples=5)
 
 
 def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_listed_and_compared(toy, tmp_path):

@@ -1,6 +1,7 @@
 """Training end to end on a toy detector: determinism, resuming, what is and is not trained."""
 
 import gzip
+import itertools
 import json
 import math
 
@@ -12,7 +13,7 @@ import pytest
 from helpers import batch, lines, parameters, parts, toy_config
 
 from configs import base
-from fdep_jax import build, evaluate, report, settings, train
+from fdep_jax import build, data, evaluate, forward, report, settings, train
 from fdep_jax import step as step_lib
 from fdep_jax.runtime import checkpoint, mesh
 
@@ -67,6 +68,60 @@ def test_every_mode_trains_and_reports_its_branches(toy, tmp_path, mode):
   again = evaluate.evaluate(tmp_path)  # from the folder alone
   for name in branches:
     assert again[name] == metrics[name]
+
+
+def cut(samples, sizes):
+  """Gives every sample one of the sizes in turn."""
+  return [
+    data.Sample(s.name, s.image[:h, :w], s.mask[:h, :w])
+    for s, (h, w) in zip(samples, itertools.cycle(sizes), strict=False)
+  ]
+
+
+def test_selection_and_final_evaluation_score_a_checkpoint_alike(toy, tmp_path, monkeypatch):
+  config = toy_config(
+    **{
+      "mode": "original",
+      "data.synthetic_train": 16,
+      "data.val_fraction": 0.5,
+      "host_devices": 2,
+      "eval.batch_size": 3,
+      "eval.every_epochs": 0.5,
+      "train.batch_size": 2,
+      "train.steps": 6,
+    }
+  )
+  images = build.load_images(config)
+  # No side is a multiple of the network's stride of 4.
+  images = images._replace(val=cut(images.val, ((30, 41), (37, 63), (61, 35), (58, 61), (62, 31))))
+  monkeypatch.setattr(build, "load_images", lambda config: images)
+  traced, logits, select = [], forward.logits, train.Loop._select
+  monkeypatch.setattr(forward, "logits", lambda *a: traced.append(a[2].shape) or logits(*a))
+  fresh = []  # shapes that each selection compiles
+
+  def selects(loop):
+    traced.clear()
+    found = select(loop)
+    fresh.append(sorted(traced))
+    return found
+
+  monkeypatch.setattr(train.Loop, "_select", selects)
+  train.train(config, tmp_path / "run")
+  logged = {line["step"]: line["eval"] for line in lines(tmp_path / "run") if "eval" in line}
+  assert fresh == [[(2, 32, 64, 3), (2, 64, 32, 3), (4, 64, 64, 3)], [], []]
+  prior = build.load_prior(config)
+  loaded = (images._replace(test=images.val), prior, build.create_model(config, prior))
+  monkeypatch.setattr(evaluate, "cost", lambda *a: {"flops": 1.0, "seconds_per_image": 1.0})
+  for route in (False, True):  # by numpy, and by the jitted counts
+    monkeypatch.setattr(evaluate, "COUNT_JITTED", route)
+    out = tmp_path / str(route)
+    found = evaluate.evaluate(tmp_path / "run", config, loaded, out=out)
+  for name in ("metrics.json", "counts.npz"):
+    assert (out / name).read_bytes() == (tmp_path / "False" / name).read_bytes()
+  for scores in (found, found["last"]):
+    for branch, selected in logged[scores["checkpoint"]].items():
+      assert selected["hse"] > 0
+      assert {name: scores[branch][name] for name in selected} == selected
 
 
 def test_the_flops_of_a_deployed_main_branch_hold_every_block_of_the_prior(toy, monkeypatch):

@@ -157,18 +157,11 @@ def padded_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
   return height, width
 
 
-def canvas_size(samples: Sequence[Sample], multiple: int = 32) -> tuple[int, int]:
-  """Returns the smallest (height, width), in multiples, that every sample fits into."""
-  heights, widths = zip(*(s.mask.shape for s in samples), strict=True)
-  return padded_size((max(heights), max(widths)), multiple)
-
-
 def eval_batches(
   samples: Sequence[Sample],
   multiple: int = 32,
   batch_size: int = 16,
   *,
-  canvas: tuple[int, int] | None = None,
   row_multiple: int = 1,
 ) -> Iterator[dict[str, Any]]:
   """Yields whole images, zero-padded at the right and bottom and grouped by padded shape.
@@ -176,9 +169,8 @@ def eval_batches(
   Images are never resized.
 
   Args:
-    multiple: each side is padded to a multiple of this. Reported numbers use 32, as the reference.
+    multiple: each side is padded to a multiple of this; 32 as in the reference.
     batch_size: the most images in a batch.
-    canvas: pads all images to this (height, width) instead (used during training).
     row_multiple: batches have a multiple of this many rows (the number of devices).
 
   Yields:
@@ -191,15 +183,9 @@ def eval_batches(
     raise ValueError(
       f"batch_size is {batch_size}; it must be a positive multiple of row_multiple, {row_multiple}"
     )
-  if canvas:
-    bad = [s for s in samples if s.mask.shape[0] > canvas[0] or s.mask.shape[1] > canvas[1]]
-    if bad:
-      listing = ", ".join(f"{s.name} {s.mask.shape[0]}×{s.mask.shape[1]}" for s in bad)
-      size = "{}×{}".format(*canvas_size(samples, multiple))
-      raise ValueError(f"canvas {canvas[0]}×{canvas[1]} is too small for {listing}; needs {size}")
   groups: dict[tuple[int, int], list[int]] = {}
   for i, sample in enumerate(samples):
-    groups.setdefault(canvas or padded_size(sample.mask.shape, multiple), []).append(i)
+    groups.setdefault(padded_size(sample.mask.shape, multiple), []).append(i)
 
   def batches():
     for (height, width), members in groups.items():

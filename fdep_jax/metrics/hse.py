@@ -248,6 +248,16 @@ class Accumulator:
     if len(other):
       self.update_counts(other.counts(), other.positives, other.negatives)
 
+  def select(self, places):
+    """Returns an accumulator of the images at `places`, counted in the order they were added."""
+    counts, out = self.counts(), Accumulator(**vars(self.options))
+    out.update_counts(
+      Counts(**{name: values[places] for name, values in vars(counts).items()}),
+      [self.positives[i] for i in places],
+      [self.negatives[i] for i in places],
+    )
+    return out
+
   def counts(self):
     """Returns the `Counts` of the images so far, in the order they were added."""
     return self._counter.counts()

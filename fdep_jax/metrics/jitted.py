@@ -82,6 +82,43 @@ def add(total, probs, masks, sizes, budget=None, keep=slice(None)):
   return slower
 
 
+class Counter:
+  """Adds images of mixed sizes to an accumulator, in their order.
+
+  All are counted on one canvas, `ROWS` at once, so that one compiled program serves them.
+
+  Args:
+    total: an `hse.Accumulator`, as for `add`.
+    canvas: (height, width) that every image fits into, pixels.
+    budget: a `Budget`.
+  """
+
+  ROWS = 8
+
+  def __init__(self, total, canvas, budget=None):
+    self.total, self.slower = total, 0  # images that were counted on the CPU
+    self._canvas, self._budget, self._waiting = canvas, budget, []
+
+  def update(self, prob, mask):
+    """Adds one image, H×W float32 in [0, 1] and H×W bool; it counts after the next `flush`."""
+    self._waiting.append((prob, mask))
+    if len(self._waiting) == self.ROWS:
+      self.flush()
+
+  def flush(self):
+    """Counts the images that wait for more."""
+    if not self._waiting:
+      return
+    probs = np.zeros((self.ROWS, *self._canvas), np.float32)
+    masks, sizes = np.zeros(probs.shape, bool), np.ones((self.ROWS, 2), np.int32)
+    for i, (prob, mask) in enumerate(self._waiting):
+      sizes[i] = mask.shape
+      probs[i, : sizes[i, 0], : sizes[i, 1]] = prob
+      masks[i, : sizes[i, 0], : sizes[i, 1]] = mask
+    keep, self._waiting = slice(len(self._waiting)), []
+    self.slower += add(self.total, probs, masks, sizes, self._budget, keep)
+
+
 @functools.partial(jax.jit, static_argnames=("half", "max_distance", "connectivity", "budget"))
 def count_batch(probs, masks, sizes, grid, *, half, max_distance, connectivity, budget):
   """Applies `count` to B images: probs and masks B×H×W, sizes B×2."""

@@ -6,7 +6,10 @@ import logging
 import os
 import pathlib
 import socket
+import time
 from collections.abc import Iterator, Sequence
+
+_PATIENCE = 1.0  # seconds; a look at a lock (`holder`) holds it for far less
 
 
 class InUse(ValueError):
@@ -72,7 +75,8 @@ def write_json(path: str | os.PathLike, value) -> None:
 def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
   """Holds the lock of a run's folder; creates the folder if absent.
 
-  The system releases the lock however the process ends.
+  The system releases the lock however the process ends. Somebody who looks whether the lock is held
+  holds it for a moment, so it is tried for a second.
 
   Args:
     workdir: folder of the run.
@@ -95,7 +99,10 @@ def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
     ) from None
   with file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+      if wait:
+        fcntl.flock(file, fcntl.LOCK_EX)
+      else:
+        _lock(file, time.monotonic() + _PATIENCE)
     except BlockingIOError:
       file.seek(0)
       holder = file.read().strip() or "another process"
@@ -111,6 +118,19 @@ def locked(workdir: pathlib.Path, name: str = "lock", wait: bool = False):
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     yield
+
+
+def _lock(file, deadline: float) -> None:
+  """Locks an open file; raises BlockingIOError if others hold it until the deadline."""
+  import fcntl
+
+  while True:
+    try:
+      return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if time.monotonic() > deadline:
+        raise
+    time.sleep(0.02)
 
 
 def holder(workdir: pathlib.Path, name: str) -> str:

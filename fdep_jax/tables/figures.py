@@ -8,7 +8,7 @@ import numpy as np
 
 from fdep_jax import data
 from fdep_jax.data import Sample
-from fdep_jax.metrics import hse
+from fdep_jax.metrics import hse, per_image
 from fdep_jax.report import plots
 from fdep_jax.tables import experiments
 from fdep_jax.tables.sweep import Run
@@ -127,6 +127,38 @@ def totals(run: Run, branch: str = "") -> hse.Accumulator | None:
     branch: "light" or "main"; by default the deployed one.
   """
   return _totals(run.folder, branch, run.config.data.root, _synthetic(run))
+
+
+def counts(run: Run, branch: str = "") -> per_image.PerImage | None:
+  """Reads the counts of a run's test images, from `counts.npz` or else from its saved maps.
+
+  Args:
+    run: a finished run.
+    branch: "light" or "main"; by default the deployed one.
+
+  Returns:
+    The counts, in the order of the test split; None if the run has neither.
+
+  Raises:
+    ValueError: the file is damaged, or of another evaluation than metrics.json.
+  """
+  path = run.folder / per_image.FILE
+  if not path.exists():
+    total = totals(run, branch)
+    return total and per_image.of(total)
+  metrics = json.loads((run.folder / "metrics.json").read_text())
+  branch = branch or metrics["deployed"]
+  found = per_image.load(path).get(branch)
+  known = {name: metrics.get(branch, {}).get(name) for name in ("images", "targets", "hits")}
+  if found is not None:
+    half = found.options.of_grid()[1]
+    sums = (len(found), found.counts.targets.sum(), found.counts.hits[:, half].sum())
+  if found is None or tuple(known.values()) != sums:
+    raise ValueError(
+      f"{path} is of another evaluation than metrics.json beside it. Evaluate the run again "
+      "(--mode eval)."
+    )
+  return found
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,7 +5,6 @@ that the system releases however the process ends. So any number of sweeps, on o
 many with a shared folder, divide a table's rows among them. Each may be killed and started again.
 """
 
-import contextlib
 import json
 import logging
 import multiprocessing
@@ -108,8 +107,9 @@ def part(everything: Sequence[Run], task: str | None) -> list[Run]:
 
 def state(run: Run) -> State:
   """Reads the state of a run from its folder."""
-  if finished(run):
-    value = deployed(json.loads((run.folder / "metrics.json").read_text()))["hse"]
+  metrics = results(run)
+  if metrics is not None:
+    value = deployed(metrics)["hse"]
     return State("finished", "" if value is None else f"HSE {100 * value:.2f}")
   holder = _holder(run)
   if holder:
@@ -120,7 +120,7 @@ def state(run: Run) -> State:
   if (run.folder / "config.json").exists():
     other = _other_config(run)
     return State("of a different config", f"({other})") if other else State("begun", _progress(run))
-  if run.teacher and not _complete(run.teacher):
+  if run.teacher and _complete(run.teacher) is None:
     return State("waiting", f"for {run.teacher.name}")
   return State("missing")
 
@@ -131,26 +131,36 @@ def _holder(run: Run) -> str:
 
 def finished(run: Run) -> bool:
   """Returns whether the folder has the results of exactly this config, at its full length."""
-  if not _complete(run.folder) or _other_config(run):
-    return False
+  return results(run) is not None
+
+
+def results(run: Run) -> dict | None:
+  """Reads the metrics of a run that is `finished`; None if it is not.
+
+  A training that starts may remove the file between two looks, so it is read once.
+  """
+  metrics = _complete(run.folder)
+  if metrics is None or _other_config(run):
+    return None
   if run.config.mode == "classical":
-    return True
+    return metrics
   theirs = settings.load(run.folder).train
-  return all(theirs[name] == run.config.train[name] for name in ("steps", "epochs"))
+  alike = all(theirs[name] == run.config.train[name] for name in ("steps", "epochs"))
+  return metrics if alike else None
 
 
-def _complete(folder: pathlib.Path) -> bool:
-  """Returns whether the folder has the results of a completed training."""
+def _complete(folder: pathlib.Path) -> dict | None:
+  """Reads the metrics of a completed training; None if there is none."""
   try:
     metrics = json.loads((folder / "metrics.json").read_text())
     config = settings.load(folder)
   except (ValueError, FileNotFoundError):
-    return False
+    return None
   if config.mode == "classical":  # written when everything is done
-    return True
+    return metrics
   steps = config.train.steps
   planned = steps if steps > 0 else metrics.get("steps")  # older versions did not write "steps"
-  return planned is not None and metrics["last"]["checkpoint"] >= planned
+  return metrics if planned is not None and metrics["last"]["checkpoint"] >= planned else None
 
 
 def _other_config(run: Run) -> str:
@@ -163,8 +173,10 @@ def _other_config(run: Run) -> str:
 
 def failed(run: Run) -> dict | None:
   """Reads how the last attempt failed, if it did: "error", "traceback", "when", "host"."""
-  path = run.folder / _FAILED
-  return json.loads(path.read_text()) if path.exists() else None
+  try:
+    return json.loads((run.folder / _FAILED).read_text())
+  except FileNotFoundError:  # none, or removed by the attempt that succeeds now
+    return None
 
 
 def deployed(metrics: dict) -> dict:
@@ -215,7 +227,7 @@ def _can_begin(run: Run, begin: float) -> bool:
     return False
   if run.teacher is None:
     return True
-  return _complete(run.teacher)
+  return _complete(run.teacher) is not None
 
 
 def _train(run: Run, signals: "_Signals", view: "_View") -> int:
@@ -245,7 +257,7 @@ def _life(config: dict, folder: str) -> None:
   logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
   config.log.progress = False
   try:
-    with _locked(folder):
+    with files.locked(folder, _LOCK):
       run = Run(None, config.seed, config, folder, None)
       if finished(run):
         return
@@ -269,21 +281,6 @@ def _life(config: dict, folder: str) -> None:
     traceback.print_exc()
     _record(folder, f"{type(error).__name__}: {error}", traceback.format_exc())
     sys.exit(1)
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path):
-  """Holds the run's lock; retried while another process probes the lock."""
-  with contextlib.ExitStack() as stack:
-    for attempt in reversed(range(5)):
-      try:
-        stack.enter_context(files.locked(folder, _LOCK))
-        break
-      except files.InUse:
-        if not attempt:
-          raise
-        time.sleep(0.1)
-    yield
 
 
 def _end_with_parent() -> None:

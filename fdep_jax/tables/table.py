@@ -117,18 +117,19 @@ def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[
   results = []
   for row in table.rows:
     mine = [run for run in everything if run.row.name == row.name]
-    states = {run.seed: sweep.state(run) for run in mine}
-    done = [run for run in mine if states[run.seed].word == "finished"]
+    found = {run.seed: sweep.results(run) for run in mine}
+    done = [run for run in mine if found[run.seed] is not None]
     reasons = {
-      seed: str(state).replace("missing", "not run")
-      for seed, state in states.items()
-      if state.word != "finished"
+      run.seed: str(sweep.state(run)).replace("missing", "not run")
+      for run in mine
+      if found[run.seed] is None
     }
     why = "; ".join(
       f"{reason}, seed {', '.join(str(s) for s, r in reasons.items() if r == reason)}"
       for reason in dict.fromkeys(reasons.values())
     )
-    results.append(_result(table, row, done, why, None if done else mine[0].config))
+    metrics = [found[run.seed] for run in done]
+    results.append(_result(table, row, done, metrics, why, None if done else mine[0].config))
   return results
 
 
@@ -140,10 +141,13 @@ def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
   """
   workdir = pathlib.Path(workdir).expanduser()
   groups: dict[tuple, list[sweep.Run]] = {}
+  metrics = {}
   for path in sorted(workdir.glob("**/metrics.json")):
-    if not (path.parent / "config.json").exists():
+    try:
+      found, config = json.loads(path.read_text()), settings.load(path.parent)
+    except FileNotFoundError:  # no run's, or removed by a training that starts
       continue
-    config = settings.load(path.parent)
+    metrics[path.parent] = found
     run = sweep.Run(None, config.seed, config, path.parent, None)
     alike = settings.results_of(config) | {"seed": 0}
     alike |= {"train.steps": config.train.steps, "train.epochs": config.train.epochs}
@@ -156,7 +160,7 @@ def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
       f"{workdir} contains no finished run: no metrics.json beside a config.json."
     )
   # The sets are named as soon as there are two: numbers of different images are not comparable.
-  sets = {key: _test_set(runs[0]) for key, runs in groups.items()}
+  sets = {key: _test_set(runs[0].config, metrics[runs[0].folder]) for key, runs in groups.items()}
   mixed = len(set(sets.values())) > 1
   title = f"Runs in {workdir.name or workdir}"
   folders = [runs[0].folder.relative_to(workdir).as_posix() for runs in groups.values()]
@@ -169,25 +173,30 @@ def collect_folder(workdir: str | os.PathLike) -> tuple[Table, list[Result]]:
   head = ("Run", "Test set") if mixed else ("Run",)
   table = Table(title, head, tuple(METRICS), rows, trained_params=False)
   return table, [
-    _result(table, row, [run._replace(row=row) for run in runs], "", None)
+    _result(
+      table,
+      row,
+      [run._replace(row=row) for run in runs],
+      [metrics[run.folder] for run in runs],
+      "",
+      None,
+    )
     for row, runs in zip(rows, groups.values(), strict=True)
   ]
 
 
-def _test_set(run: sweep.Run) -> str:
-  """Names the test images of a run: the data's folder, and what tells it from one of its name."""
-  root = run.config.data.root
+def _test_set(config: ConfigDict, metrics: dict) -> str:
+  """Names a run's test images: the data's folder, and what tells it from another of its name."""
+  root = config.data.root
   if root == "synthetic":
-    return f"synthetic, {run.config.data.synthetic_test} of {run.config.data.synthetic_size} pixels"
-  found = json.loads((run.folder / "metrics.json").read_text())
-  digest = found.get("test_sha256", "")[:8]
+    return f"synthetic, {config.data.synthetic_test} of {config.data.synthetic_size} pixels"
+  digest = metrics.get("test_sha256", "")[:8]
   name = pathlib.Path(root).name
-  return f"{name}, {found['images']} images ({digest})" if digest else name
+  return f"{name}, {metrics['images']} images ({digest})" if digest else name
 
 
-def _result(table, row, runs, why, unbuilt: ConfigDict | None) -> Result:
+def _result(table, row, runs, metrics, why, unbuilt: ConfigDict | None) -> Result:
   """Makes the cells of a row. Without runs, P is counted on the model of the config `unbuilt`."""
-  metrics = [json.loads((run.folder / "metrics.json").read_text()) for run in runs]
   cells = {}
   for name in table.columns:
     key, factor = METRICS[name][1:3]
@@ -314,7 +323,9 @@ def _ours(cell: Cell, decimals: int) -> str:
 _LEGEND = (
   "Ours: mean ± standard deviation (number of seeds) of the deployed branch on the test split; "
   "percent. {} FLOPs (two for a multiply-add) and time are for one crop-sized image and the "
-  "deployed branch; the time is on the machine that evaluated, the paper's on an RTX 4090."
+  "deployed branch; the time is on the machine that evaluated, the paper's on an RTX 4090. Networks "
+  "train without the tenth of the train split that selects the checkpoint, except with "
+  "eval.select_on=test."
 )
 _P = {  # by Table.trained_params
   True: "P counts all trained parameters, SAMF included.",
@@ -464,25 +475,18 @@ def main_branches(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
   return found
 
 
-def _check_same_images(result: Result, other: Result, pair) -> None:
-  """Raises ValueError if two rows were evaluated on different images."""
-  sets = [_test_set(r.runs[0]) for r in (result, other)]
-  if sets[0] != sets[1] or len(pair[0]) != len(pair[1]):
-    raise ValueError(
-      f"{result.row.name} is compared with {other.row.name}, but their test images differ: "
-      f"{sets[0]} and {sets[1]}. Name a baseline with the same data."
-    )
-
-
 def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[str, Gap]]:
   """Compares each row with its baseline (`experiments.baselines`) on the same resampled images.
 
-  Needs the runs' probability maps (eval.save_probs). In every resample of the test images the
-  differences of all seeds are averaged, so the interval is over images, not over trainings. If a
-  row deploys the light branch, its main branch is compared, too.
+  Needs the runs' `counts.npz`, or of older runs the maps (eval.save_probs). In every resample of
+  the test images the differences of all seeds are averaged, so the interval is over images, not
+  over trainings. If a row deploys the light branch, its main branch is compared, too.
 
   Returns:
     {"ROW − BASELINE, seeds": {metric: gap}}.
+
+  Raises:
+    ValueError: the two were evaluated on different images.
   """
   import numpy as np
 
@@ -498,12 +502,13 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
     ours, theirs = ({run.seed: run for run in r.runs} for r in (result, other))
     for branch in ("", "main") if main_branches([result]) else ("",):
       pairs = [
-        (figures.totals(ours[s], branch), figures.totals(theirs[s])) for s in ours if s in theirs
+        (figures.counts(ours[s], branch), figures.counts(theirs[s])) for s in ours if s in theirs
       ]
       pairs = [pair for pair in pairs if None not in pair]
       if not pairs:
         continue
-      _check_same_images(result, other, pairs[0])
+      for pair in pairs:
+        bootstrap.check_pair(*pair)
       count = len(pairs[0][0])
       weights = np.concatenate([np.ones((1, count)), bootstrap.draw(count, resamples, 0)])
       each = [[bootstrap.samples(total, weights) for total in pair] for pair in pairs]

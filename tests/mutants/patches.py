@@ -179,10 +179,14 @@ MUTANTS: list[Mutant] = [
     _SELECTS,
     (
       "the main branch selects",
-      "scores[forward.deployed_branch(config.mode)].hse",
-      'scores["main" if "main" in scores else "light"].hse',
+      "scores[forward.deployed_branch(config.mode)], config",
+      'scores["main" if "main" in scores else "light"], config',
     ),
-    ("IoU selects", "deployed_branch(config.mode)].hse", "deployed_branch(config.mode)].iou"),
+    (
+      "IoU selects",
+      "deployed_branch(config.mode)], config.eval.select_by",
+      'deployed_branch(config.mode)], "iou"',
+    ),
     (
       "the test images always select",
       'images.val if config.eval.select_on == "val" else images.test',
@@ -560,5 +564,79 @@ MUTANTS: list[Mutant] = [
       'keys = ("name", "height", "width", "mask")',
       'keys = ("name", "height", "width")',
     ),
+  ),
+  # What an evaluation counts and keeps.
+  Mutant(
+    "selection scores other pixels than evaluation",
+    "fdep_jax/train.py",
+    "      self.selection,\n",
+    "      [s._replace(image=s.image // 2) for s in self.selection],\n",
+    _tests("train", "test_selection_and_final_evaluation_score_a_checkpoint_alike"),
+  ),
+  Mutant(
+    "HSE selects whatever the config says",
+    "fdep_jax/train.py",
+    "getattr(scores[forward.deployed_branch(config.mode)], config.eval.select_by)",
+    'getattr(scores[forward.deployed_branch(config.mode)], "hse")',
+    _SELECTS,
+  ),
+  Mutant(
+    "images are kept in the order in which they came",
+    "fdep_jax/evaluate.py",
+    "places = np.argsort(order)",
+    "places = np.arange(len(order))",
+    _tests(
+      "metrics_per_image",
+      "test_images_are_counted_in_the_order_of_the_samples_whatever_comes_first",
+    ),
+  ),
+  Mutant(
+    "accelerators count by numpy",
+    "fdep_jax/evaluate.py",
+    'jax.default_backend() != "cpu" if',
+    'jax.default_backend() == "tpu" if',
+    _tests("metrics_per_image", "test_the_route_is_the_jitted_one_where_the_backend_is_no_cpu"),
+  ),
+  Mutant(
+    "rows that fill a batch are counted",
+    "fdep_jax/metrics/jitted.py",
+    "keep, self._waiting = slice(len(self._waiting)), []",
+    "keep, self._waiting = slice(None), []",
+    _tests("metrics_per_image", "test_the_jitted_counter_adds_no_image_that_was_not_given"),
+  ),
+  *_mutants(
+    "fdep_jax/metrics/per_image.py",
+    _tests(
+      "metrics_per_image",
+      "test_intervals_and_comparisons_from_the_file_are_those_of_the_maps",
+      "test_without_any_target_the_file_still_has_its_counts",
+    ),
+    (
+      "differences are read as counts",
+      'np.cumsum(data[f"{name}.reached"], axis=1, dtype=np.int64)',
+      'data[f"{name}.reached"].astype(np.int64)',
+    ),
+    ("counts are cut to 16 bits", "np.min_scalar_type(int(array.max(initial=0)))", "np.uint16"),
+  ),
+  Mutant(
+    "counts of another evaluation are taken",
+    "fdep_jax/tables/figures.py",
+    "if found is None or tuple(known.values()) != sums:",
+    "if found is None:",
+    _tests("sweep", "test_the_counts_of_the_images_give_the_comparison_of_the_maps"),
+  ),
+  Mutant(
+    "runs on different images are compared",
+    "fdep_jax/tables/table.py",
+    "        bootstrap.check_pair(*pair)",
+    "        assert pair",
+    _tests("sweep", "test_runs_on_different_test_images_are_not_compared"),
+  ),
+  Mutant(
+    "a look at a lock makes a start fail",
+    "fdep_jax/runtime/files.py",
+    "_PATIENCE = 1.0",
+    "_PATIENCE = 0.0",
+    _tests("sweep", "test_looking_at_a_run_never_makes_its_start_fail"),
   ),
 ]
