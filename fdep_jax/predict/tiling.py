@@ -34,9 +34,10 @@ class Predictor:
     self._whole, self._part, self._shapes = _forwards(detector)
     network = getattr(detector.model, "backbone", None)
     self._why_whole = network.whole_frame if network else ""
-    # Of sizes that the network was not trained for, each told once.
+    # Of sizes that the network was not trained for, each told once. The crop of a published
+    # network's training is not known.
     self._caution, self._told = lambda size: "", set()
-    if network and detector.config is not None:
+    if network and detector.config is not None and detector.step is not None:
       self._caution = lambda size: network.caution(size, detector.config.data.crop)
     if self._why_whole:
       self._network = network.paper_name
