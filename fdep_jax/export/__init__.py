@@ -211,6 +211,8 @@ def _write_light(detector, light: Light, forward, path, about) -> Callable:
 
 
 def _write_stablehlo(detector, light: Light, forward, path, about) -> Callable:
+  if importlib.util.find_spec("flatbuffers") is None:  # jax does not ask for it
+    raise Absent("it needs flatbuffers: `pip install -r requirements.txt` and export again.")
   shape = (*symbolic_sizes(light.net), light.net.in_channels)
   with jax.default_matmul_precision("float32"):
     make = jax.export.export(jax.jit(light.probability), platforms=PLATFORMS)
