@@ -25,7 +25,7 @@ from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.fdep import FDEP
-from fdep_jax.runtime import checkpoint, mesh
+from fdep_jax.runtime import checkpoint, files, mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOYS = ROOT / "tests" / "toy_backbones"
@@ -117,6 +117,13 @@ def toy_config(**changes):
     }
   )
   return config
+
+
+def written_run(folder: pathlib.Path, **changes) -> pathlib.Path:
+  """A folder that looks like a run's, without a checkpoint."""
+  folder.mkdir()
+  files.write_json(folder / "config.json", toy_config(**changes).to_dict())
+  return folder
 
 
 def parts(config):

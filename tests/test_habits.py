@@ -10,23 +10,16 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, make_folder, toy_backbone, toy_config
+from helpers import ROOT, make_folder, toy_backbone, toy_config, written_run
 
 from configs import base
 from fdep_jax import build, cli, evaluate, export, losses, score, settings, train
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.cli import arguments
-from fdep_jax.runtime import checkpoint, files, log, mesh, rendezvous
+from fdep_jax.runtime import checkpoint, log, mesh, rendezvous
 
 QUICK = ("--config=quickstart", "--workdir=never")
-
-
-def written_run(folder, **changes):
-  """A folder that looks like a run's, without a checkpoint."""
-  folder.mkdir()
-  files.write_json(folder / "config.json", toy_config(**changes).to_dict())
-  return folder
 
 
 # Flags.
