@@ -9,7 +9,7 @@ import jax.export
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import make_folder, make_network, written_run
+from helpers import ROOT, make_folder, make_network, written_run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -74,6 +74,18 @@ def test_without_a_word_there_is_no_normalisation():
 def test_a_normalisation_that_cannot_be_meant_is_refused(words, said):
   with pytest.raises(ValueError, match=re.escape(said)):
     normalisation.parse(*words)
+
+
+def test_the_table_in_the_documents_is_that_of_the_program():
+  text = (ROOT / "docs/deployment.md").read_text().partition("## A published network")[2]
+  rows = re.findall(r"^\| `(.+)` \| (.+) \| .+ \|$", text, re.MULTILINE)
+  assert [name for name, _ in rows] == [*normalisation.KNOWN]
+  for name, shown in rows:
+    mean, std = normalisation.KNOWN[name]
+    if name == "imagenet":
+      assert all(str(value) in shown for value in (*mean, *std))
+    else:
+      assert shown == f"{255 * mean:.3f}, {255 * std:.3f}"
 
 
 def test_the_file_or_the_user_names_the_normalisation_and_not_both():
