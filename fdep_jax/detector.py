@@ -33,6 +33,7 @@ class Detector(NamedTuple):
   folder: pathlib.Path  # of the run, or the file
   step: int | None  # of the checkpoint; None: a published network, whose training is not known
   range: str | tuple[float, float] = ""  # that became the grey levels; "": it had 8-bit images
+  fill: Statistic = 0.0  # grey level / 255 that pads images
   options: Mapping[str, object] = {}  # keywords of `backbones.create`: the network's variant
 
 
@@ -147,6 +148,7 @@ def load_light(path: str | os.PathLike) -> Detector:
     mean, std = normalisation.of_file(about["mean"], about["std"])
     step = None if about["step"] is None else int(about["step"])
     values, options = _range(about.get("range", "")), dict(about.get("options", {}))
+    fill = _fill(about)
   except (KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, KeyError | TypeError):
@@ -164,7 +166,17 @@ def load_light(path: str | os.PathLike) -> Detector:
     raise ValueError(f"{path}: {error}") from None
   source = f"{path} of {about['run']}" + ("" if step is None else f", step {step}")
   folder = files.expand(path)
-  return Detector(model, "light", config, mean, std, None, source, folder, step, values, options)
+  return Detector(
+    model, "light", config, mean, std, None, source, folder, step, values, fill, options
+  )
+
+
+def _fill(about: dict) -> Statistic:
+  """Returns what pads the images of an exported network; runs pad with 0."""
+  from converters import normalisation
+
+  value = about.get("input", {}).get("fill", 0.0)
+  return normalisation.of_file(value, value)[0]
 
 
 def _range(values) -> str | tuple[float, float]:
@@ -197,7 +209,8 @@ def load_published(
       are needs none.
 
   Returns:
-    The network as a light branch, in evaluation mode.
+    The network as a light branch, in evaluation mode. Published code pads what it has normalised
+    with 0, so that images are padded with the mean; runs pad grey levels with 0.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -231,8 +244,19 @@ def load_published(
   model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
   model.eval()
   source, values = f"{path}, {backbone}", _range(own.get("range", ""))
+  fill = _fill(about) if of_file else statistics[0]
   return Detector(
-    model, "light", config_of(backbone), *statistics, None, source, path, None, values, options
+    model,
+    "light",
+    config_of(backbone),
+    *statistics,
+    None,
+    source,
+    path,
+    None,
+    values,
+    fill,
+    options,
   )
 
 

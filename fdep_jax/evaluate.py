@@ -32,6 +32,7 @@ def probabilities(
   batch_size: int,
   the_mesh,
   canvas: tuple[int, int] | None = None,
+  fill: data.Statistic = 0.0,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
   """Yields (place in `samples`, {branch: H×W probabilities}), images of equal shape together.
 
@@ -43,6 +44,7 @@ def probabilities(
     batch_size: images at once, rounded up to a multiple of the devices.
     the_mesh: devices.
     canvas: height and width to pad every image to; default one per shape.
+    fill: grey level / 255 of the padding.
   """
   devices = the_mesh.devices.size
   batches = data.eval_batches(
@@ -51,6 +53,7 @@ def probabilities(
     -(-batch_size // devices) * devices,
     canvas=canvas,
     row_multiple=devices,
+    fill=fill,
   )
   for batch in batches:
     image = mesh.put_rows(batch["image"], the_mesh)
@@ -331,7 +334,7 @@ def evaluate_file(
   images = build.Images([], [], test, network.mean, network.std, values)
   _, params, stats, rng = nnx.split(network.model, nnx.Param, nnx.BatchStat, ...)
   state = {"params": params, "stats": stats, "rng": rng}
-  maps = _maps_of(config, images, None, network.model)(state)
+  maps = _maps_of(config, images, None, network.model, network.fill)(state)
   scored = _score_images(config, images, maps, out)
   metrics = {
     **_with_intervals(scored.totals),
@@ -499,7 +502,13 @@ def _restore(workdir: pathlib.Path, which: str | int | None, config: ConfigDict,
     return checkpoints.restore(like, best=True), last
 
 
-def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, model) -> Callable:
+def _maps_of(
+  config: ConfigDict,
+  images: build.Images,
+  prior: Prior | None,
+  model,
+  fill: data.Statistic = 0.0,
+) -> Callable:
   """Makes the function that yields the test images' maps for a state."""
   the_mesh = mesh.make(config.host_devices)
   apply = forward.make_forward(config, model, images.mean, images.std)
@@ -507,7 +516,8 @@ def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, mode
 
   def maps(state: dict):
     state = mesh.put_replicated(state, the_mesh)
-    return probabilities(apply, state, prior, images.test, config.eval.batch_size, the_mesh)
+    size = config.eval.batch_size
+    return probabilities(apply, state, prior, images.test, size, the_mesh, fill=fill)
 
   return maps
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import converters
 from converters import normalisation
-from fdep_jax import cli, evaluate, export, predict, report
+from fdep_jax import cli, data, evaluate, export, predict, report
 from fdep_jax import detector as detector_lib
 from fdep_jax.metrics import hse
 
@@ -178,25 +178,25 @@ def by_hand(net, levels, mean, std) -> np.ndarray:
 
 def test_eval_scores_a_one_channel_file_as_by_hand(grey, parse, tmp_path, monkeypatch, capsys):
   path, net = grey
-  data = make_folder(tmp_path / "set")
-  for file in data.glob("*/*.png"):  # 64×64 instead of 40×48: nothing is padded
+  root = make_folder(tmp_path / "set")
+  for file in root.glob("*/*.png"):  # 64×64 instead of 40×48: nothing is padded
     with Image.open(file) as picture:
       tiled = np.tile(np.asarray(picture), (2, 2))[:64, :64]
     Image.fromarray(tiled).save(file)
   cost = {"flops": 1.0, "seconds_per_image": 0.1, "seconds_median": 0.1}
   monkeypatch.setattr(evaluate, "cost", lambda *_: cost)
   words = (f"--checkpoint={path}", "--backbone=acm", "--normalisation=lesps:SIRST3")
-  words += (f"--data={data}", f"--out={tmp_path / 'out'}", "--config.eval.save_probs=True")
+  words += (f"--data={root}", f"--out={tmp_path / 'out'}", "--config.eval.save_probs=True")
   values = parse("--mode=eval", *words)
   evaluate.command(values, values.config)
   total, folder = hse.Accumulator(), tmp_path / "out" / "set"
   for i in (2, 3):
-    levels = np.asarray(Image.open(data / f"images/{i}.png"))
+    levels = np.asarray(Image.open(root / f"images/{i}.png"))
     prob = by_hand(net, levels, 95.010 / 255, 41.511 / 255)
     kept = np.load(folder / f"probs/light/{i}.npy")
     np.testing.assert_allclose(kept, prob, atol=1e-5)
     assert prob.std() > 0.01
-    total.update(kept, np.asarray(Image.open(data / f"masks/{i}.png")) > 127)
+    total.update(kept, np.asarray(Image.open(root / f"masks/{i}.png")) > 127)
   found = json.loads((folder / "metrics.json").read_text())
   expected = total.result().as_dict()
   assert {name: found["light"][name] for name in expected} == expected
@@ -244,9 +244,9 @@ def test_a_one_channel_network_is_exported_to_every_format(grey, parse, tmp_path
   # What was exported needs no normalisation again, and goes back bit for bit.
   file = tmp_path / "light_torch.safetensors"
   again = detector_lib.load_published(file, "acm")
-  assert (again.mean, again.std, again.options) == (0.4, 0.2, GREY)
+  assert (again.mean, again.std, again.fill, again.options) == (0.4, 0.2, 0.4, GREY)
   light = files_agree(tmp_path, net, 0.4, 0.2, predict.Predictor(again))
-  assert light.options == GREY and light.step is None
+  assert (light.options, light.step, light.fill) == (GREY, None, 0.4)
   for name, array in load_file(file).items():
     np.testing.assert_array_equal(converters.to_torch(net)[name], array, name)
   for words, said in (
@@ -293,6 +293,26 @@ def test_predict_finds_targets_with_a_published_file(grey, parse, tmp_path):
   with Image.open(tmp_path / "o" / "frame_prob.png") as picture:
     prob = np.asarray(picture) / 65535
   np.testing.assert_allclose(prob, by_hand(grey[1], np.zeros((32, 32)), 0.4, 0.2), atol=1e-5)
+
+
+def test_a_published_network_is_padded_with_its_mean(grey, tmp_path):
+  path, net = grey
+  found = detector_lib.load_published(path, "acm", "102", "51")
+  levels = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
+  padded = np.full((64, 64), 102.0)
+  padded[:40, :60] = levels
+  expected = by_hand(net, padded, 0.4, 0.2)[:40, :60]
+  np.testing.assert_allclose(predict.Predictor(found)(levels, "full"), expected, atol=1e-5)
+  black = predict.Predictor(found._replace(fill=0.0))(levels, "full")
+  assert np.abs(black - expected).max() > 1e-3  # as a run's
+  sample = data.Sample("a", np.repeat(levels[..., None], 3, 2), np.zeros((40, 60), bool))
+  (batch,) = data.eval_batches([sample], fill=found.fill)
+  np.testing.assert_allclose(batch["image"][0, ..., 0], padded, atol=1e-4)
+  (batch,) = data.eval_batches([sample])
+  assert batch["image"].dtype == np.uint8 and not batch["image"][0, 40:].any()
+  about = {"network": "acm", "input": {"mean": 0.4, "std": 0.2}}  # of a run
+  save_file(load_file(path), tmp_path / "run.safetensors", {"fdep_jax": json.dumps(about)})
+  assert detector_lib.load_published(tmp_path / "run.safetensors", "acm").fill == 0
 
 
 def test_a_file_that_does_not_fit_is_refused_with_both_sides(grey, tmp_path):

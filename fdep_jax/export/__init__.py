@@ -283,9 +283,10 @@ def _about(detector: Detector) -> dict:
         "light.stablehlo": ["batch", "height", "width", net.in_channels],
         "light.onnx": ["batch", net.in_channels, "height", "width"],
       },
-      "sizes": f"any batch; {multiple}: pad frames with 0 at the right and the bottom (the "
+      "sizes": f"any batch; {multiple}: pad frames with `fill` at the right and the bottom (the "
       f"evaluation pads to multiples of {evaluate.PAD}) and crop the result",
       "range": detector.range,  # in the unit of the frames, becomes 0 to 1; "": 8 bits
+      "fill": detector.fill,
       "mean": detector.mean,
       "std": detector.std,
     },
