@@ -185,9 +185,10 @@ def eval_batches(
 
   Yields:
     {"image": B×H×W×3 uint8, "sizes": [(height, width), …], "indices": [place in `samples`, …]}.
-    Images are float32 if `fill` is not 0. All batches of a shape have the same B, so that each shape compiles once. The last one is
-    filled up with empty images; its `sizes` and `indices` are then shorter than B. Shapes come in
-    the order of their first image, images of a shape in the given order.
+    Images are float32 if `fill` is not 0. All batches of a shape have the same B, so that each
+    shape compiles once. The last one is filled up with empty images; its `sizes` and `indices` are
+    then shorter than B. Shapes come in the order of their first image, images of a shape in the
+    given order.
   """
   if batch_size < 1 or batch_size % row_multiple:
     raise ValueError(
