@@ -15,7 +15,7 @@ from converters.torch_file import read_torch
 from fdep_jax import backbones, priors
 from fdep_jax.priors.dinov2 import DINOv2
 
-__all__ = ["load_backbone", "load_dinov2", "load_prior", "read_torch", "to_torch"]
+__all__ = ["load_backbone", "load_dinov2", "load_prior", "read_torch", "to_torch", "variant"]
 
 PathOrState = str | os.PathLike | dict[str, np.ndarray]
 
@@ -38,7 +38,7 @@ def load_backbone(name: str, path_or_state: PathOrState) -> backbones.Backbone:
   """
   table = _table(name)
   state = _unwrap(_state(path_or_state), name, table)
-  options = table.options(state) if hasattr(table, "options") else {}
+  options = _options(table, state)
   # Shapes only: all values come from the file, and drawing initial ones takes seconds.
   net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0), **options))
   try:
@@ -50,6 +50,16 @@ def load_backbone(name: str, path_or_state: PathOrState) -> backbones.Backbone:
     is_key = jax.dtypes.issubdtype(variable.dtype, jax.dtypes.prng_key)
     variable.set_value(jax.random.key(0) if is_key else jnp.zeros(variable.shape, variable.dtype))
   return net
+
+
+def variant(name: str, path_or_state: PathOrState) -> dict[str, object]:
+  """Infers the keywords of `backbones.create` for a checkpoint; arguments as `load_backbone`.
+
+  Raises:
+    ValueError: two networks are in it.
+  """
+  table = _table(name)
+  return _options(table, _unwrap(_state(path_or_state), name, table))
 
 
 def to_torch(net: backbones.Backbone) -> dict[str, np.ndarray]:
@@ -88,6 +98,10 @@ def _table(name: str):
       f"No converter for {name}: write converters/{name}.py with `rules(net)`, one line a layer "
       "(converters/msda.py is an example)."
     ) from None
+
+
+def _options(table, state: dict[str, np.ndarray]) -> dict[str, object]:
+  return table.options(state) if hasattr(table, "options") else {}
 
 
 def _dead(table, net) -> list[rules.Dead]:

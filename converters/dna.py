@@ -1,6 +1,14 @@
-"""DNA-Net: YuChuang1205/PAL `DNA_No_Sigmoid` state_dict ↔ fdep_jax.backbones.dna."""
+"""DNA-Net: state_dict of YuChuang1205/PAL, BasicIRSTD or LESPS ↔ fdep_jax.backbones.dna."""
+
+import numpy as np
 
 from converters.rules import CONV, Rule, conv_norm
+
+
+def options(state: dict[str, np.ndarray]) -> dict[str, int]:
+  """Infers the image's channels from the first convolution; 3 where it does not fit."""
+  first = state.get("conv0_0.0.conv1.weight")
+  return {"in_channels": 1 if first is not None and first.shape[1:2] == (1,) else 3}
 
 
 def rules(net) -> list[Rule]:

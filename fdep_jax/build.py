@@ -24,8 +24,8 @@ class Images(NamedTuple):
   train: list[data.Sample]  # without the held-out images
   val: list[data.Sample]  # the set's own or held out of train; empty if the test split selects
   test: list[data.Sample]
-  mean: float  # of grey levels / 255, over the whole train split
-  std: float  # (0 and 1 for a network that takes grey levels as they are)
+  mean: data.Statistic  # of grey levels / 255, over the whole train split
+  std: data.Statistic  # (0 and 1 for a network that takes grey levels as they are)
   range: frames.Range = ""  # that became the grey levels; "": the images have 8 bits
 
 

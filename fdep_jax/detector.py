@@ -1,20 +1,23 @@
-"""Loads one branch of a trained run, or of an exported file."""
+"""Loads one branch of a trained run, of an exported file, or a published network."""
 
 import json
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import build, settings
+from fdep_jax import backbones, build, settings
+from fdep_jax.data import Statistic
 from fdep_jax.fdep import FDEP
 from fdep_jax.metrics import columns
 from fdep_jax.priors import Prior
 from fdep_jax.runtime import checkpoint, files
 
+_NAME_IT = "name its network, --backbone NAME"
 POOR = 0.02  # HSE on the images that select, below which their order means nothing
 
 
@@ -24,13 +27,15 @@ class Detector(NamedTuple):
   model: FDEP  # in evaluation mode; has fusion modules only if the branch is "main"
   branch: str  # "light" or "main"
   config: ConfigDict  # of the run
-  mean: float  # of grey levels / 255; normalises the input
-  std: float
+  mean: Statistic  # of grey levels / 255; normalises the input
+  std: Statistic
   prior: Prior | None  # for the main branch
   source: str  # the run and its step, for messages and manifests
-  folder: pathlib.Path  # of the run, or the exported file
-  step: int  # of the checkpoint
+  folder: pathlib.Path  # of the run, or the file
+  step: int | None  # of the checkpoint; None: a published network, whose training is not known
   range: str | tuple[float, float] = ""  # that became the grey levels; "": it had 8-bit images
+  fill: Statistic = 0.0  # grey level / 255 that pads images
+  options: Mapping[str, object] = {}  # keywords of `backbones.create`: the network's variant
 
 
 def load(
@@ -134,6 +139,7 @@ def load_light(path: str | os.PathLike) -> Detector:
   import safetensors
 
   import converters
+  from converters import normalisation
 
   arrays = converters.read_torch(path)
   try:
@@ -141,26 +147,148 @@ def load_light(path: str | os.PathLike) -> Detector:
       about = json.loads(file.metadata()["fdep_jax"])
     config = settings.completed(about["config"])
     settings.check(config)
-    mean, std, step = float(about["mean"]), float(about["std"]), int(about["step"])
-    values = about.get("range", "")
-    values = tuple(map(float, values)) if isinstance(values, list) else str(values)
+    mean, std = normalisation.of_file(about["mean"], about["std"])
+    step = None if about["step"] is None else int(about["step"])
+    values, options = _range(about.get("range", "")), dict(about.get("options", {}))
+    fill = _fill(about)
   except (KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, KeyError | TypeError):
-      reason = "it lacks the settings of a run; converters.load_backbone reads files of PyTorch"
+      reason = f"it lacks the settings of a run. If it is a file for PyTorch, {_NAME_IT}"
     if str(path).endswith("_torch.safetensors"):
-      reason = "it is for PyTorch; the file for this package is light.safetensors beside it"
+      reason = f"it is for PyTorch. Take light.safetensors beside it, or {_NAME_IT}"
     raise ValueError(f"{path} is no light.safetensors of --mode export: {reason}.") from None
-  model = FDEP(config.model.backbone, num_levels=0, rngs=nnx.Rngs(0))
+  net = backbones.create(config.model.backbone, rngs=nnx.Rngs(0), **options)
+  model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
   model.eval()
   weights = nnx.state(model.backbone, nnx.Any(nnx.Param, nnx.BatchStat))
   try:
     nnx.update(model.backbone, checkpoint.unflatten(arrays, weights))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  source = f"{path} of {about['run']}, step {step}"
+  source = f"{path} of {about['run']}" + ("" if step is None else f", step {step}")
   folder = files.expand(path)
-  return Detector(model, "light", config, mean, std, None, source, folder, step, values)
+  return Detector(
+    model, "light", config, mean, std, None, source, folder, step, values, fill, options
+  )
+
+
+def _fill(about: dict) -> Statistic:
+  """Returns what pads the images of an exported network; runs pad with 0."""
+  from converters import normalisation
+
+  value = about.get("input", {}).get("fill", 0.0)
+  return normalisation.of_file(value, value)[0]
+
+
+def _range(values) -> str | tuple[float, float]:
+  return tuple(map(float, values)) if isinstance(values, list) else str(values)
+
+
+def config_of(backbone: str) -> ConfigDict:
+  """Returns the base config with this network alone, for what is computed without a run."""
+  from configs import base
+
+  config = base.get_config()
+  config.mode, config.model.backbone = "original", backbone
+  return config
+
+
+def load_published(
+  path: str | os.PathLike,
+  backbone: str,
+  mean: str | None = None,
+  std: str | None = None,
+  normalisation: str | None = None,
+) -> Detector:
+  """Loads a published network, whose weights are in a file for PyTorch.
+
+  Args:
+    path: a file for `converters.load_backbone`, or a light_torch.safetensors of `--mode export`.
+    backbone: the network's name, one of `backbones.names()`.
+    mean, std, normalisation: as for `converters.normalisation.parse`. Files of `--mode export`
+      have a mean and a deviation, other files need them. A network that takes grey levels as they
+      are needs none.
+
+  Returns:
+    The network as a light branch, in evaluation mode. Published code pads what it has normalised
+    with 0, so that images are padded with the mean; runs pad grey levels with 0.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the network is not known, the file is not a checkpoint of it, or the normalisation
+      is missing, given twice, or does not fit.
+  """
+  import converters
+  from converters import normalisation as known
+
+  network = backbones.network_class(backbone)
+  given = known.parse(mean, std, normalisation)
+  path = files.expand(path)
+  _check_published(path)
+  about = _about(path)
+  if "config" in about:
+    raise ValueError(f"{path} is a light.safetensors and names its network. Leave --backbone out.")
+  if about.get("network", backbone) != backbone:
+    raise ValueError(f"{path} is of {about['network']}. Give --backbone {about['network']}.")
+  state = converters.read_torch(path)
+  try:
+    options = converters.variant(backbone, state)
+    net = converters.load_backbone(backbone, state)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  own = about.get("input", {})
+  of_file = known.of_file(own["mean"], own["std"]) if "mean" in own else None
+  try:
+    statistics = known.choose(network.standardised, net.in_channels, given, of_file)
+  except ValueError as error:
+    raise ValueError(f"{path}, {backbone}: {error}") from None
+  model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
+  model.eval()
+  source, values = f"{path}, {backbone}", _range(own.get("range", ""))
+  fill = _fill(about) if of_file else statistics[0]
+  return Detector(
+    model,
+    "light",
+    config_of(backbone),
+    *statistics,
+    None,
+    source,
+    path,
+    None,
+    values,
+    fill,
+    options,
+  )
+
+
+def _check_published(path: pathlib.Path) -> None:
+  """Raises ValueError if `path` names the checkpoint of a run, FileNotFoundError if nothing."""
+  if (
+    path.is_dir() or not path.exists() and (str(path) in ("best", "last") or path.name.isdecimal())
+  ):
+    raise ValueError(
+      f"--checkpoint {path} is of a run, whose config names its network. Leave --backbone out, or "
+      "name a file: a published checkpoint, or a light_torch.safetensors of --mode export."
+    )
+  if not path.exists():
+    raise FileNotFoundError(f"--checkpoint {path}: there is no such file.")
+
+
+def _about(path: pathlib.Path) -> dict:
+  """Returns what `--mode export` wrote into a safetensors file; {} for other files."""
+  import safetensors
+
+  from converters import torch_file
+
+  if not torch_file.is_safetensors(path):
+    return {}
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      about = json.loads((file.metadata() or {}).get("fdep_jax", "{}"))
+  except (ValueError, safetensors.SafetensorError):
+    return {}
+  return about if isinstance(about, dict) else {}
 
 
 def find_checkpoint(
@@ -191,8 +319,8 @@ def _parse_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
   if path.is_file():
     raise ValueError(
       f"{path} is a file. --checkpoint takes best, last, a step, a folder RUN, RUN/best or "
-      "RUN/checkpoints/STEP, or a light.safetensors of --mode export. Programs (.onnx, .stablehlo) "
-      "run elsewhere: docs/deployment.md; converters.load_backbone reads PyTorch's files in Python."
+      "RUN/checkpoints/STEP, or a light.safetensors of --mode export. If it is a file for PyTorch, "
+      f"{_NAME_IT}. Programs (.onnx, .stablehlo) run elsewhere: docs/deployment.md."
     )
   if not path.is_dir():
     raise FileNotFoundError(

@@ -4,9 +4,11 @@ import hashlib
 import logging
 import os
 import pathlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ def probabilities(
   samples: Sequence[data.Sample],
   batch_size: int,
   the_mesh,
+  fill: data.Statistic = 0.0,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
   """Yields (place in `samples`, {branch: H×W probabilities}), images of equal shape together.
 
@@ -41,6 +44,7 @@ def probabilities(
     samples: images of any size; maps have the same sizes.
     batch_size: images at once, rounded up to a multiple of the devices.
     the_mesh: devices.
+    fill: grey level / 255 of the padding.
   """
   devices = the_mesh.devices.size
   batches = data.eval_batches(
@@ -48,6 +52,7 @@ def probabilities(
     PAD,
     -(-batch_size // devices) * devices,
     row_multiple=devices,
+    fill=fill,
   )
   for batch in batches:
     image = mesh.put_rows(batch["image"], the_mesh)
@@ -207,7 +212,18 @@ def fingerprint(state: dict) -> str:
 
 
 def command(flags, config: ConfigDict) -> None:
-  """Runs `--mode eval`; `config` is the run's, with what the command line changes."""
+  """Runs `--mode eval`; `config` is the run's, with what the command line changes.
+
+  With --backbone there is no run: `config` is that of `detector.config_of`.
+  """
+  if flags.out and (files.expand(flags.out) / "config.json").exists():
+    raise ValueError(f"--out {flags.out} is the folder of a run. Name a different one.")
+  if flags.backbone:
+    network = detector.load_published(
+      flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
+    )
+    _each(flags, config, network.source, lambda config, out: evaluate_file(network, config, out))
+    return
   workdir = files.expand(flags.workdir)
   own, values = settings.flat(settings.load(workdir)), settings.flat(config)
   others = [k for k in values if k.startswith("data.") and values[k] != own[k]]
@@ -221,21 +237,25 @@ def command(flags, config: ConfigDict) -> None:
       f"The results with {' and '.join(reasons)} are not those of the run: name a folder for them, "
       "--out DIR."
     )
-  if flags.out and (files.expand(flags.out) / "config.json").exists():
-    raise ValueError(f"--out {flags.out} is the folder of a run. Name a different one.")
   if not flags.data:
     evaluate(workdir, config, which=flags.checkpoint, out=flags.out)
     return
+  _each(
+    flags, config, workdir,
+    lambda config, out: evaluate(workdir, config, which=flags.checkpoint, out=out),
+  )  # fmt: skip
+
+
+def _each(flags, config: ConfigDict, source, score_one: Callable[..., dict]) -> None:
+  """Scores the datasets of --data, each into its folder below --out, and prints one table."""
   found = {}
   for name, root in _named(flags.data).items():
     config = config.copy_and_resolve_references()
     config.data.root = root
-    found[name] = evaluate(
-      workdir, config, which=flags.checkpoint, out=files.expand(flags.out) / name
-    )
+    found[name] = score_one(config, files.expand(flags.out) / name)
   if mesh.writes():
     files.write_json(files.expand(flags.out) / "metrics.json", found)
-    print(f"{workdir} on {len(found)} datasets:")
+    print(f"{source} on {len(found)} dataset{'s' * (len(found) > 1)}:")
     print(parts_table(found))
 
 
@@ -294,39 +314,105 @@ def evaluate(
   newest = None
   if best["step"] != last["step"]:
     newest = results(score(maps_of(last_state), images.test)) | {"checkpoint": last["step"]}
+  scored = _score_images(config, images, maps_of(best_state), out)
+  metrics = {
+    **_with_intervals(scored.totals),
+    "checkpoint": best["step"],
+    **_facts(config, images, model, prior, scored),
+    "selected_on": config.eval.select_on if which in (None, "best") else None,
+    "steps": last.get("steps"),
+  }
+  if which is None:
+    chosen = {name: metrics[name] for name in (*scored.totals, "checkpoint")}
+    metrics["last"] = newest or chosen
+  if mesh.writes():
+    words = _words(config, which, best, last)
+    about = _about(config, images, best_state, words)
+    about["prior, SHA-256 of its file"] = best["dino_sha256"] or "none"
+    name = workdir.resolve().name + (f" ({words}, {config.data.root})" if out != workdir else "")
+    _write(out, name, config, images, scored, metrics, about)
+    doubt = detector.selection_doubt(best) if which is None and best["best_step"] else ""
+    _print(config, metrics, words, newest, [doubt, *_merging(scored)])
+  return metrics
+
+
+def evaluate_file(
+  network: detector.Detector, config: ConfigDict, out: str | os.PathLike
+) -> dict[str, object]:
+  """Scores a published network on the test split, and writes what `evaluate` writes.
+
+  Args:
+    network: from `detector.load_published`.
+    config: of `detector.config_of`, with the data's place.
+    out: folder to write.
+
+  Returns:
+    The content of `metrics.json`: the network's numbers under "light"; "checkpoint" is None.
+
+  Raises:
+    FileNotFoundError: the data do not exist.
+    ValueError: the data cannot be used.
+  """
+  out = files.expand(out)
+  build.check_inputs(config)
+  values = build.grey_range(config) or network.range
+  test = build.load_test(config, values)
+  images = build.Images([], [], test, network.mean, network.std, values)
+  _, params, stats, rng = nnx.split(network.model, nnx.Param, nnx.BatchStat, ...)
+  state = {"params": params, "stats": stats, "rng": rng}
+  maps = _maps_of(config, images, None, network.model, network.fill)(state)
+  scored = _score_images(config, images, maps, out)
+  metrics = {
+    **_with_intervals(scored.totals),
+    "checkpoint": None,
+    **_facts(config, images, network.model, None, scored),
+    "selected_on": None,
+    "steps": None,
+    "file": str(network.folder),
+    "backbone": config.model.backbone,
+    "options": dict(network.options),
+    "mean": network.mean,
+    "std": network.std,
+  }
+  if mesh.writes():
+    words = f"{network.folder.name}, {config.model.backbone}"
+    about = _about(config, images, state, str(network.folder))
+    _write(out, f"{words} ({config.data.root})", config, images, scored, metrics, about)
+    _print(config, metrics, words, None, _merging(scored))
+  return metrics
+
+
+class _Scored(NamedTuple):
+  """The metrics of the test images, and what their report shows."""
+
+  totals: dict[str, hse.Accumulator]  # by branch
+  recorder: report.Recorder
+  shown: dict[int, dict]  # place of an example -> its maps by branch
+
+
+def _score_images(config: ConfigDict, images: build.Images, maps, out: pathlib.Path) -> _Scored:
+  """Scores the maps of the test images once; saves them if `eval.save_probs` is set."""
   shown = {i: {} for i in _examples(images.test)}
   recorder = report.Recorder(images.test)
-  maps = _watch(maps_of(best_state), shown)
+  maps = _watch(maps, shown)
   save = out / "probs" if config.eval.save_probs and mesh.writes() else None
   totals = accumulate(recorder.watch(maps) if mesh.writes() else maps, images.test, save)
-  chosen = _with_intervals(totals) | {"checkpoint": best["step"]}
-  metrics = {
-    **chosen,
-    "params": build.count_parameters(params),
+  return _Scored(totals, recorder, shown)
+
+
+def _facts(config: ConfigDict, images: build.Images, model, prior, scored: _Scored) -> dict:
+  """Returns what `metrics.json` holds beside the metrics, of any network."""
+  return {
+    "params": build.count_parameters(nnx.state(model, nnx.Param)),
     "params_deployed": build.count_deployed(config, model),
     "deployed": forward.deployed_branch(config.mode),
     **cost(config, model, prior),
     "split": "test",
-    "selected_on": config.eval.select_on if which in (None, "best") else None,
     "images": len(images.test),
     "test_sha256": data.fingerprint(images.test),
     "data": config.data.root,
-    "steps": last.get("steps"),
+    **_parts(config.data.root, scored.totals, len(images.test)),
   }
-  metrics |= _parts(config.data.root, totals, len(images.test))
-  if which is None:
-    metrics["last"] = newest or chosen
-  if mesh.writes():
-    out.mkdir(parents=True, exist_ok=True)
-    per_image.save(out / per_image.FILE, totals)
-    files.write_json(out / "metrics.json", metrics)
-    words = _words(config, which, best, last)
-    about = _about(config, images, best, best_state, words)
-    name = workdir.resolve().name + (f" ({words}, {config.data.root})" if out != workdir else "")
-    _show(out, name, config, images, recorder, totals, metrics, shown, about)
-    doubt = detector.selection_doubt(best) if which is None and best["best_step"] else ""
-    _print(config, metrics, words, newest, doubt)
-  return metrics
 
 
 def _warn_of_sizes(config: ConfigDict, images: build.Images) -> None:
@@ -340,18 +426,24 @@ def _warn_of_sizes(config: ConfigDict, images: build.Images) -> None:
     logging.warning("%s (%d of %d sizes)", min(cautions), len(cautions), len(sizes))
 
 
-def _print(config: ConfigDict, metrics: dict, words: str, newest: dict | None, doubt: str) -> None:
+def _print(config: ConfigDict, metrics: dict, words: str, newest: dict | None, warnings) -> None:
   """Prints the tables, and the newest checkpoint's if the selection is in doubt."""
   print(f"{metrics['images']} test images of {config.data.root}, {words}")
   print(table(metrics))
   if "parts" in metrics:
     print(f"The parts of {config.data.root}:")
     print(parts_table(metrics["parts"]))
-  if doubt:
-    print(f"Warning: {doubt}")
-  if doubt and newest:
+  for warning in filter(None, warnings):
+    print(f"Warning: {warning}")
+  if newest and warnings[0]:  # the selection is in doubt
     print(f"The newest checkpoint, step {newest['checkpoint']}:")
     print(table(metrics | newest))
+
+
+def _merging(scored: _Scored) -> list[str]:
+  """Lists the branches of which some thresholds merge targets."""
+  said = {n: hse.warning_of_merging(total.result()) for n, total in scored.totals.items()}
+  return [f"{name} branch: {text}" for name, text in said.items() if text]
 
 
 def _load_images(workdir, config: ConfigDict, prior: Prior | None, saved: dict) -> build.Images:
@@ -431,7 +523,13 @@ def _restore(workdir: pathlib.Path, which: str | int | None, config: ConfigDict,
     return checkpoints.restore(like, best=True), last
 
 
-def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, model) -> Callable:
+def _maps_of(
+  config: ConfigDict,
+  images: build.Images,
+  prior: Prior | None,
+  model,
+  fill: data.Statistic = 0.0,
+) -> Callable:
   """Makes the function that yields the test images' maps for a state."""
   the_mesh = mesh.make(config.host_devices)
   apply = forward.make_forward(config, model, images.mean, images.std)
@@ -439,7 +537,8 @@ def _maps_of(config: ConfigDict, images: build.Images, prior: Prior | None, mode
 
   def maps(state: dict):
     state = mesh.put_replicated(state, the_mesh)
-    return probabilities(apply, state, prior, images.test, config.eval.batch_size, the_mesh)
+    size = config.eval.batch_size
+    return probabilities(apply, state, prior, images.test, size, the_mesh, None, fill)
 
   return maps
 
@@ -453,26 +552,36 @@ def _words(config: ConfigDict, which: str | int | None, best: dict, last: dict) 
   return f"step {best['step']}, the best on {config.eval.select_on}"
 
 
-def _about(config: ConfigDict, images: build.Images, best: dict, state: dict, words: str) -> dict:
+def _about(config: ConfigDict, images: build.Images, state: dict, words: str) -> dict:
   """Describes the scored checkpoint for the report."""
+  mean, std = (", ".join(f"{v:.6f}" for v in np.ravel(x)) for x in (images.mean, images.std))
   return {
     "checkpoint": words,
     "its parameters and statistics, SHA-256": fingerprint(state),
-    "prior, SHA-256 of its file": best["dino_sha256"] or "none",
-    "normalisation": f"mean {images.mean:.6f}, standard deviation {images.std:.6f}",
+    "normalisation": f"mean {mean}, standard deviation {std}",
     "data": f"{config.data.root}, {len(images.test)} test images",
   }
 
 
-def _show(out, name, config, images, recorder, totals, metrics, shown, about) -> None:
-  """Writes `examples.png` and `report.html` of the run `name` into the folder `out`."""
-  if shown:
+def _write(out, name, config, images, scored: _Scored, metrics: dict, about: dict) -> None:
+  """Writes `counts.npz`, `metrics.json`, `examples.png` and `report.html` of `name` into `out`."""
+  out.mkdir(parents=True, exist_ok=True)
+  per_image.save(out / per_image.FILE, scored.totals)
+  files.write_json(out / "metrics.json", metrics)
+  step = metrics["checkpoint"]
+  if scored.shown:
     source = "no prior" if config.mode == "original" else f"prior: {config.prior.checkpoint}"
-    caption = f"{config.model.backbone}, {config.mode}, {source}, step {metrics['checkpoint']}"
-    samples = [images.test[i] for i in shown]
-    report.examples(out / "examples.png", samples, list(shown.values()), caption)
+    caption = f"{config.model.backbone}, {config.mode}, {source}, step {step}"
+    if step is None:
+      caption = f"{config.model.backbone}, {about['checkpoint']}"
+    samples = [images.test[i] for i in scored.shown]
+    report.examples(out / "examples.png", samples, list(scored.shown.values()), caption)
   path = out / "report.html"
   flat = settings.flat(config)
-  report.write(path, name, images.test, recorder, totals, metrics, flat, about)
+  if step is None:  # the base config's other settings did not train this network
+    flat = {
+      k: v for k, v in flat.items() if re.match(r"mode|model\.backbone|data\.(root|range)", k)
+    }
+  report.write(path, name, images.test, scored.recorder, scored.totals, metrics, flat, about)
   logging.info("wrote %s", path)
   logging.info("wrote %s", out / "metrics.json")

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from fdep_jax.backbones import Logits
+from fdep_jax.data import Statistic
 from fdep_jax.fdep import FDEP
 from fdep_jax.priors import Prior
 
@@ -24,9 +26,23 @@ def deployed_branch(mode: str) -> str:
   return "main" if mode == "fdep_wo_coisd" else "light"
 
 
-def normalise(image: jax.Array, mean: float, std: float) -> jax.Array:
-  """Normalises B×H×W×3 grey levels in [0, 255] with one mean and deviation, as PAL does."""
-  return (image.astype(jnp.float32) / 255 - mean) / std
+def normalise(image: jax.Array, mean: Statistic, std: Statistic) -> jax.Array:
+  """Normalises B×H×W×3 grey levels in [0, 255].
+
+  Args:
+    image: of any type.
+    mean, std: of grey levels / 255; one for all channels, as PAL has it, or one for each.
+  """
+  return standardise(image.astype(jnp.float32) / 255, mean, std)
+
+
+def standardise(image: jax.Array, mean: Statistic, std: Statistic) -> jax.Array:
+  """Takes the mean from B×H×W×C and divides by the deviation; both as for `normalise`."""
+  return (image - _by_channel(mean)) / _by_channel(std)
+
+
+def _by_channel(value: Statistic) -> float | jax.Array:
+  return value if np.ndim(value) == 0 else jnp.asarray(value, jnp.float32).reshape(1, 1, 1, -1)
 
 
 def branches(
@@ -49,9 +65,17 @@ def branches(
 
 
 def logits(
-  model: FDEP, mode: str, image: jax.Array, prior: Prior | None, mean: float, std: float
+  model: FDEP,
+  mode: str,
+  image: jax.Array,
+  prior: Prior | None,
+  mean: Statistic,
+  std: Statistic,
 ) -> dict[str, Logits]:
-  """Runs the branches of `mode` on B×H×W×3 grey levels in [0, 255], uint8 or float."""
+  """Runs the branches of `mode` on B×H×W×3 grey levels in [0, 255], uint8 or float.
+
+  `mean` and `std` are as for `normalise`.
+  """
   levels = [] if prior is None else prior.levels(image)
   normal = normalise(image, mean, std)
   if model.in_channels == 1:
@@ -85,7 +109,7 @@ def _options() -> dict[str, str] | None:
   return _ALL_CORES
 
 
-def make_forward(config: ConfigDict, model: FDEP, mean: float, std: float) -> Callable:
+def make_forward(config: ConfigDict, model: FDEP, mean: Statistic, std: Statistic) -> Callable:
   """Makes the jitted (params, stats, rng, prior, image) → {branch: B×H×W float32 probabilities}.
 
   `image` is B×H×W×3 uint8. Everything is in evaluation mode.

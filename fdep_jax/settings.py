@@ -153,7 +153,7 @@ def explain_flags(argv: list[str], error: Exception) -> str:
     try:
       known = list(flat(module.get_config(*own)))
     except (OSError, TypeError, ValueError) as refusal:
-      return str(refusal) if path.endswith("of_run.py") else f"{path}: {refusal}"
+      return str(refusal) if path.endswith(("of_run.py", "of_file.py")) else f"{path}: {refusal}"
     for argument in arguments:
       name = argument.removeprefix("--config.")
       if name == argument or new_name(name) in known:
@@ -170,7 +170,7 @@ def check_flags(values, of_run: Mapping[str, str]) -> None:
 
   Args:
     values: parsed flags, an absl `FlagValues`.
-    of_run: {mode: pattern of the settings that it may change in a trained run}.
+    of_run: {mode: pattern of the settings that it may change in a trained run, or for a file}.
 
   Raises:
     ValueError: one line a setting.
@@ -187,7 +187,7 @@ def check_flags(values, of_run: Mapping[str, str]) -> None:
     if wrong:
       known = [name for name in flat(config) if re.fullmatch(of_run[mode], name)]
       raise ValueError(
-        f"--mode {mode} cannot change {', '.join(wrong)}, which a trained run has fixed or which "
+        f"--mode {mode} cannot change {', '.join(wrong)}, which the training has fixed or which "
         f"{mode} does not use. It may change {', '.join(known)}."
       )
     return

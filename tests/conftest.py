@@ -40,3 +40,30 @@ def toy():
 
   with helpers.toy_backbone() as module:
     yield module
+
+
+@pytest.fixture
+def parse(capsys):
+  """Parses words as `main.py` does; returns the flags, or the message of the refusal."""
+
+  from absl import flags
+
+  from fdep_jax import cli
+
+  def parsed(*words):
+    values = cli.program_flags()
+    for name in [name for name in values if name.startswith("config.")]:
+      delattr(values, name)
+    values.unparse_flags()
+    for name in {name for names in cli.USES.values() for name in names} | {"mode"}:
+      values[name].unparse()
+    try:
+      cli.parse(["main.py", *words])
+    except SystemExit as end:
+      assert end.code == 2
+      return capsys.readouterr().err.strip()
+    return values
+
+  yield parsed
+  parsed("--mode=export")
+  flags.FLAGS.unparse_flags()

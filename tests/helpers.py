@@ -11,6 +11,7 @@ import sys
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
@@ -24,7 +25,7 @@ from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.fdep import FDEP
-from fdep_jax.runtime import checkpoint, mesh
+from fdep_jax.runtime import checkpoint, files, mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOYS = ROOT / "tests" / "toy_backbones"
@@ -116,6 +117,13 @@ def toy_config(**changes):
     }
   )
   return config
+
+
+def written_run(folder: pathlib.Path, **changes) -> pathlib.Path:
+  """A folder that looks like a run's, without a checkpoint."""
+  folder.mkdir()
+  files.write_json(folder / "config.json", toy_config(**changes).to_dict())
+  return folder
 
 
 def parts(config):
@@ -231,6 +239,38 @@ def scene(height=40, width=48, dtype=np.uint8, spots=((10, 20),)) -> np.ndarray:
   for row, col in spots:
     frame[row : row + 3, col : col + 3] = 250
   return frame
+
+
+WEIGHTS = nnx.Any(nnx.Param, nnx.BatchStat)
+
+
+def randomise(module: nnx.Module) -> None:
+  """Weights with which activations neither vanish nor explode, different in every variable."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, variable):
+    shape, kind = variable.shape, path[-1]
+    if kind == "kernel":
+      values = rng.standard_normal(shape) * np.prod(shape[:-1]) ** -0.5
+    elif kind in ("var", "scale"):
+      values = rng.uniform(0.6, 1.4, shape)
+    else:
+      values = 0.1 * rng.standard_normal(shape)
+    return variable.replace(jnp.asarray(values, jnp.float32))
+
+  flat = nnx.to_flat_state(nnx.state(module, WEIGHTS))
+  nnx.update(module, nnx.from_flat_state([(path, draw(path, v)) for path, v in flat]))
+
+
+def make_network(name: str, **options) -> Backbone:
+  """In evaluation mode; without drawing its initial weights, which takes seconds."""
+  net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0), **options))
+  randomise(net)
+  for _, variable in nnx.to_flat_state(nnx.state(net, nnx.RngState)):  # of dropout
+    is_key = jax.dtypes.issubdtype(variable.dtype, jax.dtypes.prng_key)
+    variable.set_value(jax.random.key(0) if is_key else jnp.zeros(variable.shape, variable.dtype))
+  net.eval()
+  return net
 
 
 # Reports.

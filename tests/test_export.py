@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from goldens import Golden
-from helpers import toy_backbone
+from helpers import WEIGHTS, make_network, randomise, toy_backbone
 
 import converters
 from configs import base
@@ -31,7 +31,6 @@ from fdep_jax.runtime import checkpoint
 SIZES = ((2, 3), (3, 2), (4, 6))  # in strides
 BATCHES = (1, 3)
 MEAN, STD, STEP = 0.4, 0.2, 7
-WEIGHTS = nnx.Any(nnx.Param, nnx.BatchStat)
 
 FAST_FIRST = ["acm"] + [
   pytest.param(name, marks=pytest.mark.slow) for name in backbones.names() if name != "acm"
@@ -40,35 +39,6 @@ needs_onnx = pytest.mark.skipif(
   not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")),
   reason="needs the packages of requirements-export.txt",
 )
-
-
-def randomise(module: nnx.Module) -> None:
-  """Weights with which activations neither vanish nor explode, different in every variable."""
-  rng = np.random.default_rng(0)
-
-  def draw(path, variable):
-    shape, kind = variable.shape, path[-1]
-    if kind == "kernel":
-      values = rng.standard_normal(shape) * np.prod(shape[:-1]) ** -0.5
-    elif kind in ("var", "scale"):
-      values = rng.uniform(0.6, 1.4, shape)
-    else:
-      values = 0.1 * rng.standard_normal(shape)
-    return variable.replace(jnp.asarray(values, jnp.float32))
-
-  flat = nnx.to_flat_state(nnx.state(module, WEIGHTS))
-  nnx.update(module, nnx.from_flat_state([(path, draw(path, v)) for path, v in flat]))
-
-
-def make_network(name: str) -> backbones.Backbone:
-  """In evaluation mode; without drawing its initial weights, which takes seconds."""
-  net = nnx.eval_shape(lambda: backbones.create(name, rngs=nnx.Rngs(0)))
-  randomise(net)
-  for _, variable in nnx.to_flat_state(nnx.state(net, nnx.RngState)):  # of dropout
-    is_key = jax.dtypes.issubdtype(variable.dtype, jax.dtypes.prng_key)
-    variable.set_value(jax.random.key(0) if is_key else jnp.zeros(variable.shape, variable.dtype))
-  net.eval()
-  return net
 
 
 def make_config(name: str, **changes):

@@ -10,47 +10,16 @@ import time
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from helpers import ROOT, make_folder, toy_backbone, toy_config
+from helpers import ROOT, make_folder, toy_backbone, toy_config, written_run
 
 from configs import base
 from fdep_jax import build, cli, evaluate, export, losses, score, settings, train
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.cli import arguments
-from fdep_jax.runtime import checkpoint, files, log, mesh, rendezvous
+from fdep_jax.runtime import checkpoint, log, mesh, rendezvous
 
 QUICK = ("--config=quickstart", "--workdir=never")
-
-
-@pytest.fixture
-def parse(capsys):
-  """Parses words as `main.py` does; returns the flags, or the message of the refusal."""
-
-  def parsed(*words):
-    values = cli.program_flags()
-    for name in [name for name in values if name.startswith("config.")]:
-      delattr(values, name)
-    values.unparse_flags()
-    for name in {name for names in cli.USES.values() for name in names} | {"mode"}:
-      values[name].unparse()
-    try:
-      cli.parse(["main.py", *words])
-    except SystemExit as end:
-      assert end.code == 2
-      return capsys.readouterr().err.strip()
-    return values
-
-  yield parsed
-  parsed("--mode=export")
-  flags.FLAGS.unparse_flags()
-
-
-def written_run(folder, **changes):
-  """A folder that looks like a run's, without a checkpoint."""
-  folder.mkdir()
-  files.write_json(folder / "config.json", toy_config(**changes).to_dict())
-  return folder
 
 
 # Flags.

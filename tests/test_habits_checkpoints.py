@@ -130,10 +130,10 @@ def test_a_file_that_is_no_checkpoint_of_ours_gets_the_reason(tmp_path, weights)
   (tmp_path / "light.onnx").write_bytes(b"\x08\x09")
   (tmp_path / "acm.pth.tar").write_bytes(b"PK\x03\x04")
   for name, said in (
-    ("light_torch.safetensors", "it is for PyTorch; .* light.safetensors beside it"),
-    ("other.safetensors", "lacks the settings of a run; converters.load_backbone"),
+    ("light_torch.safetensors", "for PyTorch. Take light.safetensors beside it, or .*--backbone"),
+    ("other.safetensors", "lacks the settings of a run. If .* name its network, --backbone NAME"),
     ("light.onnx", "is a file. --checkpoint takes best, last"),
-    ("acm.pth.tar", "converters.load_backbone reads PyTorch's files"),
+    ("acm.pth.tar", "If it is a file for PyTorch, name its network, --backbone NAME"),
   ):
     with pytest.raises(ValueError) as info:
       detector_lib.load(None, tmp_path / name)

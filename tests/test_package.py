@@ -1,5 +1,7 @@
 """The package as pip installs it: dependencies, data files, version, and the program `fdep`."""
 
+import importlib.metadata
+import json
 import os
 import pathlib
 import re
@@ -109,15 +111,19 @@ def wheel(tmp_path_factory):
 
 
 def environment(folder, wheel, packages):
-  """An environment with the wheel, and links to these installed packages; returns its folder."""
+  """An environment with links to these installed packages, and the wheel; returns its folder."""
   venv.create(folder, symlinks=True, with_pip=False)
   (site,) = folder.glob("lib/python*/site-packages")
   for name in packages:
-    (info,) = (p for p in _installed().glob("*.dist-info") if p.name.lower().startswith(f"{name}-"))
+    start = f"{name.replace('-', '_')}-"
+    (info,) = (p for p in _installed().glob("*.dist-info") if p.name.lower().startswith(start))
     record = (info / "RECORD").read_text()
-    for top in {line.split("/")[0] for line in record.splitlines() if not line.startswith(".")}:
+    paths = [line.partition(",")[0] for line in record.splitlines()]
+    for top in {path.partition("/")[0] for path in paths if not path.startswith(".")}:
       if (_installed() / top).exists() and not (site / top).exists():
         (site / top).symlink_to(_installed() / top)
+  if wheel is None:
+    return folder
   subprocess.run(
     [
       sys.executable,
@@ -134,6 +140,23 @@ def environment(folder, wheel, packages):
     timeout=300,
   )
   return folder
+
+
+def with_what_they_need(names):
+  """The packages that pip installs for these, themselves included, as they declare it."""
+  found, waiting = set(), [Requirement(name) for name in names]
+  while waiting:
+    wanted = waiting.pop()
+    name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+    if (name, *sorted(wanted.extras)) in found:
+      continue
+    found.add((name, *sorted(wanted.extras)))
+    for line in importlib.metadata.requires(name) or ():
+      need = Requirement(line)
+      extras = (*wanted.extras, "")
+      if need.marker is None or any(need.marker.evaluate({"extra": e}) for e in extras):
+        waiting.append(need)
+  return sorted({name for name, *_ in found})
 
 
 def _installed():
@@ -221,3 +244,24 @@ def test_an_installed_package_trains_outside_the_checkout(wheel, tmp_path):
   found = run(folder, "fdep", "--config", "quikstart", "--workdir", "x", cwd=tmp_path / "elsewhere")
   assert found.returncode == 2 and re.search("quikstart", found.stderr)
   assert "Traceback" not in found.stderr
+
+
+@pytest.mark.slow
+def test_export_works_with_the_packages_of_the_quick_start_alone(tmp_path):
+  packages = with_what_they_need(map(str, pins("requirements.txt").values()))
+  assert "jaxlib" in packages and "onnx" not in packages
+  folder = environment(tmp_path / "env", None, packages)
+  small = {"train.steps": 2, "data.synthetic_train": 12, "data.synthetic_test": 3}
+  small |= {"data.synthetic_size": 64, "data.crop": 32, "log.compile_cache": ""}
+  flags = ["--config", "quickstart", *(f"--config.{k}={v}" for k, v in small.items())]
+  run_folder = tmp_path / "run"
+  for words in (flags, ["--mode", "export"]):
+    done = run(folder, "python", "main.py", *words, "--workdir", run_folder, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+  (line,) = [line for line in done.stderr.splitlines() if "is not written" in line]
+  assert line.startswith("light.onnx") and "pip install -r requirements-export.txt" in line
+  manifest = json.loads((run_folder / "export/manifest.json").read_text())
+  assert [name for name, facts in manifest["files"].items() if not facts] == ["light.onnx"]
+  assert {path.name for path in (run_folder / "export").iterdir()} == {
+    "light.safetensors", "light.stablehlo", "light_torch.safetensors", "manifest.json",
+  }  # fmt: skip

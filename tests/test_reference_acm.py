@@ -5,6 +5,7 @@ fusion blocks, keys with the prefix "model." under "state_dict".
 """
 
 import collections
+import json
 import pathlib
 
 import jax
@@ -15,16 +16,18 @@ from flax import nnx
 from PIL import Image
 
 import converters
+from fdep_jax import cli, evaluate, predict
+from fdep_jax import detector as detector_lib
 from fdep_jax.layers import basic
 from fdep_jax.metrics import hse
 
-CHECKPOINT = "weights/reference/acm_sirst3_1channel.pth.tar"
+FILE = "weights/reference/acm_sirst3_1channel.pth.tar"
 MEAN, STD = 95.010, 41.511  # grey levels; LESPS `get_img_norm_cfg`, SIRST3
 
 
 @pytest.fixture(scope="module")
 def net(shared):
-  net = converters.load_backbone("acm", shared / CHECKPOINT)
+  net = converters.load_backbone("acm", shared / FILE)
   net.eval()
   return net
 
@@ -81,7 +84,7 @@ def test_the_public_checkpoint_is_read_and_scores_as_published(
   shared, net, probability, dataset, iou, pd, targets
 ):
   # IoU and Pd: what the published code gives for this checkpoint at threshold 0.5.
-  state = converters.read_torch(shared / CHECKPOINT)
+  state = converters.read_torch(shared / FILE)
   assert len(state) == 297 and sum(array.size for array in state.values()) == 400_392
   assert state["model.stem.1.weight"].shape == (8, 1, 3, 3)
   assert all(np.isfinite(array).all() for array in state.values())
@@ -98,3 +101,26 @@ def test_the_public_checkpoint_is_read_and_scores_as_published(
     np.testing.assert_allclose(
       [result.hse_p, result.hse_t, result.hse], [0.879, 0.883, 0.776], rtol=0, atol=1e-3
     )
+
+
+def test_predict_of_the_file_is_its_published_protocol(shared, probability):
+  found = detector_lib.load_published(shared / FILE, "acm", normalisation="lesps:SIRST3")
+  predictor, folder = predict.Predictor(found), shared / "data/NUDT-SIRST"
+  for name in (folder / "splits/test.txt").read_text().split()[:2]:
+    image, (height, width) = padded_image(folder, name)
+    with Image.open(folder / "images" / f"{name}.png") as picture:
+      prob = predictor(np.asarray(picture))
+    expected = probability(image[None])[0, :height, :width, 0]
+    np.testing.assert_allclose(prob, expected, atol=1e-4)
+
+
+@pytest.mark.slow  # 664 images, and the time of one of 448×448
+def test_eval_of_the_file_gives_the_published_figures(shared, parse, tmp_path):
+  words = (f"--checkpoint={shared / FILE}", "--backbone=acm", f"--mean={MEAN}", f"--std={STD}")
+  words += (f"--data={shared / 'data/NUDT-SIRST'}", f"--out={tmp_path}")
+  values = parse("--mode=eval", *words)
+  cli.check_given("eval", values)
+  evaluate.command(values, detector_lib.config_of("acm"))
+  found = json.loads((tmp_path / "NUDT-SIRST/metrics.json").read_text())["light"]
+  assert abs(100 * found["iou"] - 57.42) <= 0.01
+  assert abs(100 * found["pd"] - 91.64) <= 0.01

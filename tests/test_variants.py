@@ -10,12 +10,13 @@ import converters
 from fdep_jax import backbones
 from fdep_jax.layers import blocks
 
-# Parameters: XinyiYing/BasicIRSTD's ACM and the executed ones of its ALCNet; YuChuang1205/PAL's
-# small MLCL-Net.
+# Parameters: XinyiYing/BasicIRSTD's ACM and the executed ones of its ALCNet; its DNA-Net, which has
+# one channel for three in a 3×3 and a 1×1 convolution to 16; YuChuang1205/PAL's small MLCL-Net.
 BASIC_IRSTD = {"in_channels": 1, "fusion_norm": "batch"}
 VARIANTS = [
   ("acm", BASIC_IRSTD, 397_823),
   ("alcnet", BASIC_IRSTD, 426_961),
+  ("dna", {"in_channels": 1}, 4_696_888 - 2 * 16 * (9 + 1)),
   ("mlcl", {"small": True}, 559_809),
 ]
 

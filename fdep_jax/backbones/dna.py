@@ -19,6 +19,9 @@ class DNANet(Backbone):
 
   x(i, j) takes the earlier nodes of its row, x(i+1, j−1) doubled and x(i−1, j) halved. So it
   depends on the top only if i + j = 4; `encode` computes all earlier diagonals.
+
+  Args:
+    in_channels: 3 (PAL) or 1 (BasicIRSTD, LESPS).
   """
 
   stride = 16
@@ -26,9 +29,11 @@ class DNANet(Backbone):
   top_channels = 256
   paper_name = "DNA-Net"
 
-  def __init__(self, *, rngs: nnx.Rngs):
+  def __init__(self, *, in_channels: int = 3, rngs: nnx.Rngs):
+    self.in_channels = in_channels
+    rows = range(_DEEPEST + 1)
     self.nodes = nnx.List(
-      [nnx.List([_node(i, j, rngs) for j in range(_DEEPEST + 1 - i)]) for i in range(_DEEPEST + 1)]
+      [nnx.List([_node(i, j, in_channels, rngs) for j in rows[: len(rows) - i]]) for i in rows]
     )
     # From rows 4 to 1 to the last node; `squeeze[i]` belongs to row i + 1.
     self.squeeze = nnx.List([basic.Conv(c, 16, 1, rngs=rngs) for c in _CHANNELS[1:]])
@@ -99,10 +104,10 @@ def _halve(x: jax.Array) -> jax.Array:
   return ops.resize(x, (x.shape[1] // 2, x.shape[2] // 2), align_corners=True)
 
 
-def _node(i: int, j: int, rngs: nnx.Rngs) -> nnx.List:
+def _node(i: int, j: int, image_channels: int, rngs: nnx.Rngs) -> nnx.List:
   """Makes a node: one block in row 0, two in the others."""
   if j == 0:
-    in_channels = _CHANNELS[i - 1] if i else 3
+    in_channels = _CHANNELS[i - 1] if i else image_channels
   else:
     in_channels = _CHANNELS[i] * j + _CHANNELS[i + 1] + (_CHANNELS[i - 1] if i else 0)
   stages = [AttentionBlock(in_channels, _CHANNELS[i], rngs=rngs)]

@@ -25,11 +25,12 @@ NEEDS = {  # mode: the flags that it cannot run without
   "table": ("workdir",),
   "validate": ("data",),
 }
+_FILE = ("backbone", "mean", "std", "normalisation")  # of a published network
 TAKES = {  # mode: the flags that it may have besides; it refuses all others
   "train": (),
-  "eval": ("method", "checkpoint", "data", "out"),
-  "predict": ("workdir", "method", "checkpoint", "branch", "threshold", "range", "out"),
-  "export": ("workdir", "checkpoint", "out"),
+  "eval": ("method", "checkpoint", *_FILE, "data", "out"),
+  "predict": ("workdir", "method", "checkpoint", *_FILE, "branch", "threshold", "range", "out"),
+  "export": ("workdir", "checkpoint", *_FILE, "out"),
   "score": ("split", "out"),
   "plan": ("workdir", "out", "thorough"),
   "report": (),
@@ -37,11 +38,17 @@ TAKES = {  # mode: the flags that it may have besides; it refuses all others
   "table": ("config", "seeds", "retime", "out"),
   "validate": ("range", "out"),
 }
+OF_PUBLISHED = {"eval": ("data", "out"), "predict": ("input",), "export": ("out",)}
 USES = {mode: (*NEEDS[mode], *TAKES[mode]) for mode in NEEDS}
 OF_RUN = {  # mode: the settings of a trained run that it may change, as a pattern
   "eval": r"data\.(root|synthetic_\w+)|eval\.(batch_size|save_probs)|prior\.(checkpoint|shard)"
   r"|host_devices|distributed|log\.compile_cache",
   "predict": r"prior\.checkpoint|log\.compile_cache",
+}
+OF_FILE = {  # mode: the settings that it takes for a published network (--backbone)
+  "eval": r"data\.range|eval\.(batch_size|save_probs)|host_devices|distributed"
+  r"|log\.compile_cache",
+  "predict": r"log\.compile_cache",
 }
 COMMANDS = {  # mode: the module whose `command` runs it; imported only then
   "predict": "fdep_jax.predict",
@@ -75,6 +82,10 @@ def program_flags():
   flags.DEFINE_list("data", None, "eval, validate: folders of datasets, A,B,C")
   flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
   flags.DEFINE_string("checkpoint", None, "predict, export, eval: best, last, a step, or a path")
+  flags.DEFINE_string("backbone", None, "the same: network of a published file, --checkpoint FILE")
+  flags.DEFINE_string("mean", None, "of that network's images: M, or R,G,B")
+  flags.DEFINE_string("std", None, "likewise; above 1, both are grey levels of 0 to 255")
+  flags.DEFINE_string("normalisation", None, "a known mean and std: imagenet, none, basicirstd:SET")
   flags.DEFINE_enum("branch", None, ("light", "main"), "predict: default the deployed one")
   flags.DEFINE_float("threshold", 0.5, "predict: of masks and targets")
   flags.DEFINE_string("range", None, "predict, validate: black to white: LOW,HIGH, full or auto")
@@ -117,7 +128,7 @@ def main(argv):
 
     untrained.command(values)
     return
-  config = values.config or settings.load(values.workdir)
+  config = values.config or _config(values)
   settings.check(config)
   if config.mode == "classical":
     from fdep_jax import untrained
@@ -133,6 +144,15 @@ def main(argv):
     train.train(config, values.workdir)
   else:
     evaluate.command(values, config)
+
+
+def _config(values):
+  """Returns the config of the run, or of the published network, that the flags name."""
+  from fdep_jax import detector, settings
+
+  if values.backbone:
+    return detector.config_of(values.backbone)
+  return settings.load(values.workdir)
 
 
 def run_score(argv):
@@ -151,13 +171,41 @@ def check_given(mode, values):
   if mode == "eval" and values.method:
     needs = ("data", "out")
     _refuse("method", values, ("workdir", "checkpoint"), "A method needs no trained run.")
+  if mode in OF_PUBLISHED:
+    needs = _published(mode, values) or needs
   missing = [f"--{name}" for name in needs if not getattr(values, name)]
   if missing:
-    raise ValueError(f"--mode {mode} needs {' and '.join(missing)}.")
+    of_file = f" --backbone {values.backbone}" if mode in OF_PUBLISHED and values.backbone else ""
+    hint = ""
+    if mode == "eval" and values.checkpoint and not values.backbone:
+      hint = " A published file needs --backbone NAME, --data and --out instead."
+    raise ValueError(f"--mode {mode}{of_file} needs {' and '.join(missing)}.{hint}")
   if mode == "plan" and values.out and values.workdir:
     raise ValueError("--out and --workdir both name the folder for plan.json. Give one.")
   if mode == "table" and values.seeds and values.config is None:
     raise ValueError("--seeds chooses runs of a table. Name it (--config), or leave --seeds out.")
+
+
+def _published(mode, values):
+  """Returns the flags that the mode needs for a published network; None if there is none.
+
+  Raises:
+    ValueError: flags do not go together.
+  """
+  if not values.backbone:
+    given = [f"--{name}" for name in _FILE if getattr(values, name)]
+    if given:
+      raise ValueError(
+        f"A run and a light.safetensors know their normalisation. Leave out {' and '.join(given)}, "
+        "or name a published network and its file: --backbone NAME --checkpoint FILE."
+      )
+    return None
+  _refuse("backbone", values, ("workdir",), "The network is that of a file, not of a run.")
+  if mode != "export":
+    _refuse("backbone", values, ("method",), "A method without training has no network.")
+  if mode == "predict" and values.branch == "main":
+    raise ValueError("--branch main: a published network has no main branch. Leave --branch out.")
+  return ("checkpoint", *OF_PUBLISHED[mode])
 
 
 def _refuse(flag, values, names, reason):
@@ -179,7 +227,7 @@ def parse(argv):
     _WORDS[:] = argv = _config_of_run(find_config(argv))
     left = program_flags()(argv)
     arguments.check_words(left[1:], argv)
-    settings.check_flags(program_flags(), OF_RUN)
+    settings.check_flags(program_flags(), OF_FILE if program_flags().backbone else OF_RUN)
   except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
   renamed = settings.old_flags(argv)
@@ -210,18 +258,26 @@ def find_config(argv):
 
 
 def _config_of_run(argv):
-  """Returns the arguments with --config=of_run.py:RUN if they change settings of a run."""
+  """Returns the arguments with the config whose settings they change without naming it.
+
+  It is --config=of_run.py:RUN, or of_file.py:NETWORK with --backbone.
+  """
   words = arguments.given(argv[1:], ["config"])
   if arguments.mode_of(argv[1:]) not in OF_RUN or "config" in words or not words:
     return argv
-  workdir = [_value(argv, i) for i, a in enumerate(argv) if a.lstrip("-").startswith("workdir")]
-  file = pathlib.Path(__file__).with_name("of_run.py")
-  return [argv[0], f"--config={file}:{workdir[-1]}", *argv[1:]]
+  flag = "backbone" if "backbone" in arguments.given(argv[1:], ["backbone"]) else "workdir"
+  file = pathlib.Path(__file__).with_name("of_file.py" if flag == "backbone" else "of_run.py")
+  return [argv[0], f"--config={file}:{_values(argv, flag)[-1]}", *argv[1:]]
 
 
-def _value(argv, i):
-  _, equals, value = argv[i].partition("=")
-  return value if equals else argv[i + 1]
+def _values(argv, flag):
+  """Lists the values of a flag, in order."""
+  found = []
+  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    name, equals, value = argument.partition("=")
+    if name in (f"--{flag}", f"-{flag}"):
+      found.append(value if equals else following)
+  return found
 
 
 def _shipped(value):

@@ -93,7 +93,7 @@ def check(
   if any(name.startswith("config.") for name in seen) and "config" not in seen:
     if "config" in uses[mode]:
       lines.append("--config.… changes a setting of a config: name the config, --config FILE.")
-    elif mode in settings and "workdir" not in seen:
+    elif mode in settings and not {"workdir", "backbone"} & {*seen}:
       lines.append("--config.… changes a setting of a run: name its folder, --workdir RUN.")
   if lines:
     raise ValueError("\n".join(lines))

@@ -5,7 +5,7 @@ from pathlib import Path
 from fdep_jax.data import frames
 from fdep_jax.data.folders import DataError, MissingDataError, measure_range, parts, read, validate
 from fdep_jax.data.pipeline import CropBank, eval_batches, padded_size, train_iterator
-from fdep_jax.data.samples import Sample, fingerprint, split_validation, statistics
+from fdep_jax.data.samples import Sample, Statistic, fingerprint, split_validation, statistics
 from fdep_jax.data.synthetic import scenes
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
   "DataError",
   "MissingDataError",
   "Sample",
+  "Statistic",
   "eval_batches",
   "fingerprint",
   "load",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fdep_jax.data import augment as augment_lib
-from fdep_jax.data.samples import Sample
+from fdep_jax.data.samples import Sample, Statistic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +163,9 @@ def eval_batches(
   batch_size: int = 16,
   *,
   row_multiple: int = 1,
+  fill: Statistic = 0.0,
 ) -> Iterator[dict[str, Any]]:
-  """Yields whole images, zero-padded at the right and bottom and grouped by padded shape.
+  """Yields whole images, padded at the right and bottom and grouped by padded shape.
 
   Images are never resized.
 
@@ -172,17 +173,21 @@ def eval_batches(
     multiple: each side is padded to a multiple of this; 32 as in the reference.
     batch_size: the most images in a batch.
     row_multiple: batches have a multiple of this many rows (the number of devices).
+    fill: grey level / 255 of the padding.
 
   Yields:
     {"image": B×H×W×3 uint8, "sizes": [(height, width), …], "indices": [place in `samples`, …]}.
-    All batches of a shape have the same B, so that each shape compiles once. The last one is
-    filled up with black images; its `sizes` and `indices` are then shorter than B. Shapes come in
-    the order of their first image, images of a shape in the given order.
+    Images are float32 if `fill` is not 0. All batches of a shape have the same B, so that each
+    shape compiles once. The last one is filled up with empty images; its `sizes` and `indices` are
+    then shorter than B. Shapes come in the order of their first image, images of a shape in the
+    given order.
   """
   if batch_size < 1 or batch_size % row_multiple:
     raise ValueError(
       f"batch_size is {batch_size}; it must be a positive multiple of row_multiple, {row_multiple}"
     )
+  levels = 255 * np.asarray(fill, np.float32)
+  dtype = np.float32 if levels.any() else np.uint8
   groups: dict[tuple[int, int], list[int]] = {}
   for i, sample in enumerate(samples):
     groups.setdefault(padded_size(sample.mask.shape, multiple), []).append(i)
@@ -194,7 +199,8 @@ def eval_batches(
       for start in range(0, len(members), rows):
         indices = members[start : start + rows]
         sizes = [samples[i].mask.shape for i in indices]
-        image = np.zeros((rows, height, width, 3), np.uint8)
+        image = np.empty((rows, height, width, 3), dtype)
+        image[...] = levels
         for row, (i, (h, w)) in enumerate(zip(indices, sizes, strict=True)):
           image[row, :h, :w] = samples[i].image
         yield {"image": image, "sizes": sizes, "indices": indices}

@@ -27,6 +27,9 @@ class Sample(NamedTuple):
   mask: np.ndarray
 
 
+# Mean or deviation of grey levels / 255: one for all channels, or one for each.
+Statistic = float | tuple[float, float, float]
+
 _FORMATS = ("PNG", "BMP", "JPEG", "TIFF")
 _EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 _DECODING_ERRORS = (

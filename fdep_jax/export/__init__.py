@@ -1,4 +1,4 @@
-"""Exports the light branch of a run for use elsewhere (`--mode export`).
+"""Exports the light branch of a run, or a published network, for use elsewhere (`--mode export`).
 
 Writes `light.safetensors` (for `detector.load_light`), `light.stablehlo` (for
 `jax.export.deserialize`), `light.onnx`, `light_torch.safetensors` (the published PyTorch network's
@@ -31,6 +31,7 @@ from fdep_jax import build, evaluate, settings
 from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Backbone
 from fdep_jax.detector import Detector
+from fdep_jax.forward import standardise
 from fdep_jax.runtime import checkpoint, files, hlo
 
 FILES = ("light.safetensors", "light.stablehlo", "light.onnx", "light_torch.safetensors")
@@ -45,7 +46,13 @@ class Absent(Exception):
 
 def command(flags) -> None:
   """Runs `--mode export`."""
-  export(flags.workdir, flags.out, flags.checkpoint)
+  if flags.backbone:
+    network = detector_lib.load_published(
+      flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
+    )
+    export_detector(network, flags.out)
+  else:
+    export(flags.workdir, flags.out, flags.checkpoint)
 
 
 def export(
@@ -69,7 +76,10 @@ def export(
     RuntimeError: a written file gives different numbers than the run.
   """
   if str(which).endswith(".safetensors"):
-    raise ValueError(f"{which} is an exported file. Export from the run instead.")
+    raise ValueError(
+      f"{which} is an exported file. Export from the run instead. If it is for PyTorch, name its "
+      "network, --backbone NAME."
+    )
   run, _ = detector_lib.find_checkpoint(workdir, which)
   if settings.load(run).mode == "fdep_wo_coisd":
     raise ValueError(
@@ -78,7 +88,24 @@ def export(
       "which trains both."
     )
   detector = detector_lib.load(workdir, which, "light")
-  out = pathlib.Path(out if out is not None else detector.folder / "export").expanduser()
+  return export_detector(detector, detector.folder / "export" if out is None else out)
+
+
+def export_detector(detector: Detector, out: str | os.PathLike) -> dict:
+  """Writes a light branch's files into a folder, as `export` does.
+
+  Args:
+    detector: from `detector.load` or `detector.load_published`.
+    out: folder to write.
+
+  Returns:
+    The content of `manifest.json`.
+
+  Raises:
+    ValueError: `out` cannot be written.
+    RuntimeError: a written file gives different numbers than the detector.
+  """
+  out = files.expand(out)
   try:
     out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -146,7 +173,7 @@ def make_light(detector: Detector) -> Light:
   graphdef, weights, rest = nnx.split(net, nnx.Any(nnx.Param, nnx.BatchStat), ...)
 
   def apply(weights, image):
-    normal = (image - detector.mean) / detector.std
+    normal = standardise(image, detector.mean, detector.std)
     logits = nnx.merge(graphdef, weights, rest)(normal).final
     return jax.nn.sigmoid(logits.astype(jnp.float32).squeeze(-1))
 
@@ -177,13 +204,15 @@ def _write_light(detector, light: Light, forward, path, about) -> Callable:
 
   arrays = {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(light.weights).items()}
   more = {"config": settings.as_dict(detector.config), "mean": detector.mean, "std": detector.std}
-  more["range"] = detector.range
+  more |= {"range": detector.range, "options": dict(detector.options)}
   save_file(arrays, path, {"fdep_jax": json.dumps({**about, **more})})
   reread = make_light(detector_lib.load_light(path))
   return lambda image: forward(reread.weights, image)
 
 
 def _write_stablehlo(detector, light: Light, forward, path, about) -> Callable:
+  if importlib.util.find_spec("flatbuffers") is None:  # jax does not ask for it
+    raise Absent("it needs flatbuffers: `pip install -r requirements.txt` and export again.")
   shape = (*symbolic_sizes(light.net), light.net.in_channels)
   with jax.default_matmul_precision("float32"):
     make = jax.export.export(jax.jit(light.probability), platforms=PLATFORMS)
@@ -247,15 +276,17 @@ def _about(detector: Detector) -> dict:
     "input": {
       "name": "image",
       "type": "float32",
-      "values": "grey levels in [0, 1] (8 bits: divided by 255), a grey frame repeated in all "
-      "channels; the programs normalise",
+      "values": "grey levels in [0, 1] (8 bits: divided by 255)"
+      + ("" if net.in_channels == 1 else ", a grey frame repeated in all channels")
+      + "; the programs normalise",
       "shape": {
         "light.stablehlo": ["batch", "height", "width", net.in_channels],
         "light.onnx": ["batch", net.in_channels, "height", "width"],
       },
-      "sizes": f"any batch; {multiple}: pad frames with 0 at the right and the bottom (the "
+      "sizes": f"any batch; {multiple}: pad frames with `fill` at the right and the bottom (the "
       f"evaluation pads to multiples of {evaluate.PAD}) and crop the result",
       "range": detector.range,  # in the unit of the frames, becomes 0 to 1; "": 8 bits
+      "fill": detector.fill,
       "mean": detector.mean,
       "std": detector.std,
     },
@@ -273,11 +304,11 @@ def _about(detector: Detector) -> dict:
   }
 
 
-def _metrics(folder: pathlib.Path, step: int) -> dict | None:
+def _metrics(folder: pathlib.Path, step: int | None) -> dict | None:
   """Reads the light branch's test metrics if the run was evaluated at this step."""
   try:
     metrics = json.loads((folder / "metrics.json").read_text())
-  except (FileNotFoundError, ValueError):
+  except (OSError, ValueError):  # `folder` is the file of a published network
     return None
   for candidate in (metrics, metrics.get("last", {})):
     if candidate.get("checkpoint") == step and "light" in candidate:

@@ -30,6 +30,7 @@ from fdep_jax.predict.tiling import Predictor
 from fdep_jax.runtime import files, mesh
 
 load = detector_lib.load
+load_published = detector_lib.load_published
 
 
 class Target(NamedTuple):
@@ -118,7 +119,7 @@ def command(flags) -> None:
 
 
 def _detector(flags):
-  """Loads the run, or the method without training, that the command line names.
+  """Loads the run, the published network or the method that the command line names.
 
   Raises:
     ValueError: both are named, or a method with a flag that only a run has.
@@ -132,7 +133,12 @@ def _detector(flags):
         "--out names the folder to write."
       )
     return untrained.Detector(flags.method)
-  detector = load(flags.workdir, flags.checkpoint, flags.branch, flags.config)
+  if flags.backbone:
+    detector = load_published(
+      flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
+    )
+  else:
+    detector = load(flags.workdir, flags.checkpoint, flags.branch, flags.config)
   mesh.cache_programs(detector.config)
   return detector
 

@@ -33,10 +33,12 @@ class Predictor:
   def __init__(self, detector: Detector):
     self._whole, self._part, self._shapes = _forwards(detector)
     network = getattr(detector.model, "backbone", None)
+    self._fill = 255 * np.asarray(detector.fill, np.float32)
     self._why_whole = network.whole_frame if network else ""
-    # Of sizes that the network was not trained for, each told once.
+    # Of sizes that the network was not trained for, each told once. The crop of a published
+    # network's training is not known.
     self._caution, self._told = lambda size: "", set()
-    if network and detector.config is not None:
+    if network and detector.config is not None and detector.step is not None:
       self._caution = lambda size: network.caution(size, detector.config.data.crop)
     if self._why_whole:
       self._network = network.paper_name
@@ -58,7 +60,7 @@ class Predictor:
   ) -> Iterator[tuple[object, np.ndarray]]:
     """Yields (key, H×W float32 probabilities) for (key, grey levels) pairs, in any order.
 
-    Frames up to a window's area are computed whole: zero-padded to multiples of 32 as in
+    Frames up to a window's area are computed whole: padded to multiples of 32 as in
     evaluation, batched by shape. Larger ones are computed by windows, see `tiled`. Networks that
     cannot be computed by windows (`Backbone.whole_frame`) compute frames up to the area of WHOLE²
     whole, one at a time.
@@ -105,7 +107,8 @@ class Predictor:
       self._told.add(caution)
       logging.warning(caution)
     # Batch sizes are powers of two, so that a smaller last batch rarely needs a compilation.
-    image = np.zeros((1 << (len(group) - 1).bit_length(), height, width, 3), np.float32)
+    image = np.empty((1 << (len(group) - 1).bit_length(), height, width, 3), np.float32)
+    image[...] = self._fill
     for row, (_, levels) in zip(image, group, strict=False):
       row[: levels.shape[0], : levels.shape[1]] = _colour(levels)
     probs = np.asarray(self._whole(image))
@@ -135,7 +138,7 @@ class Predictor:
     size = tuple(min(window, length) for length in (height, width))
     frame = np.array([height, width], np.int32)
     first = (np.zeros(2, np.int32), np.zeros((2, 2), np.int32))
-    shapes = self._shapes(_image(levels, (0, 0), size), frame, *first, None)
+    shapes = self._shapes(_image(levels, (0, 0), size, self._fill), frame, *first, None)
     known = [[np.full(s.shape, np.nan, np.float32) for s in kind] for kind in shapes[1]]
     # The first pass has no statistics; each pass makes at least one more exact.
     for _ in range(2 + sum(map(len, known))):
@@ -145,7 +148,7 @@ class Predictor:
         for cols in cuts[1]:
           offset = np.array([rows.start, cols.start], np.int32)
           core = np.array([rows.core, cols.core], np.int32) - offset.reshape(2, 1)
-          image = _image(levels, offset, size)
+          image = _image(levels, offset, size, self._fill)
           part, shares = jax.device_get(self._part(image, frame, offset, core, known))
           here = np.s_[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
           prob[here] += part * rows.weight.reshape(-1, 1) * cols.weight
@@ -192,9 +195,10 @@ def _colour(levels: np.ndarray) -> np.ndarray:
   return levels if levels.ndim == 3 else levels[..., None]
 
 
-def _image(levels: np.ndarray, offset, size: tuple[int, int]) -> np.ndarray:
-  """Cuts a window out of the zero-padded frame, 1×h×w×3."""
-  image = np.zeros((1, *size, 3), np.float32)
+def _image(levels: np.ndarray, offset, size: tuple[int, int], fill: np.ndarray) -> np.ndarray:
+  """Cuts a window out of the padded frame, 1×h×w×3."""
+  image = np.empty((1, *size, 3), np.float32)
+  image[...] = fill
   part = levels[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
   image[0, : part.shape[0], : part.shape[1]] = _colour(part)
   return image

@@ -323,8 +323,8 @@ def _ours(cell: Cell, decimals: int) -> str:
 _LEGEND = (
   "Ours: mean ± standard deviation (number of seeds) of the deployed branch on the test split; "
   "percent. {} FLOPs (two for a multiply-add) and time are for one crop-sized image and the "
-  "deployed branch; the time is on the machine that evaluated, the paper's on an RTX 4090. Networks "
-  "train without the tenth of the train split that selects the checkpoint, except with "
+  "deployed branch; the time is on the machine that evaluated, the paper's on an RTX 4090. "
+  "Networks train without the tenth of the train split that selects the checkpoint, except with "
   "eval.select_on=test."
 )
 _P = {  # by Table.trained_params
