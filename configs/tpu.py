@@ -1,4 +1,4 @@
-"""Any of the eight networks with FDEP on a TPU slice: the network's own config in bfloat16.
+"""Any network's own config for a TPU slice: in bfloat16, with less memory for activations.
 
   python main.py --config configs/tpu.py:msda --workdir runs/msda
   python main.py --mode plan --config configs/tpu.py:msda --topology v5e:4x4 \
@@ -16,8 +16,13 @@ NETWORKS = {
   "alcnet": "none",
   "dna": "products",
   "ggl": "products",
+  "ilnet": "products",
   "mlcl": "products",
   "msda": "products",
+  "mtu": "products",
+  "rpcanet": "products",
+  "sctransnet": "products",
+  "sdsnet": "products",
   "uiu": "products",
 }
 

@@ -49,7 +49,9 @@ def parse(
   """
   if name:
     if mean or std:
-      raise ValueError(f"--normalisation {name} is a mean and a deviation. Leave --mean and --std.")
+      raise ValueError(
+        f"--normalisation {name} is a mean and a deviation. Leave out --mean and --std."
+      )
     known = {known.lower(): values for known, values in KNOWN.items()}
     if name.lower() not in known:
       raise ValueError(f"--normalisation {name} is not known. There are {', '.join(KNOWN)}.")

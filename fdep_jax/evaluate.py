@@ -538,7 +538,7 @@ def _maps_of(
   def maps(state: dict):
     state = mesh.put_replicated(state, the_mesh)
     size = config.eval.batch_size
-    return probabilities(apply, state, prior, images.test, size, the_mesh, None, fill)
+    return probabilities(apply, state, prior, images.test, size, the_mesh, fill)
 
   return maps
 

@@ -25,6 +25,13 @@ def compile_once(tmp_path_factory):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Frees compiled programs, which otherwise fill gigabytes of each worker by the last file."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
   """Real datasets, weights and golden outputs: $FDEP_SHARED, else ../shared."""

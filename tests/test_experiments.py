@@ -211,6 +211,7 @@ def quickly_compiled():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+  jax.clear_caches()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ QUICK = ("--config=quickstart", "--workdir=never")
 VALUES = {
   "config": "quickstart", "branch": "main", "threshold": "0.3", "range": "full", "seeds": "0,1",
   "task": "0/2", "topology": "cpu:1", "thorough": "true", "retime": "true", "runs": "a,b",
-  "predictions": "a",
+  "predictions": "a", "split": "test",
 }  # fmt: skip
 FLAGS = sorted({name for names in cli.USES.values() for name in names})
 

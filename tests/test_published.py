@@ -59,7 +59,7 @@ def test_without_a_word_there_is_no_normalisation():
   [
     (("0.4", None, None), "--mean is given without --std"),
     ((None, "0.2", None), "--std is given without --mean"),
-    (("0.4", "0.2", "none"), "Leave --mean and --std"),
+    (("0.4", "0.2", "none"), "Leave out --mean and --std"),
     ((None, None, "basicirstd"), "not known. There are none, imagenet, basicirstd:NUAA-SIRST"),
     (("dark", "0.2", None), "--mean dark: it must be a number, or three"),
     (("0.4", "0.2,0.2", None), "--std 0.2,0.2: it must be a number, or three"),

@@ -103,6 +103,7 @@ def test_the_public_checkpoint_is_read_and_scores_as_published(
     )
 
 
+@pytest.mark.slow
 def test_predict_of_the_file_is_its_published_protocol(shared, probability):
   found = detector_lib.load_published(shared / FILE, "acm", normalisation="lesps:SIRST3")
   predictor, folder = predict.Predictor(found), shared / "data/NUDT-SIRST"

@@ -295,8 +295,8 @@ MUTANTS: list[Mutant] = [
   Mutant(
     "names in both splits are accepted",
     "fdep_jax/data/folders.py",
-    'set(names["train"]) & set(names["test"])',
-    'set(names["train"]) & set()',
+    "set(names[one]) & set(names[other])",
+    "set(names[one]) & set()",
     _tests("data_folders"),
   ),
   *_mutants(
