@@ -67,7 +67,9 @@ def readings(accumulators):
 def measure(argument):
   """Computes the readings of one NAME=MAPS:DATASET."""
   maps, _, root = argument.partition("=")[2].partition(":")
-  files = {path.stem.removesuffix("_prob"): path for path in pathlib.Path(maps).iterdir()}
+  paths = [path for path in pathlib.Path(maps).iterdir() if path.suffix in (".npy", ".png")]
+  saved = [path for path in paths if path.stem.endswith("_prob")] or paths
+  files = {path.stem.removesuffix("_prob"): path for path in saved}
   steps = {0.01: 99, 0.05: 19, 0.1: 9}
   totals = {
     step: hse.Accumulator(thresholds=(np.arange(1, n + 1) * step).astype(np.float32))

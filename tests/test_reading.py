@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import reading
+from benchmarks import corners, reading
 from fdep_jax.metrics import hse
 
 
@@ -60,3 +60,21 @@ def test_the_page_shows_what_the_command_found():
     pytest.skip("results/classical/reading.json is not there yet")
   text = reading.PAGE.read_text()
   assert reading.fill(text, reading.page(json.loads(reading.RESULT.read_text()))) == text
+
+
+def test_our_corner_is_the_metric_and_the_others_differ(tmp_path):
+  rng = np.random.default_rng(0)
+  total = hse.Accumulator()
+  for _ in range(6):
+    mask = np.zeros((40, 40), bool)
+    mask[5:8, 5:8] = mask[30:32, 20:23] = True
+    total.update((0.5 * rng.random(mask.shape) + 0.4 * mask).astype(np.float32), mask)
+  found = corners.readings({0.05: total})
+  assert found[corners.OURS] == pytest.approx(100 * total.result().hse_t, abs=1e-9)
+  assert found["no point at recall 0"] <= found[corners.OURS] <= found["precision 1 at recall 0"]
+  # By hand: points (0, 0.5), (0.5, 0.5), (1, 1) and (1, 0.2); of equal recall the higher first.
+  hits, predicted = np.array([2, 2, 1]), np.array([10, 2, 2])
+  assert corners.area(hits, predicted, 2) == pytest.approx(100 * (0.25 + 0.375))
+  assert corners.area(hits, predicted, 2, ties="lower") == pytest.approx(100 * (0.25 + 0.175))
+  assert corners.area(hits, predicted, 2, start="none") == pytest.approx(37.5)
+  assert corners.area(hits, predicted, 2, rule="step") == pytest.approx(75)
