@@ -11,6 +11,7 @@ from PIL import Image
 
 from fdep_jax import score
 from fdep_jax.metrics import hse
+from fdep_jax.runtime import problems
 
 
 def scene(rng, height, width):
@@ -302,6 +303,26 @@ def test_an_ending_that_not_all_share_is_kept(folders):
     path.rename(path.with_name(f"{path.stem}_pred.png"))
   with pytest.raises(ValueError, match="no prediction"):
     score.run(maps, masks)
+
+
+def test_a_background_above_a_threshold_is_warned_of(tmp_path, capsys):
+  mask = np.zeros((20, 30), bool)
+  mask[3:6, 4:6] = True
+  save(np.uint8(255 * mask), tmp_path / "masks/a.png")
+  (tmp_path / "maps").mkdir()
+  for background, warned in ((0.06, True), (0.04, False)):
+    prob = np.where(mask, 0.9, background).astype(np.float32)
+    prob[0, 0] = 0.01  # a third value, as binary maps have no curve
+    np.save(tmp_path / "maps/a.npy", prob)
+    score.run(tmp_path / "maps", tmp_path / "masks", resamples=0)
+    assert ("Warning: maps: at prob > 0.05 " in capsys.readouterr().out) == warned
+
+
+def test_names_of_letters_do_not_make_kinds():
+  found = problems.shorten([f"train: {name} has no mask" for name in ("car", "ship", "tree")], 2)
+  assert found == [
+    "train: car has no mask", "train: ship has no mask", "… and 1 more of this kind",
+  ]  # fmt: skip
 
 
 def test_twenty_problems_of_one_kind_are_shown(tmp_path):

@@ -428,8 +428,8 @@ def warning_of_merging(score):
   best = int(hits.argmax())
   listed = ", ".join(f"{t:.2g}" for t in thresholds[merged])
   return (
-    f"at prob > {listed} predictions merge with each other or with the background: "
-    f"{hits[merged].min()} of {score.targets} targets are found at least, {hits[best]} at "
+    f"at prob > {listed} predictions merge with each other or with the background: down to "
+    f"{hits[merged].min()} of {score.targets} targets are found, and {hits[best]} at "
     f"{thresholds[best]:.2g}. These points lower HSE-T (docs/metric.md)."
   )
 

@@ -10,8 +10,8 @@ MOST = 20  # lines of one kind
 def shorten(problems: Iterable[str], most: int = MOST) -> list[str]:
   """Keeps the first `most` problems of each kind, and says how many more there are.
 
-  Two problems are of one kind if they agree in their first three words apart from names, numbers
-  and paths.
+  Two problems are of one kind if they agree in the last three of their words of small letters, as
+  names and paths mostly stand before them or have other characters.
   """
   problems = list(problems)
   number = Counter(map(_kind, problems))
@@ -27,7 +27,7 @@ def shorten(problems: Iterable[str], most: int = MOST) -> list[str]:
 
 
 def _kind(problem: str) -> tuple[str, ...]:
-  return tuple(word for word in problem.split() if re.fullmatch("[a-z]+[,;]?", word))[:3]
+  return tuple(word for word in problem.split() if re.fullmatch("[a-z]+[,;]?", word))[-3:]
 
 
 def listing(what: str, problems: list[str]) -> str:
