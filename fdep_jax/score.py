@@ -192,7 +192,8 @@ def _pairs(predictions, masks, split):
   if not maps:
     problems.append(f"{predictions}: no file ends in {', '.join(READABLE)}")
   if others:
-    logging.info("%d maps of %s are not of %s and are left out", len(others), predictions, source)
+    # Not as info, which nobody sees here: without absl no level of logging is set.
+    logging.warning("maps of %s that are not of %s: %d, left out", predictions, source, len(others))
   for stem in sorted(maps.keys() - truth.keys() - set(others)):
     problems.append(f"{maps[stem]}: no mask {stem}.* in {source}")
   unused = sorted(truth.keys() - maps.keys())
@@ -243,7 +244,7 @@ def _without_affixes(maps, truth, masks_too=True):
     if masks.keys() == shorter.keys() or (not masks_too and masks.keys() <= shorter.keys()):
       for what, (start, end) in (("maps", of_maps), ("masks", of_truth)):
         if start or end:
-          logging.info("the names of all %s are read without %s", what, f"{start}…{end}")
+          logging.warning("the names of all %s are read without %s", what, f"{start}…{end}")
       return shorter, masks
   return maps, truth
 
