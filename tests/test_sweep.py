@@ -60,7 +60,7 @@ def timeless(results) -> dict:
 def ends(workdir) -> dict[str, int]:
   """How often each run came to its end."""
   return {
-    path.parent.name: path.read_text().count("test images, step")
+    path.parent.name: len(re.findall("test images of .*, step", path.read_text()))
     for path in pathlib.Path(workdir).glob("*/log.txt")
   }
 
