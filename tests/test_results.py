@@ -149,7 +149,7 @@ def test_committed_intervals_are_computed_again_from_the_counts():
 
 
 def test_the_text_says_which_runs_have_counts():
-  assert len(COUNTED) == 5 and sum(p.stat().st_size for p in COUNTED) < 2e5
+  assert len(COUNTED) == 10 and sum(p.stat().st_size for p in COUNTED) < 7e5
   assert not list(ROOT.glob("results/nuaa_cpu*/**/counts.npz"))
   text = " ".join(TEXT.split())
   assert "The nine trained runs of `nuaa_cpu` and the two others of `nuaa_cpu_choices`" in text
