@@ -167,7 +167,8 @@ def _compile(function, state: dict, prior: Prior | None, batch: dict) -> Cost:
   return Cost(
     hbm={
       **held,
-      "padding": max(arguments - sum(held.values()), 0),  # a TPU pads arrays to its tiles
+      # A TPU pads arrays to its tiles. Below 0: jax leaves out arrays that the program ignores.
+      "padding": arguments - sum(held.values()),
       "activations": memory.temp_size_in_bytes + max(fresh, 0),
       "program": memory.generated_code_size_in_bytes,
     },
@@ -493,8 +494,8 @@ def _gpu_lines(result: dict) -> list[str]:
   if "device" not in result:
     return []
   lines = [
-    f"  {result['device']}: {result['device_memory_bytes'] / 2**30:.2f} GiB, of which 2 stay free for "
-    f"what is not counted: {', '.join(result['not_counted'])}",
+    f"  {result['device']}: {result['device_memory_bytes'] / 2**30:.2f} GiB, of which 2 stay free "
+    f"for what is not counted: {', '.join(result['not_counted'])}",
     "  This plan was never compared with a card.",
   ]
   share = result["XLA_PYTHON_CLIENT_MEM_FRACTION"]

@@ -1,9 +1,9 @@
 """Describes NVIDIA's cards to XLA's GPU compiler, which then needs none of them.
 
-Cores, clocks, caches, bandwidths and FLOP/s are NVIDIA's: the architecture whitepapers GA100, GA102,
-GH100, Ada (2.01, with the L4) and RTX Blackwell (1.1). FLOP/s are dense, of tensor cores that sum in
-float32. The memory is what CUDA reports, less than the name says. For the A100 and H100 it, the
-clock and the cache are those of openxla/xla, xla/backends/gpu/target_config/specs.
+Cores, clocks, caches, bandwidths and FLOP/s are NVIDIA's: the architecture whitepapers GA100,
+GA102, GH100, Ada (2.01, with the L4) and RTX Blackwell (1.1). FLOP/s are dense, of tensor cores
+that sum in float32. The memory is what CUDA reports, less than the name says. For the A100 and H100
+it, the clock and the cache are those of openxla/xla, xla/backends/gpu/target_config/specs.
 """
 
 from typing import NamedTuple

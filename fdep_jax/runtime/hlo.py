@@ -233,14 +233,11 @@ def _split(operands: str) -> list[str]:
 
 
 def _dot(instruction: Instruction, left: Array, out: Array) -> int:
-  # cuBLAS has them as "lhs_contracting_dimensions":["1"].
-  contracted = re.search(
-    r"lhs_contracting_dim(?:s=\{|ensions\":\[)([\d,\"]*)[}\]]", instruction.attributes
-  )
-  dims = (
-    [int(n) for n in contracted.group(1).replace('"', "").split(",") if n] if contracted else []
-  )
-  return math.prod(out.dims) * math.prod(left.dims[d] for d in dims)
+  # XLA writes lhs_contracting_dims={1,2}, cuBLAS "lhs_contracting_dimensions":["1","2"].
+  pattern = r"lhs_contracting_dim(?:s=\{|ensions\":\[)([\d,\"]*)[}\]]"
+  found = re.search(pattern, instruction.attributes)
+  contracted = re.findall(r"\d+", found.group(1)) if found else []
+  return math.prod(out.dims) * math.prod(left.dims[int(d)] for d in contracted)
 
 
 def _convolution(instruction: Instruction, left: Array, kernel: Array, out: Array) -> int:
