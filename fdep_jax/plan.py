@@ -393,7 +393,9 @@ def _ways_out(
     options += [{"prior.shard": True}, {**options[-1], "prior.shard": True}]
   half = {"train.dtype": "bfloat16", "prior.dtype": "bfloat16"}
   if gpu and config.train.dtype != "bfloat16":
-    options += [half, {**half, "train.remat": "products"}]
+    options.append(half)
+    if config.train.remat != "products":
+      options.append({**half, "train.remat": "products"})
   helps = []
   for option in options:
     if option.get("train.remat") == "none":
@@ -410,7 +412,7 @@ def _ways_out(
     if _attempt(config, parts, the_mesh, limit, {"train.batch_size": rows}) <= limit:
       break
     rows -= devices
-  # A GPU's compiler does not refuse, so memory is known in steps that may fall behind the batch.
+  # Weights do not grow with the batch, so a larger one may fit as well.
   while gpu and rows and rows + devices < config.train.batch_size:
     if _attempt(config, parts, the_mesh, limit, {"train.batch_size": rows + devices}) > limit:
       break
