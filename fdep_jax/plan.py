@@ -1,4 +1,4 @@
-"""Estimates the cost of a run on a TPU slice without a TPU, by compiling only (`--mode plan`)."""
+"""Estimates the cost of a run on TPUs or GPUs without any, by compiling only (`--mode plan`)."""
 
 import dataclasses
 import logging
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from fdep_jax import ablations, build, forward, priors, settings
 from fdep_jax import step as step_lib
 from fdep_jax.priors import Prior
-from fdep_jax.runtime import files, hlo, mesh, topology
+from fdep_jax.runtime import files, gpus, hlo, mesh, topology
 
 # GMAC of convolutions, linear layers and products of attention for one 448×448 image, counted on
 # the published networks: first the part that does not depend on the top feature's fusion, then the
@@ -42,6 +42,8 @@ TRAIN_IMAGES = 1676  # of SIRST3; gives epochs per hour
 # all-reduces are the same, and memory is within 4 %. It does not place or prefetch arrays in a
 # chip's own memory, so all traffic counts as HBM traffic.
 QUICK = -1.0
+JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes if XLA_PYTHON_CLIENT_MEM_FRACTION is not set
+CONTEXT = 2**30  # bytes of it that the fraction which a plan names leaves to the CUDA context
 
 
 class Parts(NamedTuple):
@@ -165,7 +167,8 @@ def _compile(function, state: dict, prior: Prior | None, batch: dict) -> Cost:
   return Cost(
     hbm={
       **held,
-      "padding": max(arguments - sum(held.values()), 0),  # a TPU pads arrays to its tiles
+      # A TPU pads arrays to its tiles. Below 0: jax leaves out arrays that the program ignores.
+      "padding": arguments - sum(held.values()),
       "activations": memory.temp_size_in_bytes + max(fresh, 0),
       "program": memory.generated_code_size_in_bytes,
     },
@@ -296,10 +299,12 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
     "effort": "quick" if jax.config.jax_exec_time_optimization_effort < 0 else "thorough",
     "hbm_limit_bytes": limit,
   }
+  gpu = gpus.GPUS.get(kind)
   logging.info("compiling the train step for %s", name)
   try:
     cost = compile_train(config, parts, the_mesh)
     if sum(cost.hbm.values()) > limit:
+      result |= {"hbm_by_kind": cost.hbm} if gpu else {}
       raise DoesNotFitError(sum(cost.hbm.values()), cost.seconds)
     result |= {"fits": True, **_report(config, parts, cost, chip, len(devices), True)}
     logging.info("compiling the evaluation step")
@@ -307,7 +312,9 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
     result["evaluation"] = _report(config, parts, evaluation, chip, len(devices), False)
   except DoesNotFitError as error:
     result |= {"fits": False, "hbm_bytes_per_chip": error.needed, "compile_seconds": error.seconds}
-    result |= _ways_out(config, parts, the_mesh, limit, error.needed)
+    result |= _ways_out(config, parts, the_mesh, limit, error.needed, gpu is not None)
+  if gpu:
+    result |= _of_gpu(gpu, result)
   print(table(result))
   files.write_json(out / "plan.json", result)
   logging.info("wrote %s", out / "plan.json")
@@ -341,10 +348,12 @@ def _report(config, parts: Parts, cost: Cost, chip, devices: int, training: bool
     "optimal_seconds": cost.optimal_seconds,
   }
   if chip:
-    compute, memory = flops / chip.flops, cost.traffic / chip.bandwidth
+    peak, of_prior = (_peak(chip, dtype) for dtype in (config.train.dtype, config.prior.dtype))
+    compute, memory = cost.flops / peak + cost.prior_flops / of_prior, cost.traffic / chip.bandwidth
     seconds = max(compute, memory)
     report["roofline"] = {
-      "peak_flops": chip.flops,
+      "peak_flops": peak,
+      "peak_type": "bfloat16" if peak == chip.flops else "float32, as TF32",
       "peak_bandwidth": chip.bandwidth,
       "seconds_compute": compute,
       "seconds_memory": memory,
@@ -355,11 +364,38 @@ def _report(config, parts: Parts, cost: Cost, chip, devices: int, training: bool
   return report
 
 
-def _ways_out(config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed) -> dict:
+def _peak(chip: topology.Chip, dtype: str) -> float:
+  """Returns the FLOP/s of products of that type; a TPU's are always of bfloat16."""
+  return chip.flops_float32 if chip.flops_float32 and dtype == "float32" else chip.flops
+
+
+def _of_gpu(gpu: gpus.Gpu, result: dict) -> dict:
+  """Says what the compiler's figure for a GPU leaves out, and the setting that it needs."""
+  share = None
+  small = result["hbm_bytes_per_chip"] + topology.SPARE <= JAX_SHARE * gpu.memory
+  if not (result["fits"] and small):
+    share = math.floor(100 * (1 - CONTEXT / gpu.memory)) / 100
+  return {
+    "device": f"NVIDIA {gpu.name}",
+    "device_memory_bytes": gpu.memory,
+    "compared_with_a_card": False,
+    "not_counted": ["cuDNN's workspace", "the CUDA context", "autotuning"],
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": share,
+  }
+
+
+def _ways_out(
+  config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed, gpu: bool = False
+) -> dict:
   """Finds options that make the step fit, and the largest batch without them, by compiling each."""
   options = [{"train.remat": kind} for kind in step_lib.REMAT if kind != config.train.remat]
   if parts.prior and not config.prior.shard and the_mesh.devices.size > 1:
     options += [{"prior.shard": True}, {**options[-1], "prior.shard": True}]
+  half = {"train.dtype": "bfloat16", "prior.dtype": "bfloat16"}
+  if gpu and config.train.dtype != "bfloat16":
+    options.append(half)
+    if config.train.remat != "products":
+      options.append({**half, "train.remat": "products"})
   helps = []
   for option in options:
     if option.get("train.remat") == "none":
@@ -376,6 +412,11 @@ def _ways_out(config: ConfigDict, parts: Parts, the_mesh: Mesh, limit, needed) -
     if _attempt(config, parts, the_mesh, limit, {"train.batch_size": rows}) <= limit:
       break
     rows -= devices
+  # Weights do not grow with the batch, so a larger one may fit as well.
+  while gpu and rows and rows + devices < config.train.batch_size:
+    if _attempt(config, parts, the_mesh, limit, {"train.batch_size": rows + devices}) > limit:
+      break
+    rows += devices
   return {"helps": helps, "largest_batch": rows}
 
 
@@ -384,6 +425,8 @@ def _attempt(config, parts: Parts, the_mesh: Mesh, limit, changes: dict) -> floa
   changed = config.copy_and_resolve_references()
   changed.update_from_flattened_dict(changes)
   logging.info("compiling with %s", ", ".join(f"{k}={v}" for k, v in changes.items()))
+  if "prior.dtype" in changes:
+    parts = abstract(changed)
   try:
     return sum(compile_train(changed, parts, the_mesh).hbm.values())
   except DoesNotFitError as error:
@@ -399,8 +442,11 @@ def table(result: dict) -> str:
     f"remat {result['remat']}, {result['effort']}",
     f"  {'fits' if result['fits'] else 'DOES NOT FIT'}: "
     f"{result['hbm_bytes_per_chip'] / gib:.2f} of {result['hbm_limit_bytes'] / gib:.2f} GiB each",
+    *_gpu_lines(result),
   ]
+  memory = "memory traffic" if "device" in result else "HBM traffic"
   if not result["fits"]:
+    lines += _memory_lines(result.get("hbm_by_kind", {}))
     for helped in result["helps"]:
       settings_ = " ".join(f"--config.{k}={v}" for k, v in helped["options"].items())
       verdict = "fits" if helped["fits"] else "does not fit"
@@ -411,8 +457,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
   for title, part in (("train step", result), ("evaluation step", result["evaluation"])):
     lines.append(f"  {title}, compiled in {part['compile_seconds']:.0f} s")
-    for kind, size in part["hbm_by_kind"].items():
-      lines.append(f"    {kind.replace('_', ' '):<18}{size / gib:9.3f} GiB a device")
+    lines += _memory_lines(part["hbm_by_kind"])
     lines.append(f"    {'FLOPs':<18}{part['flops_per_step'] / 1e12:9.3f} T a step")
     for kind, count in part["flops_by_part"].items():
       lines.append(f"      {kind.replace('_', ' '):<16}{count / 1e12:9.3f} T")
@@ -420,7 +465,7 @@ def table(result: dict) -> str:
       lines.append(f"      at least {kind.replace('_', ' '):<10}{count / 1e12:6.3f} T")
     if part["flops_over_minimum"]:
       lines.append(f"      {part['flops_over_minimum']:.3f} × the minimum, without the ViT")
-    lines.append(f"    {'HBM traffic':<18}{part['bytes_per_step'] / 1e9:9.1f} GB a step")
+    lines.append(f"    {memory:<18}{part['bytes_per_step'] / 1e9:9.1f} GB a step")
     moved = sum(c["bytes"] * c["count"] for c in part["collectives"])
     kinds = sorted({c["op"] for c in part["collectives"]})
     lines.append(f"    {'collectives':<18}{moved / 1e6:9.2f} MB a device ({', '.join(kinds)})")
@@ -430,10 +475,35 @@ def table(result: dict) -> str:
       roof = part["roofline"]
       lines.append(
         f"    {'roofline':<18}{roof['images_per_second']:9.1f} images/s "
-        f"(a chip's {roof['peak_flops'] / 1e12:.0f} TFLOP/s bfloat16: "
+        f"(a chip's {roof['peak_flops'] / 1e12:.0f} TFLOP/s {roof['peak_type']}: "
         f"{roof['seconds_compute'] * 1e3:.1f} ms; {roof['peak_bandwidth'] / 1e9:.0f} GB/s: "
         f"{roof['seconds_memory'] * 1e3:.1f} ms)"
       )
       if "epochs_per_hour" in roof:
         lines.append(f"    {'':<18}{roof['epochs_per_hour']:9.1f} epochs/hour of SIRST3")
   return "\n".join(lines)
+
+
+def _memory_lines(kinds: dict[str, int]) -> list[str]:
+  return [
+    f"    {kind.replace('_', ' '):<18}{size / 2**30:9.3f} GiB a device"
+    for kind, size in kinds.items()
+  ]
+
+
+def _gpu_lines(result: dict) -> list[str]:
+  """Formats what a plan for GPUs says beside the others."""
+  if "device" not in result:
+    return []
+  lines = [
+    f"  {result['device']}: {result['device_memory_bytes'] / 2**30:.2f} GiB, of which 2 stay free "
+    f"for what is not counted: {', '.join(result['not_counted'])}",
+    "  This plan was never compared with a card.",
+  ]
+  share = result["XLA_PYTHON_CLIENT_MEM_FRACTION"]
+  if share:
+    lines.append(
+      f"  Set XLA_PYTHON_CLIENT_MEM_FRACTION={share}: JAX takes {JAX_SHARE:.0%} of a card's memory "
+      "unless told otherwise."
+    )
+  return lines

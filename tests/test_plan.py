@@ -1,8 +1,11 @@
 """Plans: what is counted is right, the options change no result, and the refusals say why."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
+import subprocess
+import sys
 import types
 
 import jax
@@ -11,11 +14,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import command, toy_config
+from helpers import ROOT, command, toy_config
 
 from fdep_jax import backbones, build, losses, plan
 from fdep_jax import step as step_lib
-from fdep_jax.runtime import hlo, mesh, topology
+from fdep_jax.runtime import gpus, hlo, mesh, topology
 
 
 def slice_config(**changes):
@@ -245,9 +248,12 @@ def test_the_vits_size_is_read_from_the_name_of_a_file_that_need_not_exist():
     build.vit_arguments("weights/prior.pth")
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4x4x4", "v4:2x2", "h100:8", "cpu:0", "cpu:2x2", ""])
+MALFORMED = ["v5e", "v5e:4x4x4", "v4:2x2", "h100:2x4", "rtx4090:0", "rtx4080:1", "cpu:0", "cpu:2x2"]
+
+
+@pytest.mark.parametrize("name", [*MALFORMED, ""])
 def test_a_malformed_topology_is_refused(name):
-  with pytest.raises(ValueError, match="--topology is .* v5e:4x4"):
+  with pytest.raises(ValueError, match="--topology is .* v5e:4x4.*a100-40.*rtx4090"):
     topology.parse(name)
 
 
@@ -305,3 +311,212 @@ def test_the_tpu_compiler_plans_a_small_network(tmp_path):
   result = json.loads((tmp_path / "plan.json").read_text())
   assert result["fits"] and result["chips"] == 4 and result["roofline"]["images_per_second"] > 0
   assert {c["op"] for c in result["collectives"]} == {"all-reduce"}
+
+
+# A program as XLA's GPU compiler writes it: 32×32 pixels, 8 and 16 channels.
+CUDNN = """
+ENTRY %main (x: bf16[4,32,32,8]) -> bf16[4,32,32,8] {
+  %x = bf16[4,32,32,8]{3,2,1,0} parameter(0)
+  %kernel = bf16[16,3,3,8]{3,2,1,0} parameter(1)
+  %grouped = bf16[16,3,3,4]{3,2,1,0} parameter(2)
+  %bias = bf16[16]{0} parameter(3)
+  %small = bf16[4,16,16,16]{3,2,1,0} parameter(4)
+  %forward = (bf16[4,16,16,16]{3,2,1,0}, u8[0]{0}) custom-call(%x, %kernel), \
+window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convForward", metadata={op_name="jit(step)/jvp()/conv"}
+  %biased = (bf16[4,32,32,16]{3,2,1,0}, u8[0]{0}) custom-call(%x, %grouped, %bias), \
+window={size=3x3 pad=2_2x2_2 rhs_dilate=2x2}, dim_labels=b01f_o01i->b01f, feature_group_count=2, \
+custom_call_target="__cudnn$convBiasActivationForward", metadata={op_name="jit(step)/prior/conv"}
+  %to-x = (bf16[4,32,32,8]{3,2,1,0}, u8[0]{0}) custom-call(%small, %kernel), \
+window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardInput"
+  %to-kernel = (bf16[16,3,3,8]{3,2,1,0}, u8[0]{0}) custom-call(%x, %small), \
+window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardFilter"
+  ROOT %out = bf16[4,32,32,8]{3,2,1,0} get-tuple-element(%to-x), index=0
+}
+"""
+
+
+def test_convolutions_of_cudnn_cost_what_the_forward_convolution_does():
+  # At stride 2, 3·16 − 1 (output, kernel) pairs along an axis meet the input; dilated by 2,
+  # 3·32 − 4. A gradient has the products of the forward pass. Groups halve the inputs.
+  strided, dilated = 4 * 47**2 * 8 * 16, 4 * 92**2 * 4 * 16
+  assert hlo.flops(CUDNN, "prior") == {"outside": 2.0 * 3 * strided, "inside": 2.0 * dilated}
+
+
+CUBLAS = """
+%body (p: f32[6,20,8]) -> f32[6,20,8] {
+  %p = f32[6,20,8]{2,1,0} parameter(0)
+  %w = f32[6,20,30]{2,1,0} constant({...})
+  %gemm = (f32[6,8,30]{2,1,0}, s8[4194304]{0}) custom-call(%p, %w), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"beta":0,\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],\
+"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]},"epilogue":"DEFAULT"}}
+  ROOT %same = f32[6,20,8]{2,1,0} bitcast(%p)
+}
+%condition (c: f32[6,20,8]) -> pred[] {
+  ROOT %c = pred[] constant(true)
+}
+ENTRY %main (x: f32[6,20,8]) -> f32[6,20,8] {
+  %x = f32[6,20,8]{2,1,0} parameter(0)
+  ROOT %loop = f32[6,20,8]{2,1,0} while(%x), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"7"}}
+}
+"""
+
+
+@pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
+def test_products_of_cublas_are_counted_and_their_workspace_is_no_traffic(target):
+  text = CUBLAS.replace("__cublas$lt$matmul", target)
+  assert hlo.flops(text, "prior") == {"outside": 2.0 * 7 * 6 * 8 * 30 * 20, "inside": 0.0}
+  assert hlo.traffic(text) == 7 * 4 * 6 * (20 * 8 + 20 * 30 + 8 * 30)
+
+
+def test_a_library_call_that_cannot_be_counted_is_no_zero():
+  text = CUDNN.replace("__cudnn$convForward", "__cudnn$fmhaSoftmax")
+  with pytest.raises(ValueError, match="FLOPs of __cudnn.fmhaSoftmax are not known"):
+    hlo.flops(text, "prior")
+
+
+def test_a_card_is_described_by_its_own_figures():
+  text = gpus.target("rtx4090")
+  for line in (
+    "cuda_compute_capability { major: 8 minor: 9 feature_extension: NONE }",
+    "core_count: 128",
+    "shared_memory_per_block_optin: 101376",
+    "memory_bandwidth: 1008000000000",
+  ):
+    assert line in text
+  assert text.count("{") == text.count("}")
+  for gpu in gpus.GPUS.values():  # tensor cores are twice as fast in bfloat16
+    assert gpu.bfloat16 == pytest.approx(2 * gpu.float32, rel=0.01)
+
+
+OTHER_VERSION = {"jax-cuda12-pjrt": "0.0.1", "nvidia-cuda-nvcc-cu12": "12.9.86"}
+
+
+@pytest.mark.parametrize("installed", [{}, OTHER_VERSION])
+def test_without_the_gpu_compiler_one_sentence_says_how_to_get_it(monkeypatch, installed):
+  def version(package):
+    if package not in installed | {"jax": jax.__version__}:
+      raise importlib.metadata.PackageNotFoundError(package)
+    return installed.get(package, jax.__version__)
+
+  monkeypatch.setattr(importlib.metadata, "version", version)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  wanted = f"needs XLA's GPU compiler for jax {jax.__version__}, .*requirements-gpu-plan.txt"
+  with pytest.raises(FileNotFoundError, match=wanted) as refusal:
+    topology.start("rtx4090:1")
+  assert "\n" not in str(refusal.value)
+
+
+def test_a_plan_for_gpus_says_what_its_figures_leave_out(toy, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(topology, "devices", lambda name: jax.devices("cpu")[:2])  # as the compiler
+  totals = []
+  compiled = jax.stages.Compiled.memory_analysis
+  monkeypatch.setattr(
+    jax.stages.Compiled, "memory_analysis", lambda self: totals.append(compiled(self)) or totals[-1]
+  )
+  changes = {"train.dtype": "float32", "prior.dtype": "bfloat16"}
+  result = plan.plan(slice_config(**changes), "rtx4090:2", tmp_path)
+  printed = capsys.readouterr().out
+  for words in (
+    "fits: ",
+    " of 21.65 GiB each",
+    "23.65 GiB, of which 2 stay free for what is not counted: cuDNN's workspace, the CUDA context",
+    "never compared with a card",
+    "83 TFLOP/s float32, as TF32",
+  ):
+    assert words in printed
+  assert result["compared_with_a_card"] is False and "MEM_FRACTION" not in printed
+  for part, total in zip((result, result["evaluation"]), totals, strict=True):
+    fresh = total.output_size_in_bytes - total.alias_size_in_bytes
+    own = total.argument_size_in_bytes + fresh + total.temp_size_in_bytes
+    own += total.generated_code_size_in_bytes
+    assert sum(part["hbm_by_kind"].values()) == part["hbm_bytes_per_chip"] == own
+  network, prior = (
+    result["flops_by_part"][part] / 2 for part in ("network_and_samf", "frozen_vit")
+  )
+  assert result["roofline"]["seconds_compute"] == pytest.approx(
+    network / 82.6e12 + prior / 165.2e12
+  )
+
+
+def test_what_needs_more_than_jaxs_share_of_a_card_names_the_setting():
+  gpu, gib = gpus.GPUS["rtx4090"], 2**30
+  name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+  for size, share in ((15.7, None), (15.8, 0.95)):  # 75 % of 23.65 GiB, less the 2 to spare
+    said = plan._of_gpu(gpu, {"fits": True, "hbm_bytes_per_chip": size * gib})
+    assert said[name] == share
+  said = plan._of_gpu(gpu, {"fits": False, "hbm_bytes_per_chip": 25 * gib})
+  assert said[name] == 0.95
+  assert any(f"Set {name}=0.95" in line for line in plan._gpu_lines(said))
+
+
+def test_a_gpu_that_is_too_small_gets_the_largest_batch_and_the_dtype_that_helps(monkeypatch):
+  # GiB of MSDA-Net's step by batch, and with an option; not in proportion to the batch.
+  needs = {12: 17.0, 13: 19.1, 14: 20.6, 15: 22.4}
+  tried = []
+
+  def attempt(config, parts, the_mesh, limit, changes):
+    tried.append(changes)
+    if "train.batch_size" in changes:
+      return needs[changes["train.batch_size"]]
+    return 17.8 if changes.get("train.dtype") == "bfloat16" else 27.4
+
+  monkeypatch.setattr(plan, "_attempt", attempt)
+  parts = plan.Parts(None, None, None)
+  found = plan._ways_out(network_config("msda"), parts, mesh.make(1), 21.65, 25.9, gpu=True)
+  assert found["largest_batch"] == 14
+  half = {"train.dtype": "bfloat16", "prior.dtype": "bfloat16"}
+  assert [helped["options"] for helped in found["helps"]] == [{"train.remat": "products"}, half]
+  assert [helped["fits"] for helped in found["helps"]] == [False, True]
+  assert {"train.batch_size": 15} in tried
+
+
+TOY_STEP = """
+from fdep_jax.runtime import hlo, topology
+topology.start("KIND:2")
+import jax, jax.numpy as jnp
+from fdep_jax.runtime import mesh
+
+the_mesh = mesh.over(topology.devices("KIND:2"))
+
+def step(kernel, matrix, x):
+  def loss(kernel, matrix):
+    y = jax.lax.conv_general_dilated(
+      x, kernel, (2, 2), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jnp.mean((jax.nn.relu(y) @ matrix) ** 2)
+  return jax.tree.map(lambda a, b: a - b, (kernel, matrix), jax.grad(loss, (0, 1))(kernel, matrix))
+
+def shape(*sizes, place=mesh.replicated):
+  return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=place(the_mesh))
+
+arguments = shape(3, 3, 8, 64), shape(64, 64), shape(8, 64, 64, 8, place=mesh.split)
+compiled = jax.jit(step).lower(*arguments).compile()
+text, memory = compiled.as_text(), compiled.memory_analysis()
+print(hlo.flops(text, "none")["outside"], hlo.traffic(text), memory.argument_size_in_bytes)
+print({c["op"] for c in hlo.collectives(text)})
+"""
+
+
+def test_the_gpu_compiler_compiles_a_toy_step_for_cards_that_are_not_there():
+  for package in ("jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"):
+    try:
+      importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      pytest.skip(f"needs {package} (requirements-gpu-plan.txt)")
+  # Half of the images: a convolution and its kernel's gradient, a product and its two gradients.
+  flops = 2.0 * (2 * 4 * 95**2 * 8 * 64 + 3 * 4 * 32**2 * 64 * 64)
+  held = 2 * (3 * 3 * 8 * 64 + 64 * 64 + 4 * 64 * 64 * 8)
+  for kind in gpus.GPUS:
+    program = [sys.executable, "-c", TOY_STEP.replace("KIND", kind)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{kind}: {done.stderr}"
+    figures, collectives = done.stdout.splitlines()
+    counted, traffic, arguments = map(float, figures.split())
+    assert (counted, arguments) == (flops, held), kind
+    assert traffic > 2 * held
+    assert collectives == "{'all-reduce'}"

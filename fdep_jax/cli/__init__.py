@@ -97,7 +97,7 @@ def program_flags():
   flags.DEFINE_string("task", None, "sweep: i/n, the share of this process, 0/n to n−1/n")
   flags.DEFINE_list("seeds", None, "sweep, table: 0,1,2; default the table's")
   flags.DEFINE_bool("retime", False, "table: time every row anew, at 448×448, in this process")
-  flags.DEFINE_string("topology", None, "plan: a slice, v5e:4x4 or cpu:8")
+  flags.DEFINE_string("topology", None, "plan: devices, v5e:4x4, rtx4090:1 or cpu:8")
   flags.DEFINE_bool("thorough", False, "plan: optimise as a run does; takes three times as long")
   return flags.FLAGS
 

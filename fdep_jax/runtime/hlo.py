@@ -2,7 +2,8 @@
 
 XLA's own `cost_analysis` counts a loop's body only once, counts all additions beside those of
 convolutions, and does not separate a TPU's vector memory from HBM. So it can be compared neither
-with a network's published multiply-adds nor with a chip's bandwidth.
+with a network's published multiply-adds nor with a chip's bandwidth. On a GPU, convolutions and
+products are calls of cuDNN and cuBLAS; they are counted from their shapes.
 """
 
 import math
@@ -22,6 +23,16 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 # Instructions that move no data themselves.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
          "call", "after-all", "iota", "partition-id", "replica-id"}  # fmt: skip
+_TARGET = re.compile(r'custom_call_target="(__cu(?:dnn|blas)\$[^"]+)"')
+# cuDNN's convolutions: places of input, kernel and output of the forward convolution among the
+# result (0) and the operands (1, 2). Window and labels are always those of the forward convolution.
+_CUDNN = {
+  "__cudnn$convForward": (1, 2, 0),
+  "__cudnn$convBiasActivationForward": (1, 2, 0),
+  "__cudnn$convBackwardInput": (0, 2, 1),
+  "__cudnn$convBackwardFilter": (1, 0, 2),
+}
+_CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
@@ -142,17 +153,36 @@ def flops(text: str, scope: str) -> dict[str, float]:
 
   Returns:
     {"inside", "outside"} of the scope.
+
+  Raises:
+    ValueError: there is a call of cuDNN or cuBLAS that cannot be counted.
   """
   found = instructions(text)
   shapes = {instruction.name: instruction.shape for instruction in found}
   total = {"inside": 0.0, "outside": 0.0}
   for instruction in found:
-    if instruction.op in ("convolution", "dot"):
-      left, right = (arrays(shapes[o])[0] for o in _operands(instruction)[:2])
-      count = _convolution if instruction.op == "convolution" else _dot
-      side = "inside" if f"/{scope}/" in instruction.attributes else "outside"
-      total[side] += instruction.times * 2 * count(instruction, left, right)
+    library = _library(instruction)
+    if instruction.op not in ("convolution", "dot") and not library:
+      continue
+    left, right = (arrays(shapes[o])[0] for o in _operands(instruction)[:2])
+    out = arrays(instruction.shape)[0]
+    if instruction.op == "convolution":
+      count = _convolution(instruction, left, right, out)
+    elif library in _CUDNN:
+      count = _convolution(instruction, *((out, left, right)[i] for i in _CUDNN[library]))
+    elif instruction.op == "dot" or library in _CUBLAS:
+      count = _dot(instruction, left, out)
+    else:
+      raise ValueError(f"The FLOPs of {library} are not known ({instruction.name}).")
+    side = "inside" if f"/{scope}/" in instruction.attributes else "outside"
+    total[side] += instruction.times * 2 * count
   return total
+
+
+def _library(instruction: Instruction) -> str | None:
+  """Returns the function of cuDNN or cuBLAS that the instruction calls; None if it calls none."""
+  target = _TARGET.search(instruction.attributes) if instruction.op == "custom-call" else None
+  return target and target.group(1)
 
 
 def traffic(text: str) -> float:
@@ -169,6 +199,8 @@ def traffic(text: str) -> float:
       continue
     taken = [array for o in _operands(instruction) for array in arrays(shapes[o])]
     given = arrays(instruction.shape)
+    if _library(instruction) and len(given) > 1:
+      given = given[:-1]  # without the library's workspace
     if instruction.op.endswith("-start"):  # its result counts at "-done"
       least = min((array.bytes for array in given if array.dims), default=0)
       moved = least * any(not array.near for array in taken)
@@ -200,17 +232,18 @@ def _split(operands: str) -> list[str]:
   return [*parts, operands[last:].strip()]
 
 
-def _dot(instruction: Instruction, left: Array, right: Array) -> int:
-  contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-  dims = [int(n) for n in contracted.group(1).split(",") if n] if contracted else []
-  return math.prod(arrays(instruction.shape)[0].dims) * math.prod(left.dims[d] for d in dims)
+def _dot(instruction: Instruction, left: Array, out: Array) -> int:
+  # XLA writes lhs_contracting_dims={1,2}, cuBLAS "lhs_contracting_dimensions":["1","2"].
+  pattern = r"lhs_contracting_dim(?:s=\{|ensions\":\[)([\d,\"]*)[}\]]"
+  found = re.search(pattern, instruction.attributes)
+  contracted = re.findall(r"\d+", found.group(1)) if found else []
+  return math.prod(out.dims) * math.prod(left.dims[int(d)] for d in contracted)
 
 
-def _convolution(instruction: Instruction, left: Array, kernel: Array) -> int:
+def _convolution(instruction: Instruction, left: Array, kernel: Array, out: Array) -> int:
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
   window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
   options = dict(part.split("=") for part in window.group(1).split()) if window else {}
-  out = arrays(instruction.shape)[0]
   groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
   total = out.dims[labels[2].index("b")] * out.dims[labels[2].index("f")]
   total *= kernel.dims[labels[1].index("i")]

@@ -509,6 +509,24 @@ MUTANTS: list[Mutant] = [
     ("a plan forgets the arguments", "return value if whole else value + held", "return value"),
   ),
   *_mutants(
+    "fdep_jax/runtime/hlo.py",
+    _tests("plan", "test_convolutions_of_cudnn_cost_what_the_forward_convolution_does"),
+    (
+      "a plan counts a gradient of cuDNN as a forward pass",
+      '"__cudnn$convBackwardInput": (0, 2, 1)',
+      '"__cudnn$convBackwardInput": (1, 2, 0)',
+    ),
+  ),
+  *_mutants(
+    "fdep_jax/plan.py",
+    _tests("plan", "test_a_gpu_that_is_too_small_gets_the_largest_batch_and_the_dtype_that_helps"),
+    (
+      "a plan for a GPU stops at the first batch that fits",
+      "while gpu and rows and",
+      "while False and rows and",
+    ),
+  ),
+  *_mutants(
     "fdep_jax/build.py",
     _tests("guards", "test_a_plan_is_of_the_parameters_that_a_run_trains"),
     (
