@@ -260,17 +260,25 @@ MUTANTS: list[Mutant] = [
     "fdep_jax/data/augment.py",
     _WARPED,
     (
-      "masks are warped bilinearly",
-      'offset, order=0, mode="mirror"',
-      'offset, order=1, mode="mirror"',
+      "masks are not rounded to the nearest pixel",
+      "mask[(y + UNIT // 2) >> BITS, (x + UNIT // 2) >> BITS]",
+      "mask[y >> BITS, x >> BITS]",
     ),
-    ("the image is shifted the other way", "centre + shift - matrix", "centre - shift - matrix"),
+    (
+      "the image is shifted the other way",
+      "(centre + shift) - matrix",
+      "(centre - shift) - matrix",
+    ),
   ),
   *_mutants(
     "fdep_jax/data/augment.py",
     _tests("data_augment"),
     ("every sample is augmented", "if rng.random() >= 0.5:", "if rng.random() >= 1:"),
-    ("a flip leaves the mask", "return image[::-1], mask[::-1]", "return image[::-1], mask"),
+    (
+      "a flip leaves the mask",
+      "_turn(image, numbers), _turn(mask, numbers)",
+      "_turn(image, numbers), mask",
+    ),
     (
       "crops leave out the last position",
       "rng.integers(lowest, highest, endpoint=True)",
@@ -304,8 +312,8 @@ MUTANTS: list[Mutant] = [
     _tests("data_pipeline"),
     (
       "epochs are not shuffled",
-      "grain.MapDataset.source(samples).shuffle(seed=shuffle_seed)",
-      "grain.MapDataset.source(samples)",
+      "grain.MapDataset.range(count).shuffle(seed=shuffle_seed)",
+      "grain.MapDataset.range(count)",
     ),
     (
       "processes share rows wrongly",
