@@ -8,9 +8,10 @@ An image is H×W×3 uint8, its mask H×W bool. A step is `WIDTH` integers: one o
 numbers, filled up with zeros:
 
   NOTHING
-  TURN, WARP   matrix M (4 numbers) and offset o (2) in 1/2048: pixel p becomes that at M·p + o
   LEVELS       factor of the grey levels in 1/65536, and their shift
   NOISE        deviation in 1/1024 grey level, and two keys of the random numbers
+  TURN, WARP   matrix M (4 numbers) and offset o (2) in 1/2048: pixel p becomes that at M·p + o,
+               with TURN a whole pixel
 
 Source of the recipe: YuChuang1205/PAL train_model.py (albumentations 1.3.0).
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-KINDS = NOTHING, TURN, WARP, LEVELS, NOISE = range(5)
+KINDS = NOTHING, LEVELS, NOISE, TURN, WARP = range(5)
 WIDTH = 7
 # OUR CHOICE: warps are rounded to 1/2048, so that bilinear interpolation fits in 31 bits: 8 of the
 # grey level and 11 for each axis. In a crop of 448 that moves no place by more than 0.12 pixels.
@@ -191,13 +192,13 @@ BANKED = {
   "dihedral": (dihedral, none),
   "none": (none, none),
 }
-_MOST_STEPS = 6  # of a sample: three drawn once, three drawn anew
+MOST_STEPS = 3  # of each
 
 
-def packed(place: int, corner: tuple[int, int], steps: list[Step]) -> np.ndarray:
-  """Packs the place of a sample, the corner of its crop, and its steps into one int32 vector."""
-  idle = [_filled(NOTHING)] * (_MOST_STEPS - len(steps))
-  return np.array([place, *corner, *np.ravel([*steps, *idle])], np.int32)
+def packed(place: int, corner: tuple[int, int], steps: list[Step], count: int) -> np.ndarray:
+  """Packs the place of a sample, the corner of its crop and `count` steps into an int32 vector."""
+  steps = [*steps, *[_filled(NOTHING)] * (count - len(steps))]
+  return np.array([place, *corner, *np.ravel(steps)], np.int32)
 
 
 # ---------------------------------------------------------------------------------------- applying
@@ -226,7 +227,8 @@ def apply(image: np.ndarray, mask: np.ndarray, steps: Iterable[Sequence[int]]):
     elif kind == WARP:
       image, mask = _warp(image, mask, numbers)
     elif kind == LEVELS:
-      image = _levels(*numbers[:2])[image]
+      levels = scaled_levels(np.arange(256), *numbers[:2])
+      image = np.clip(levels, 0, 255).astype(np.uint8)[image]
     elif kind == NOISE:
       image = _add_noise(image, *numbers[:3])
   return image, mask
@@ -260,53 +262,59 @@ def _mirrored(place: np.ndarray, length: int) -> np.ndarray:
 
 
 def _blend(plane: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-  """Interpolates H×W grey levels at places in 1/2048 pixel, and rounds."""
-  down, right = y & UNIT - 1, x & UNIT - 1
+  """Interpolates H×W grey levels at places in 1/2048 pixel."""
   corner = (y >> BITS) * plane.shape[1] + (x >> BITS)
   # Beyond the last row and column any value will do: its weight is 0.
-  a, b, c, d = (
+  four = (
     plane.ravel().take(corner + after, mode="clip").astype(np.int32)
     for after in (0, 1, plane.shape[1], plane.shape[1] + 1)
   )
-  above, below = UNIT * a + (b - a) * right, UNIT * c + (d - c) * right
-  return _rounded(UNIT * above + (below - above) * down)
+  return blended(*four, y & UNIT - 1, x & UNIT - 1).astype(np.uint8)
 
 
 def _blend_rows(plane: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-  """Interpolates as `_blend` at y, H×1, and x, W, first along the columns, then along the rows."""
+  """Interpolates as `_blend` at y, H×1, and x, 1×W, first along the columns, then the rows."""
   top, left = y.ravel() >> BITS, x.ravel() >> BITS
   above, below = (plane.take(top + i, axis=0, mode="clip").astype(np.int32) for i in (0, 1))
   rows = UNIT * above + (below - above) * (y & UNIT - 1)
   before, after = (rows.take(left + i, axis=1, mode="clip") for i in (0, 1))
-  return _rounded(UNIT * before + (after - before) * (x & UNIT - 1))
-
-
-def _rounded(value: np.ndarray) -> np.ndarray:
-  # OUR CHOICE: rounds. The recipe's library truncates, which darkens by half a grey level.
-  return ((value + UNIT * UNIT // 2) >> 2 * BITS).astype(np.uint8)
-
-
-def _levels(factor: int, shift: int) -> np.ndarray:
-  """Returns the grey level that each of the 256 becomes."""
-  levels = (np.arange(256) * factor + _FACTOR // 2) // _FACTOR + shift
-  return np.clip(levels, 0, 255).astype(np.uint8)
+  return _rounded(UNIT * before + (after - before) * (x & UNIT - 1)).astype(np.uint8)
 
 
 def _add_noise(image: np.ndarray, deviation: int, *keys: int) -> np.ndarray:
   bits = np.arange(image.size, dtype=np.uint32).reshape(image.shape)
   for key in keys:
-    bits = mix(bits ^ np.uint32(key))
-  added = scaled_noise(normal_table()[bits >> 16].astype(np.int32), deviation)
-  return np.clip(image + added, 0, 255).astype(np.uint8)
+    bits = mixed(bits ^ np.uint32(key))
+  normal = normal_table()[bits >> 16].astype(np.int32)
+  return np.clip(image + scaled_noise(normal, deviation), 0, 255).astype(np.uint8)
 
 
-def mix(bits):
-  """Mixes 32-bit numbers so that each bit depends on all; of numpy or jax, uint32.
+# The arithmetic of both routes; arrays are numpy's or jax's, int32 if nothing else is said.
+
+
+def blended(a, b, c, d, down, right):
+  """Interpolates between a and b (right), c and d below them; the weights are in 1/2048."""
+  above, below = UNIT * a + (b - a) * right, UNIT * c + (d - c) * right
+  return _rounded(UNIT * above + (below - above) * down)
+
+
+def _rounded(value):
+  # OUR CHOICE: rounds. The recipe's library truncates, which darkens by half a grey level.
+  return (value + (1 << 2 * BITS - 1)) >> 2 * BITS
+
+
+def scaled_levels(levels, factor, shift):
+  """Multiplies grey levels by a factor in 1/65536, rounds, and adds a shift; to be clipped."""
+  return ((levels * factor + _FACTOR // 2) >> 16) + shift
+
+
+def mixed(bits):
+  """Mixes 32-bit numbers, uint32, so that each bit depends on all.
 
   Source: Chris Wellons, hash-prospector, lowbias32.
   """
-  bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-  bits = (bits ^ (bits >> 15)) * 0x846CA68B
+  bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)
+  bits = (bits ^ (bits >> 15)) * np.uint32(0x846CA68B)
   return bits ^ (bits >> 16)
 
 

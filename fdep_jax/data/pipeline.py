@@ -122,7 +122,8 @@ def train_iterator(
     corner, steps = drawn(sample, number, rng)
     found = {"crop": np.int64(number)} if bank else {}
     if on_device:
-      return found | {"choice": augment_lib.packed(place, corner, steps)}
+      most = augment_lib.MOST_STEPS * (2 if bank else 1)
+      return found | {"choice": augment_lib.packed(place, corner, steps, most)}
     pair = augment_lib.cut(sample.image, sample.mask, bank.size if bank else crop, corner)
     image, mask = augment_lib.apply(*pair, steps)
     return found | {"image": image, "mask": mask}
