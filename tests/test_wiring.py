@@ -420,6 +420,8 @@ EFFECTS = {
   "data.crop_margin": [(8, "batches")],
   "data.val_fraction": [(0.5, "loaded")],
   "data.threads": [(3, "batches")],
+  "data.on_device": [(True, "batches")],
+  "data.lazy": [(True, "root")],
   "data.synthetic_size": [(72, "loaded")],
   "data.synthetic_train": [(10, "loaded")],
   "data.synthetic_test": [(4, "loaded")],

@@ -196,7 +196,11 @@ MOST_STEPS = 3  # of each
 
 
 def packed(place: int, corner: tuple[int, int], steps: list[Step], count: int) -> np.ndarray:
-  """Packs the place of a sample, the corner of its crop and `count` steps into an int32 vector."""
+  """Packs the place of a sample, the corner of its crop and `count` steps into an int32 vector.
+
+  Steps that do nothing come last.
+  """
+  steps = [step for step in steps if step[0] != NOTHING]
   steps = [*steps, *[_filled(NOTHING)] * (count - len(steps))]
   return np.array([place, *corner, *np.ravel(steps)], np.int32)
 

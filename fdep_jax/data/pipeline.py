@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fdep_jax.data import augment as augment_lib
+from fdep_jax.data import samples as sample_lib
 from fdep_jax.data.samples import Sample, Statistic
 
 
@@ -205,8 +206,9 @@ def eval_batches(
   levels = 255 * np.asarray(fill, np.float32)
   dtype = np.float32 if levels.any() else np.uint8
   groups: dict[tuple[int, int], list[int]] = {}
-  for i, sample in enumerate(samples):
-    groups.setdefault(padded_size(sample.mask.shape, multiple), []).append(i)
+  all_sizes = sample_lib.sizes(samples)
+  for i, size in enumerate(all_sizes):
+    groups.setdefault(padded_size(size, multiple), []).append(i)
 
   def batches():
     for (height, width), members in groups.items():
@@ -214,7 +216,7 @@ def eval_batches(
       rows = -(-rows // row_multiple) * row_multiple
       for start in range(0, len(members), rows):
         indices = members[start : start + rows]
-        sizes = [samples[i].mask.shape for i in indices]
+        sizes = [all_sizes[i] for i in indices]
         image = np.empty((rows, height, width, 3), dtype)
         image[...] = levels
         for row, (i, (h, w)) in enumerate(zip(indices, sizes, strict=True)):

@@ -4,8 +4,10 @@ The host sends what is drawn of a sample (`augment.packed`), 96 bytes. Images an
 of the numpy route bit for bit, as both compute with integers.
 """
 
+import math
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +39,9 @@ class Resident:
 
   def __init__(self, samples: Sequence[Sample], size: int, the_mesh):
     self._mesh = the_mesh
-    shapes = [(4 if _coloured(sample) else 2, *sample.mask.shape) for sample in samples]
+    check_room(samples, the_mesh)
+    shapes = _shapes(samples)
     starts = np.cumsum([0, *(np.prod(shape, dtype=np.int64) for shape in shapes)])
-    _check_room(int(starts[-1]), the_mesh)
     memory = np.zeros((-(-starts[-1] // _ROW), _ROW), np.uint8)
     table = np.zeros((len(samples), 5), np.int32)
     for place, (sample, shape, start) in enumerate(zip(samples, shapes, starts, strict=False)):
@@ -65,12 +67,15 @@ class Resident:
     return self._compute.lower(*self._memory, choices).compile().as_text()
 
 
-def _coloured(sample: Sample) -> bool:
-  return bool((sample.image != sample.image[..., :1]).any())
+def _shapes(samples: Sequence[Sample]) -> list[tuple[int, int, int]]:
+  """Returns planes (one channel, or three if they differ, and the mask), height and width."""
+  coloured = ((s.image != s.image[..., :1]).any() for s in samples)
+  return [(4 if c else 2, *s.mask.shape) for s, c in zip(samples, coloured, strict=True)]
 
 
-def _check_room(needed: int, the_mesh) -> None:
-  """Raises ValueError if `needed` bytes do not fit into the memory of each device."""
+def check_room(samples: Sequence[Sample], the_mesh) -> None:
+  """Raises ValueError if the samples do not fit into the memory of each device."""
+  needed = sum(math.prod(shape) for shape in _shapes(samples))
   device = the_mesh.local_devices[0]
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
@@ -81,7 +86,7 @@ def _check_room(needed: int, the_mesh) -> None:
   if needed > free:
     raise ValueError(
       f"data.on_device=True needs {needed / 1e9:.2f} GB for the train images on each device, and "
-      f"{device.device_kind} has {free / 1e9:.2f} GB. Leave it out: the batches are the same."
+      f"{free / 1e9:.2f} GB are free. Leave it out: the batches are the same."
     )
 
 
@@ -95,9 +100,11 @@ def _split(function, the_mesh):
 
 def _batch(memory, table, choices, size: int, coloured: bool):
   def one(choice):
-    image, mask = _cut(memory, table[choice[0]], choice[1], choice[2], size, coloured)
     steps = choice[3:].reshape(-1, augment.WIDTH)
-    return jax.lax.scan(lambda pair, step: (_apply(*pair, step), None), (image, mask), steps)[0]
+    drawn = jnp.sum(steps[:, 0] != augment.NOTHING)  # the others follow
+    found = _cut(memory, table[choice[0]], choice[1], choice[2], size, coloured)
+    found = jax.lax.fori_loop(0, drawn, lambda i, found: _apply(found, steps[i]), found)
+    return jnp.moveaxis(found.image, 0, -1), found.mask
 
   # One after the other, a CPU computes only the steps that are drawn. Elsewhere all samples are
   # computed at once, with every kind of step.
@@ -106,10 +113,17 @@ def _batch(memory, table, choices, size: int, coloured: bool):
   return jax.vmap(one)(choices)
 
 
+class _Crop(NamedTuple):
+  image: jax.Array  # 3×S×S uint8
+  mask: jax.Array  # S×S bool
+  grey: jax.Array  # whether the channels are equal
+
+
 def _cut(memory, entry, y, x, size: int, coloured: bool):
   """Cuts the window at (y, x) of the sample of a table's entry, as `augment.cut`."""
   row, column, planes, height, width = entry
-  rows, columns = y + jnp.arange(size)[:, None], x + jnp.arange(size)
+  rows, columns = _grid(size)
+  rows, columns = y + rows, x + columns
   inside = (rows < height) & (columns < width)
 
   def plane(number):
@@ -118,71 +132,86 @@ def _cut(memory, entry, y, x, size: int, coloured: bool):
     found = memory.at[row + (place >> _ROW_BITS), place & _ROW - 1]
     return jnp.where(inside, found.get(mode="promise_in_bounds"), 0)
 
-  def grey():
-    return jnp.broadcast_to(plane(0)[..., None], (size, size, 3))
+  if coloured:
+    found = jax.lax.cond(
+      planes > 2,
+      lambda: jnp.stack([plane(0), plane(1), plane(2)]),
+      lambda: _grey(plane(0)),
+    )
+  else:
+    found = _grey(plane(0))
+  return _Crop(found, plane(planes - 1) > 0, planes == 2)
 
-  def colour():
-    return jnp.stack([plane(0), plane(1), plane(2)], -1)
 
-  image = jax.lax.cond(planes > 2, colour, grey) if coloured else grey()
-  return image, plane(planes - 1) > 0
+def _grid(size: int):
+  """Returns the numbers of rows, S×1, and of columns, 1×S."""
+  return jnp.arange(size)[:, None], jnp.arange(size)[None]
 
 
-def _apply(image, mask, step):
+def _grey(plane):
+  return jnp.broadcast_to(plane, (3, *plane.shape))
+
+
+def _apply(crop: _Crop, step) -> _Crop:
   """Applies one step, as `augment.apply`."""
-
-  def nothing():
-    return image, mask
+  size = len(crop.mask)
+  rows, columns = _grid(size)
 
   def levels():
-    return _clip(augment.scaled_levels(image.astype(jnp.int32), step[1], step[2])), mask
+    image = augment.scaled_levels(crop.image.astype(jnp.int32), step[1], step[2])
+    return crop._replace(image=_clip(image))
 
   def noise():
-    bits = jnp.arange(image.size, dtype=jnp.uint32).reshape(image.shape)
+    # Numbered in the order of S×S×3, as there.
+    bits = 3 * (size * rows + columns)[None] + jnp.arange(3)[:, None, None]
+    bits = bits.astype(jnp.uint32)
     for key in step[2:4].astype(jnp.uint32):
       bits = augment.mixed(bits ^ key)
     normal = jnp.take(augment.normal_table(), bits >> 16, mode="clip").astype(jnp.int32)
-    return _clip(image + augment.scaled_noise(normal, step[1])), mask
+    image = _clip(crop.image + augment.scaled_noise(normal, step[1]))
+    return crop._replace(image=image, grey=jnp.zeros_like(crop.grey))
 
-  def warp():
-    return _warp(image, mask, step[1:])
+  def places():
+    yy, yx, xy, xx, oy, ox = step[1:]
+    y = _mirrored(yy * rows + yx * columns + oy, size)
+    return y, _mirrored(xy * rows + xx * columns + ox, size)
 
-  kinds = {augment.NOTHING: nothing, augment.LEVELS: levels, augment.NOISE: noise}
-  kinds[augment.TURN] = warp  # a turn moves whole pixels
-  return jax.lax.switch(jnp.minimum(step[0], augment.TURN), [kinds[k] for k in sorted(kinds)])
+  def nearest(plane, y, x):
+    half = augment.UNIT // 2
+    corner = ((y + half) >> augment.BITS) * size + ((x + half) >> augment.BITS)
+    return jnp.take(plane.reshape(-1), corner, mode="clip")
 
-
-def _clip(levels):
-  return jnp.clip(levels, 0, 255).astype(jnp.uint8)
-
-
-def _warp(image, mask, numbers):
-  yy, yx, xy, xx, oy, ox = numbers
-  size = mask.shape[0]
-  rows, columns = jnp.arange(size)[:, None], jnp.arange(size)
-  y = _mirrored(yy * rows + yx * columns + oy, size)
-  x = _mirrored(xy * rows + xx * columns + ox, size)
-  corner = (y >> augment.BITS) * size + (x >> augment.BITS)
-  down, right = y & augment.UNIT - 1, x & augment.UNIT - 1
-
-  def blend(plane):
+  def blend(plane, y, x):
+    corner = (y >> augment.BITS) * size + (x >> augment.BITS)
     # Beyond the last row and column any value will do: its weight is 0.
     four = (
       jnp.take(plane.reshape(-1), corner + after, mode="clip").astype(jnp.int32)
       for after in (0, 1, size, size + 1)
     )
+    down, right = y & augment.UNIT - 1, x & augment.UNIT - 1
     return augment.blended(*four, down, right).astype(jnp.uint8)
 
-  def grey():
-    return jnp.broadcast_to(blend(image[..., 0])[..., None], image.shape)
+  def moved(sample):
+    y, x = places()
+    image = jax.lax.cond(
+      crop.grey,
+      lambda: _grey(sample(crop.image[0], y, x)),
+      lambda: jnp.stack([sample(plane, y, x) for plane in crop.image]),
+    )
+    return crop._replace(image=image, mask=nearest(crop.mask, y, x))
 
-  def colour():
-    return jnp.stack([blend(image[..., c]) for c in range(3)], -1)
+  kinds = {
+    augment.NOTHING: lambda: crop,
+    augment.LEVELS: levels,
+    augment.NOISE: noise,
+    augment.TURN: lambda: moved(nearest),
+    augment.WARP: lambda: moved(blend),
+  }
+  return jax.lax.switch(step[0], [kinds[kind] for kind in augment.KINDS])
 
-  half = augment.UNIT // 2
-  nearest = ((y + half) >> augment.BITS) * size + ((x + half) >> augment.BITS)
-  is_grey = (image == image[..., :1]).all()
-  return jax.lax.cond(is_grey, grey, colour), jnp.take(mask.reshape(-1), nearest, mode="clip")
+
+def _clip(levels):
+  return jnp.clip(levels, 0, 255).astype(jnp.uint8)
 
 
 def _mirrored(place, length: int):
