@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -240,6 +239,10 @@ def test_20000_files_train_in_the_memory_of_500(tmp_path):
   for count in (500, 20_000):
     root = make_folder(tmp_path / str(count), 4)
     for kind in ("images", "masks"):
+      for i in range(2):  # larger: in memory, 20,000 pairs would take 1.2 GiB
+        with Image.open(root / kind / f"{i}.png") as picture:
+          small = np.asarray(picture)
+        Image.fromarray(np.pad(small, ((0, 88), (0, 80)))).save(root / kind / f"{i}.png")
       for i in range(4, count):
         os.link(root / kind / f"{i % 2}.png", root / kind / f"more{i}.png")
     names = ["0", "1", *(f"more{i}" for i in range(4, count))]
@@ -252,5 +255,4 @@ def test_20000_files_train_in_the_memory_of_500(tmp_path):
     )
     assert found.returncode == 0, found.stderr[-2000:]
     peaks[count] = int(found.stdout.split()[-1]) / 2**20  # GiB
-  # 0 measured; decoded, the files are of 0.15 GiB, and sets of larger images in proportion.
-  assert math.fabs(peaks[20_000] - peaks[500]) < 0.1, peaks
+  assert peaks[20_000] - peaks[500] < 0.25, peaks

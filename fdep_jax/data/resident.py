@@ -38,7 +38,6 @@ class Resident:
   """
 
   def __init__(self, samples: Sequence[Sample], size: int, the_mesh):
-    self._mesh = the_mesh
     check_room(samples, the_mesh)
     shapes = _shapes(samples)
     starts = np.cumsum([0, *(np.prod(shape, dtype=np.int64) for shape in shapes)])

@@ -326,6 +326,31 @@ MUTANTS: list[Mutant] = [
       "image[row, -h:, -w:] = samples[i].image",
     ),
   ),
+  *_mutants(
+    "fdep_jax/data/resident.py",
+    _tests("data_routes", "test_both_routes_give_the_same_bits"),
+    (
+      "devices number the noise by channel",
+      "3 * (size * rows + columns)[None] + jnp.arange(3)[:, None, None]",
+      "(size * rows + columns)[None] + size * size * jnp.arange(3)[:, None, None]",
+    ),
+    ("devices take noise as grey", "grey=jnp.zeros_like(crop.grey)", "grey=crop.grey"),
+    ("devices read beyond a small image", "(rows < height) & (columns < width)", "rows >= 0"),
+  ),
+  Mutant(
+    "lazy samples are kept",
+    "fdep_jax/data/samples.py",
+    "    return self._decode(self._places[index])",
+    "    kept = vars(self)\n    return kept.setdefault(index, self._decode(self._places[index]))",
+    _tests("data_routes", "test_few_lazy_samples_are_in_memory_at_a_time"),
+  ),
+  Mutant(
+    "another route of input is another run",
+    "fdep_jax/settings.py",
+    r"data\.(threads|on_device|lazy)",
+    r"data\.threads",
+    _tests("data_routes", "test_a_run_continued_on_the_other_route_ends_with_the_same_bits"),
+  ),
   # Metrics.
   *_mutants(
     "fdep_jax/metrics/components.py",
