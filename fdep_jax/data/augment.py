@@ -192,16 +192,19 @@ BANKED = {
   "dihedral": (dihedral, none),
   "none": (none, none),
 }
-MOST_STEPS = 3  # of each
+_MOST_STEPS = 3  # of each
 
 
-def packed(place: int, corner: tuple[int, int], steps: list[Step], count: int) -> np.ndarray:
-  """Packs the place of a sample, the corner of its crop and `count` steps into an int32 vector.
+def packed(
+  place: int, corner: tuple[int, int], steps: list[Step], drawn_twice: bool = False
+) -> np.ndarray:
+  """Packs the place of a sample, the corner of its crop, and its steps into one int32 vector.
 
-  Steps that do nothing come last.
+  Steps that do nothing come last, so that all vectors have one length: 24, of a bank's crop 45.
   """
   steps = [step for step in steps if step[0] != NOTHING]
-  steps = [*steps, *[_filled(NOTHING)] * (count - len(steps))]
+  count = _MOST_STEPS * (2 if drawn_twice else 1)
+  steps += [_filled(NOTHING)] * (count - len(steps))
   return np.array([place, *corner, *np.ravel(steps)], np.int32)
 
 

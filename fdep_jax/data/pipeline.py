@@ -96,8 +96,7 @@ def train_iterator(
     threads: threads that make batches; their number does not change the batches.
     bank: the crops to draw from, each once in K epochs; its own settings replace those given here.
       Batches then also contain "crop", b int64: the crops' numbers.
-    on_device: batches hold "choice", b×N int32, from which `resident.Resident` computes the same
-      images and masks on the devices, instead of these.
+    on_device: batches hold "choice", b×N int32, instead: `resident.Resident` makes the same pixels.
 
   Returns:
     A grain iterator. `get_state()` returns {"next_index": step}; `set_state` continues at any step
@@ -109,37 +108,31 @@ def train_iterator(
   _check(augment, crop, batch_size, process_count, target_crop_prob, crop_margin)
   import grain
 
-  # What is drawn of a record is drawn here, whichever route computes its pixels.
-  def drawn(sample: Sample, number: int, rng: np.random.Generator):
-    if bank:
-      corner, steps = bank.draw(number, sample.mask)
-      return corner, steps + augment_lib.BANKED[bank.augment][1](bank.size, rng)
-    corner = augment_lib.draw_corner(sample.mask, crop, rng, target_crop_prob, crop_margin)
-    return corner, augment_lib.AUGMENTATIONS[augment](crop, rng)
-
   def record(number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     place = bank.place(number) if bank else number
     sample = samples[place]
-    corner, steps = drawn(sample, number, rng)
+    # What is drawn of a record is drawn here, whichever route computes its pixels.
+    if bank:
+      corner, steps = bank.draw(number, sample.mask)
+      steps += augment_lib.BANKED[bank.augment][1](bank.size, rng)
+    else:
+      corner = augment_lib.draw_corner(sample.mask, crop, rng, target_crop_prob, crop_margin)
+      steps = augment_lib.AUGMENTATIONS[augment](crop, rng)
     found = {"crop": np.int64(number)} if bank else {}
     if on_device:
-      most = augment_lib.MOST_STEPS * (2 if bank else 1)
-      return found | {"choice": augment_lib.packed(place, corner, steps, most)}
+      return found | {"choice": augment_lib.packed(place, corner, steps, drawn_twice=bool(bank))}
     pair = augment_lib.cut(sample.image, sample.mask, bank.size if bank else crop, corner)
     image, mask = augment_lib.apply(*pair, steps)
     return found | {"image": image, "mask": mask}
 
-  # grain adds the epoch to the shuffle's seed. Seeds are hashed, or seed 1 would begin with the
-  # second epoch of seed 0.
+  # grain adds the epoch to the seed. Hashed, seed 1 does not begin with seed 0's second epoch.
   shuffle_seed, record_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
   count = len(bank) if bank else len(samples)
   stream = grain.MapDataset.range(count).shuffle(seed=shuffle_seed).repeat()
   if bank:
-
-    def numbered(place: int, i: int) -> int:
-      return bank.generation(place // batch_size) * len(bank) + i
-
-    stream = stream.map_with_index(numbered)
+    stream = stream.map_with_index(
+      lambda place, i: bank.generation(place // batch_size) * len(bank) + i
+    )
   stream = stream.random_map(record, seed=record_seed)
   # Batches have one process's size: number step·n + p contains process p's rows of that step. (An
   # endless stream has no remainder, but grain's count of it overflows for batches of one.)

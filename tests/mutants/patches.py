@@ -295,9 +295,9 @@ MUTANTS: list[Mutant] = [
     "fdep_jax/data/samples.py",
     _tests("data_folders"),
     (
-      "the deviation is that of all pixels",
-      "float(np.mean([g.std() for g in grey]))",
-      "float(np.concatenate([g.ravel() for g in grey]).std())",
+      "the deviation is about a fixed mean",
+      "(g.mean(), g.std()) for g",
+      "(g.mean(), np.sqrt(((g - 0.4) ** 2).mean())) for g",
     ),
   ),
   Mutant(
