@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ RANDOM_PRIOR = dict(dinov2.DINOv2.small)
 class Images(NamedTuple):
   """A dataset as a run uses it."""
 
-  train: list[data.Sample]  # without the held-out images
-  val: list[data.Sample]  # the set's own or held out of train; empty if the test split selects
-  test: list[data.Sample]
+  train: Sequence[data.Sample]  # without the held-out images
+  val: Sequence[data.Sample]  # the set's own or held out of train; empty if the test split selects
+  test: Sequence[data.Sample]
   mean: data.Statistic  # of grey levels / 255, over the whole train split
   std: data.Statistic  # (0 and 1 for a network that takes grey levels as they are)
   range: frames.Range = ""  # that became the grey levels; "": the images have 8 bits
@@ -83,7 +84,7 @@ def load_images(config: ConfigDict) -> Images:
     values, train = "", data.scenes(config.data.synthetic_train, size, seed=1)
   else:
     values = grey_range(config)
-    train = data.load(config.data.root, "train", values=values)
+    train = data.load(config.data.root, "train", values=values, lazy=config.data.lazy)
   test = load_test(config, values)
   mean, std = 0.0, 1.0
   if network_class(config.model.backbone).standardised:
@@ -96,22 +97,22 @@ def load_images(config: ConfigDict) -> Images:
   return Images(train, val, test, mean, std, values)
 
 
-def load_validation(config: ConfigDict, values: frames.Range = "") -> list[data.Sample]:
+def load_validation(config: ConfigDict, values: frames.Range = "") -> Sequence[data.Sample]:
   """Reads the dataset's own validation split; [] if it has none."""
   root = config.data.root
   if root == "synthetic" or root.startswith("tfds:"):
     return []
-  val = data.load(root, "val", values=values)
+  val = data.load(root, "val", values=values, lazy=config.data.lazy)
   if val:
     logging.info("%d images of the dataset's own split val select the checkpoint", len(val))
   return val
 
 
-def load_test(config: ConfigDict, values: frames.Range = "") -> list[data.Sample]:
+def load_test(config: ConfigDict, values: frames.Range = "") -> Sequence[data.Sample]:
   """Reads the test split; `values` is the range of its grey levels."""
   if config.data.root == "synthetic":
     return data.scenes(config.data.synthetic_test, config.data.synthetic_size, seed=2)
-  return data.load(config.data.root, "test", values=values)
+  return data.load(config.data.root, "test", values=values, lazy=config.data.lazy)
 
 
 def grey_range(config: ConfigDict) -> frames.Range:

@@ -108,7 +108,7 @@ def _counter(samples: Sequence[data.Sample]):
   jit = jax.default_backend() != "cpu" if COUNT_JITTED is None else COUNT_JITTED
   if not jit:
     return total
-  heights, widths = zip(*(sample.mask.shape for sample in samples), strict=True)
+  heights, widths = zip(*data.sizes(samples), strict=True)
   return jitted.Counter(total, data.padded_size((max(heights), max(widths)), PAD))
 
 
@@ -420,7 +420,7 @@ def _warn_of_sizes(config: ConfigDict, images: build.Images) -> None:
   if config.model.on_dino != "no":
     return
   network = backbones.network_class(config.model.backbone)
-  sizes = {data.padded_size(sample.mask.shape[:2], PAD) for sample in images.test}
+  sizes = {data.padded_size(size, PAD) for size in data.sizes(images.test)}
   cautions = {network.caution(size, config.data.crop) for size in sizes} - {""}
   if cautions:
     logging.warning("%s (%d of %d sizes)", min(cautions), len(cautions), len(sizes))

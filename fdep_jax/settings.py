@@ -17,7 +17,7 @@ from fdep_jax.runtime import files
 _FREE = re.compile(
   r"train\.(steps|epochs|nonfinite|remat)|(log|checkpoint)\..*|host_devices|distributed"
   r"|profile_steps|prior\.(bank_folder|shard)|eval\.(batch_size|save_probs|least_steps)"
-  r"|data\.threads"
+  r"|data\.(threads|on_device|lazy)"
 )
 
 
@@ -26,6 +26,8 @@ _ADDED = {
   "eval.least_steps": 1,
   "eval.select_by": "hse",
   "data.range": "",
+  "data.on_device": False,
+  "data.lazy": False,
   "prior.normalisation": "model",
 }
 
@@ -239,6 +241,7 @@ def idle(config: ConfigDict, given: Iterable[str]) -> list[str]:
     (r"model\.bn_stats|loss\.light_weight", mode != "fdep", f"mode {mode} trains one branch"),
     (r"model\.fusion", values["model.on_dino"] != "no", "model.on_dino replaces the fusion"),
     (r"prior\.bank_\w+", not values["prior.bank"], "prior.bank is 0"),
+    (r"data\.lazy", values["data.root"] == "synthetic", "synthetic scenes are always in memory"),
     (r"data\.range", _no_folder(values["data.root"]), "data.root is no folder"),
     (r"data\.synthetic_\w+", values["data.root"] != "synthetic", "data.root is not synthetic"),
     (r"data\.val_fraction", values["eval.select_on"] != "val", "eval.select_on is not val"),
@@ -272,17 +275,7 @@ def check(config: ConfigDict) -> None:
   problems += [f"{n} is {values[n]}; it must be positive." for n in _POSITIVE if not values[n] > 0]
   if values["train.steps"] <= 0 and values["train.epochs"] <= 0:
     problems.append("train.steps and train.epochs are both 0; one of them must be positive.")
-  if not 0 < values["data.val_fraction"] < 1 and values["eval.select_on"] == "val":
-    problems.append(
-      f"data.val_fraction is {values['data.val_fraction']}; selecting on held-out train images "
-      "(eval.select_on=val) needs a fraction between 0 and 1."
-    )
-  if not 0 <= values["data.target_crop_prob"] <= 1:
-    problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
-  if not re.fullmatch(r"|auto|full|[^,]+,[^,]+", values["data.range"]):
-    problems.append(
-      f"data.range is {values['data.range']!r}; it must be LOW,HIGH, full, auto or empty."
-    )
+  problems += _data_problems(values)
   problems += _ablation_problems(values)
   if values["mode"] == "classical":
     from fdep_jax import classical
@@ -343,6 +336,33 @@ def _check_complete(values: dict[str, object], source: str) -> None:
       + "\nAn older version wrote it. Add them with the values that the run used, or use that "
       "version."
     )
+
+
+def _data_problems(values: dict) -> list[str]:
+  """Lists wrong values and contradictions among the settings of the data."""
+  problems = []
+  if not 0 < values["data.val_fraction"] < 1 and values["eval.select_on"] == "val":
+    problems.append(
+      f"data.val_fraction is {values['data.val_fraction']}; selecting on held-out train images "
+      "(eval.select_on=val) needs a fraction between 0 and 1."
+    )
+  if not 0 <= values["data.target_crop_prob"] <= 1:
+    problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
+  if not re.fullmatch(r"|auto|full|[^,]+,[^,]+", values["data.range"]):
+    problems.append(
+      f"data.range is {values['data.range']!r}; it must be LOW,HIGH, full, auto or empty."
+    )
+  if values["data.lazy"] and values["data.on_device"]:
+    problems.append(
+      "data.lazy and data.on_device are both True: images are decoded when they are needed, or "
+      "kept in device memory. Set one to False."
+    )
+  if values["data.lazy"] and values["train.labels"] != "true":
+    problems.append(
+      f"train.labels is {values['train.labels']!r}, whose masks are kept in memory. Set "
+      "data.lazy=False."
+    )
+  return problems
 
 
 def _ablation_problems(values: dict) -> list[str]:

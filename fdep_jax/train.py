@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from fdep_jax import build, data, evaluate, forward, pseudo, settings
 from fdep_jax import step as step_lib
+from fdep_jax.data import resident
 from fdep_jax.metrics import columns
 from fdep_jax.priors import Prior, bank
 from fdep_jax.runtime import checkpoint, files, mesh
@@ -64,6 +66,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     if config.train.labels != "true":
       identity["teacher"] = pseudo.fingerprint(config)
       images = images._replace(train=pseudo.relabel(config, images.train, the_mesh))
+    if config.data.on_device:
+      resident.check_room(images.train, the_mesh)
     prior = build.load_prior(config)
     crops = _crop_bank(config, images.train) if config.prior.bank else None
     levels = None
@@ -116,6 +120,9 @@ class Loop:
   ):
     self.config, self.workdir, self.mesh, self.signals = config, workdir, the_mesh, signals
     self.images, self.crops, self.bank = images, crops, levels
+    self.memory = None
+    if config.data.on_device:
+      self.memory = resident.Resident(images.train, config.data.crop, the_mesh)
     self.steps = step_lib.total_steps(config, len(images.train))
     step_lib.check_schedule(config, self.steps)
     self.claimed = False
@@ -252,6 +259,7 @@ class Loop:
       process_count=jax.process_count(),
       threads=config.data.threads,
       bank=self.crops,
+      on_device=config.data.on_device,
     )
     iterator.set_state({"next_index": self.start})
     return iterator
@@ -267,6 +275,8 @@ class Loop:
         )
       batch["levels"] = self.bank.levels(numbers)
     batch = mesh.put_batch(batch, self.mesh)
+    if self.memory:
+      batch |= self.memory.batch(batch.pop("choice"))
     self.state, metrics = self.take_step(self.state, self.prior, batch)
     if not self.claimed:
       jax.block_until_ready(metrics)  # a step that needs too much memory fails here
@@ -385,7 +395,7 @@ class Clock:
     return rate
 
 
-def _crop_bank(config: ConfigDict, samples: list[data.Sample]) -> data.CropBank:
+def _crop_bank(config: ConfigDict, samples: Sequence[data.Sample]) -> data.CropBank:
   per_epoch = len(samples) / config.train.batch_size  # steps
   return data.CropBank(
     samples,

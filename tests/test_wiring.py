@@ -83,7 +83,8 @@ def test_masks_are_warped_by_the_nearest_pixel(degrees):
   angle, shift = np.deg2rad(degrees), np.array([0.3, -0.4])
   matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
   image = np.repeat(mask[..., None] * np.uint8(200), 3, 2)
-  _, ours = augment.warp(image, mask, matrix, shift)
+  step = augment.about_centre(augment.WARP, matrix, shift, mask.shape)
+  _, ours = augment.apply(image, mask, [step])
   expected = np.zeros_like(mask)
   for y, x in np.ndindex(mask.shape):
     row, column = np.floor(matrix @ ([y - 10, x - 10]) + 10 + shift + 0.5).astype(int)
@@ -419,6 +420,8 @@ EFFECTS = {
   "data.crop_margin": [(8, "batches")],
   "data.val_fraction": [(0.5, "loaded")],
   "data.threads": [(3, "batches")],
+  "data.on_device": [(True, "batches")],
+  "data.lazy": [(True, "root")],
   "data.synthetic_size": [(72, "loaded")],
   "data.synthetic_train": [(10, "loaded")],
   "data.synthetic_test": [(4, "loaded")],

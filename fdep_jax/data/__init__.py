@@ -1,16 +1,26 @@
 """Datasets (folders, TFDS, synthetic scenes), their augmentation, and batches."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fdep_jax.data import frames
 from fdep_jax.data.folders import DataError, MissingDataError, measure_range, parts, read, validate
 from fdep_jax.data.pipeline import CropBank, eval_batches, padded_size, train_iterator
-from fdep_jax.data.samples import Sample, Statistic, fingerprint, split_validation, statistics
+from fdep_jax.data.samples import (
+  LazySamples,
+  Sample,
+  Statistic,
+  fingerprint,
+  sizes,
+  split_validation,
+  statistics,
+)
 from fdep_jax.data.synthetic import scenes
 
 __all__ = [
   "CropBank",
   "DataError",
+  "LazySamples",
   "MissingDataError",
   "Sample",
   "Statistic",
@@ -23,6 +33,7 @@ __all__ = [
   "read",
   "read_tfds",
   "scenes",
+  "sizes",
   "split_validation",
   "statistics",
   "train_iterator",
@@ -35,11 +46,12 @@ def read_tfds(
   split: str,
   data_dir: str | Path | None = None,
   manual_dir: str | Path | None = None,
-) -> list[Sample]:
+  lazy: bool = False,
+) -> Sequence[Sample]:
   """Calls `tfds_builders.read_tfds`; tensorflow_datasets is imported only then."""
   from fdep_jax.data import tfds_builders
 
-  return tfds_builders.read_tfds(name, split, data_dir, manual_dir)
+  return tfds_builders.read_tfds(name, split, data_dir, manual_dir, lazy)
 
 
 def load(
@@ -48,11 +60,12 @@ def load(
   data_dir: str | Path | None = None,
   manual_dir: str | Path | None = None,
   values: frames.Range = "",
-) -> list[Sample]:
+  lazy: bool = False,
+) -> Sequence[Sample]:
   """Reads a dataset from a folder, or by `read_tfds` if `root` is "tfds:<name>" (tfds:sirst3).
 
-  `values` is the range of a folder's images, as for `read`.
+  `values` is the range of a folder's images, as for `read`; `lazy` is as there.
   """
   if str(root).startswith("tfds:"):
-    return read_tfds(str(root).removeprefix("tfds:"), split, data_dir, manual_dir)
-  return read(root, split, values)
+    return read_tfds(str(root).removeprefix("tfds:"), split, data_dir, manual_dir, lazy)
+  return read(root, split, values, lazy)

@@ -69,7 +69,7 @@ def facts(samples: Sequence[data.Sample]) -> dict[str, object]:
   for sample in samples:
     label, _ = ndimage.label(sample.mask, np.ones((3, 3)))
     areas += np.bincount(label.ravel())[1:].tolist()
-  heights, widths = zip(*(sample.mask.shape for sample in samples), strict=True)
+  heights, widths = zip(*data.sizes(samples), strict=True)
   sizes = sorted({f"{w}×{h}" for h, w in zip(heights, widths, strict=True)})
   return {
     "images": len(samples),

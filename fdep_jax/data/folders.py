@@ -23,7 +23,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
@@ -106,7 +106,9 @@ def measure_range(root: str | Path) -> tuple[float, float]:
   return low, high
 
 
-def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample]:
+def read(
+  root: str | Path, split: str, values: frames.Range = "", lazy: bool = False
+) -> Sequence[Sample]:
   """Reads and decodes every pair of a split, in the order of its split file.
 
   A union is read in the order NUAA-SIRST, NUDT-SIRST, IRSTD-1K, then the others by name
@@ -118,6 +120,10 @@ def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample
     root: the dataset's folder, see the top of this file.
     split: "train", "test", "all" (train, then test), or "val", which is [] if there is none.
     values: range that becomes the grey levels, see `frames.grey_levels`; "": reads 8 bits only.
+    lazy: decodes every pair once to check it, and again each time it is asked for.
+
+  Returns:
+    A list, or `LazySamples`, which raise a `DataError` if a file has become unreadable.
 
   Raises:
     DataError: a ValueError listing all problems at once: images and masks of different size,
@@ -132,15 +138,15 @@ def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample
   wanted = SPLITS if split == "all" else (split,)
   parts, problems = _survey(root)
   problems = [p for p in problems if p.split in (None, *wanted)]
-  result: list[Sample] = []
+  kept: list[Sample | tuple[int, int]] = []  # if lazy, their sizes
   for which in wanted:
     for part, pairs in parts.items():
-      decoded, found = _decode(pairs[which], root, values)
+      decoded, some_target, found = _decode(pairs[which], root, values, lazy)
       problems += found
-      if decoded and not found and not any(s.mask.any() for s in decoded):
+      if decoded and not found and not some_target:
         text = f"{_show(part, root)}{which}: all {len(decoded)} masks are empty"
         problems.append(_Problem(f"{text}; a target pixel must be > 127, usually 255"))
-      result += decoded
+      kept += decoded
   if problems:
     texts = [p.text for p in problems]
     title = f"{root}: {len(texts)} problem{'s' * (len(texts) > 1)} in split {split!r}"
@@ -148,7 +154,10 @@ def read(root: str | Path, split: str, values: frames.Range = "") -> list[Sample
     raise kind("\n  ".join([title, *shorten(texts)]))
   for which in wanted:
     _compare_counts(root, which, {part: len(pairs[which]) for part, pairs in parts.items()})
-  return result
+  if not lazy:
+    return kept
+  listed = [pair for which in wanted for pairs in parts.values() for pair in pairs[which]]
+  return sample_lib.LazySamples(lambda place: _decode_again(listed[place], values), kept)
 
 
 def parts(root: str | Path, split: str) -> dict[str, int]:
@@ -517,16 +526,38 @@ def _prefix_colliding_names(parts: dict[Path, dict[str, list[_Pair]]]) -> None:
 
 
 def _decode(
-  pairs: list[_Pair], root: Path, values: frames.Range
-) -> tuple[list[Sample], list[_Problem]]:
+  pairs: list[_Pair], root: Path, values: frames.Range, only_sizes: bool
+) -> tuple[list, bool, list[_Problem]]:
+  """Returns samples, or only their (height, width); whether one has a target; and the problems."""
+
+  def one(pair):
+    sample, problems, warning = _decode_pair(pair, values)
+    if warning:
+      _LOG.warning("%s: %s", pair.mask, warning)
+    if sample is None:
+      return None, False, problems
+    return sample.mask.shape if only_sizes else sample, sample.mask.any(), problems
+
   with futures.ThreadPoolExecutor(max_workers=8) as pool:
-    results = list(pool.map(lambda pair: _decode_pair(pair, values), pairs))
-  samples = [sample for sample, _ in results if sample is not None]
-  found = [problem for _, problems in results for problem in problems]
-  return samples, [_Problem(f"{path.relative_to(root)}: {text}") for path, text in found]
+    results = list(pool.map(one, pairs))
+  kept = [sample for sample, _, _ in results if sample is not None]
+  found = [problem for _, _, problems in results for problem in problems]
+  problems = [_Problem(f"{path.relative_to(root)}: {text}") for path, text in found]
+  return kept, any(target for _, target, _ in results), problems
 
 
-def _decode_pair(pair: _Pair, values: frames.Range) -> tuple[Sample | None, list[tuple[Path, str]]]:
+def _decode_again(pair: _Pair, values: frames.Range) -> Sample:
+  sample, problems, _ = _decode_pair(pair, values)
+  if problems:
+    path, text = problems[0]
+    raise DataError(f"{path}: {text}. It could be read when the program began")
+  return sample
+
+
+def _decode_pair(
+  pair: _Pair, values: frames.Range
+) -> tuple[Sample | None, list[tuple[Path, str]], str]:
+  """Returns a pair's sample, its problems, and a warning or ""."""
   problems, image, mask = [], None, None
   try:
     if values:
@@ -540,18 +571,16 @@ def _decode_pair(pair: _Pair, values: frames.Range) -> tuple[Sample | None, list
   except (ValueError, OSError) as error:
     problems.append((pair.mask, str(error)))
   if problems:
-    return None, problems
+    return None, problems, ""
   if mask.shape != image.shape[:2]:
     (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
     sizes = f"mask is {mask_width}×{mask_height}, its image {pair.image.name} {width}×{height}"
-    return None, [(pair.mask, f"{sizes} (width×height); they must be equal")]
+    return None, [(pair.mask, f"{sizes} (width×height); they must be equal")], ""
   try:  # after the sizes, which explain more
     warning = warning or mask_rules.check_share(mask)
   except ValueError as error:
-    return None, [(pair.mask, str(error))]
-  if warning:
-    _LOG.warning("%s: %s", pair.mask, warning)
-  return Sample(pair.name, image, mask), []
+    return None, [(pair.mask, str(error))], ""
+  return Sample(pair.name, image, mask), [], warning
 
 
 def _compare_counts(root: Path, split: str, counts: dict[Path, int]) -> None:

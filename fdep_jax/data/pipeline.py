@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fdep_jax.data import augment as augment_lib
+from fdep_jax.data import samples as sample_lib
 from fdep_jax.data.samples import Sample, Statistic
 
 
@@ -42,15 +43,23 @@ class CropBank:
     """Returns how often the crops have been drawn anew before `step` (0-based)."""
     return step // self.refresh_steps if self.refresh_steps else 0
 
-  def crop(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a crop's image, size×size×3 uint8, and mask, size×size bool."""
-    sample = self.samples[number % len(self) % len(self.samples)]
+  def place(self, number: int) -> int:
+    """Returns the place of a crop's sample in `samples`."""
+    return number % len(self) % len(self.samples)
+
+  def draw(self, number: int, mask: np.ndarray) -> tuple[tuple[int, int], list[augment_lib.Step]]:
+    """Draws a crop's corner and steps; `mask` is that of its sample."""
     # 0xBA17 keeps these random numbers apart from all others that are drawn with the seed.
     rng = np.random.default_rng([0xBA17, self.seed, number])
-    pair = augment_lib.random_crop(
-      sample.image, sample.mask, self.size, rng, self.target_crop_prob, self.crop_margin
-    )
-    return augment_lib.BANKED[self.augment][0](*pair, rng)
+    corner = augment_lib.draw_corner(mask, self.size, rng, self.target_crop_prob, self.crop_margin)
+    return corner, augment_lib.BANKED[self.augment][0](self.size, rng)
+
+  def crop(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a crop's image, size×size×3 uint8, and mask, size×size bool."""
+    sample = self.samples[self.place(number)]
+    corner, steps = self.draw(number, sample.mask)
+    pair = augment_lib.cut(sample.image, sample.mask, self.size, corner)
+    return augment_lib.apply(*pair, steps)
 
 
 def train_iterator(
@@ -67,6 +76,7 @@ def train_iterator(
   prefetch: int = 2,
   threads: int = 1,
   bank: CropBank | None = None,
+  on_device: bool = False,
 ):
   """Returns endless batches {"image": b×crop×crop×3 uint8, "mask": b×crop×crop bool}.
 
@@ -81,49 +91,49 @@ def train_iterator(
     crop: side of the training window, pixels.
     batch_size: images in the global batch; must be divisible by `process_count`.
     augment: "recipe" (the paper's), "dihedral" or "none".
-    target_crop_prob, crop_margin: see `augment.random_crop`; the paper's are 0.
+    target_crop_prob, crop_margin: see `augment.draw_corner`; the paper's are 0.
     prefetch: batches made ahead; 0: each is made on request.
     threads: threads that make batches; their number does not change the batches.
     bank: the crops to draw from, each once in K epochs; its own settings replace those given here.
       Batches then also contain "crop", b int64: the crops' numbers.
+    on_device: batches hold "choice", b×N int32, instead: `resident.Resident` makes the same pixels.
 
   Returns:
     A grain iterator. `get_state()` returns {"next_index": step}; `set_state` continues at any step
-    with bit-identical batches, even if `prefetch`, `threads` and `process_count` have changed.
-    `close()` ends its threads.
+    with bit-identical batches, even if `prefetch`, `threads`, `process_count` and `on_device` have
+    changed. `close()` ends its threads.
   """
   if not samples:
     raise ValueError("no samples to train on")
   _check(augment, crop, batch_size, process_count, target_crop_prob, crop_margin)
   import grain
 
-  augment_pair = augment_lib.AUGMENTATIONS[augment]
+  def record(number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    place = bank.place(number) if bank else number
+    sample = samples[place]
+    # What is drawn of a record is drawn here, whichever route computes its pixels.
+    if bank:
+      corner, steps = bank.draw(number, sample.mask)
+      steps += augment_lib.BANKED[bank.augment][1](bank.size, rng)
+    else:
+      corner = augment_lib.draw_corner(sample.mask, crop, rng, target_crop_prob, crop_margin)
+      steps = augment_lib.AUGMENTATIONS[augment](crop, rng)
+    found = {"crop": np.int64(number)} if bank else {}
+    if on_device:
+      return found | {"choice": augment_lib.packed(place, corner, steps, drawn_twice=bool(bank))}
+    pair = augment_lib.cut(sample.image, sample.mask, bank.size if bank else crop, corner)
+    image, mask = augment_lib.apply(*pair, steps)
+    return found | {"image": image, "mask": mask}
 
-  def record(sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    pair = augment_lib.random_crop(
-      sample.image, sample.mask, crop, rng, target_crop_prob, crop_margin
-    )
-    image, mask = augment_pair(*pair, rng)
-    return {"image": image, "mask": mask}
-
-  # grain adds the epoch to the shuffle's seed. Seeds are hashed, or seed 1 would begin with the
-  # second epoch of seed 0.
+  # grain adds the epoch to the seed. Hashed, seed 1 does not begin with seed 0's second epoch.
   shuffle_seed, record_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+  count = len(bank) if bank else len(samples)
+  stream = grain.MapDataset.range(count).shuffle(seed=shuffle_seed).repeat()
   if bank:
-    jitter = augment_lib.BANKED[bank.augment][1]
-
-    def numbered(place: int, i: int) -> int:
-      return bank.generation(place // batch_size) * len(bank) + i
-
-    def banked(number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-      image, mask = jitter(*bank.crop(number), rng)
-      return {"image": image, "mask": mask, "crop": np.int64(number)}
-
-    stream = grain.MapDataset.range(len(bank)).shuffle(seed=shuffle_seed).repeat()
-    stream = stream.map_with_index(numbered).random_map(banked, seed=record_seed)
-  else:
-    stream = grain.MapDataset.source(samples).shuffle(seed=shuffle_seed).repeat()
-    stream = stream.random_map(record, seed=record_seed)
+    stream = stream.map_with_index(
+      lambda place, i: bank.generation(place // batch_size) * len(bank) + i
+    )
+  stream = stream.random_map(record, seed=record_seed)
   # Batches have one process's size: number step·n + p contains process p's rows of that step. (An
   # endless stream has no remainder, but grain's count of it overflows for batches of one.)
   batches = stream.batch(batch_size // process_count, drop_remainder=True)
@@ -189,8 +199,9 @@ def eval_batches(
   levels = 255 * np.asarray(fill, np.float32)
   dtype = np.float32 if levels.any() else np.uint8
   groups: dict[tuple[int, int], list[int]] = {}
-  for i, sample in enumerate(samples):
-    groups.setdefault(padded_size(sample.mask.shape, multiple), []).append(i)
+  all_sizes = sample_lib.sizes(samples)
+  for i, size in enumerate(all_sizes):
+    groups.setdefault(padded_size(size, multiple), []).append(i)
 
   def batches():
     for (height, width), members in groups.items():
@@ -198,7 +209,7 @@ def eval_batches(
       rows = -(-rows // row_multiple) * row_multiple
       for start in range(0, len(members), rows):
         indices = members[start : start + rows]
-        sizes = [samples[i].mask.shape for i in indices]
+        sizes = [all_sizes[i] for i in indices]
         image = np.empty((rows, height, width, 3), dtype)
         image[...] = levels
         for row, (i, (h, w)) in enumerate(zip(indices, sizes, strict=True)):

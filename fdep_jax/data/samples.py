@@ -6,7 +6,8 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,60 @@ class Sample(NamedTuple):
   name: str
   image: np.ndarray
   mask: np.ndarray
+
+
+class LazySamples(Sequence):
+  """Samples that are decoded each time they are asked for, so that their number costs no memory.
+
+  Args:
+    decode: place → sample; called by several threads.
+    sizes: (height, width) of each sample.
+    places: of the samples among those that `decode` knows; default all.
+  """
+
+  _AHEAD = 16  # decoded ahead of an iteration
+
+  def __init__(
+    self,
+    decode: Callable[[int], Sample],
+    sizes: Sequence[tuple[int, int]],
+    places: Sequence[int] | None = None,
+  ):
+    self._decode, self._sizes = decode, sizes
+    self._places = range(len(sizes)) if places is None else places
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.select(range(len(self))[index])
+    return self._decode(self._places[index])
+
+  def __iter__(self) -> Iterator[Sample]:
+    with futures.ThreadPoolExecutor(max_workers=8) as pool:
+      for start in range(0, len(self), self._AHEAD):
+        yield from pool.map(self._decode, self._places[start : start + self._AHEAD])
+
+  def select(self, indices: Sequence[int]) -> "LazySamples":
+    """Returns some of the samples, in the order of the indices."""
+    return LazySamples(self._decode, self._sizes, [self._places[i] for i in indices])
+
+  @property
+  def sizes(self) -> list[tuple[int, int]]:
+    return [self._sizes[place] for place in self._places]
+
+
+def sizes(samples: Sequence[Sample]) -> list[tuple[int, int]]:
+  """Returns the (height, width) of samples, without decoding them."""
+  lazy = isinstance(samples, LazySamples)
+  return samples.sizes if lazy else [sample.mask.shape for sample in samples]
+
+
+def select(samples: Sequence[Sample], indices: Sequence[int]) -> Sequence[Sample]:
+  """Returns some of the samples, in the order of the indices, without decoding them."""
+  lazy = isinstance(samples, LazySamples)
+  return samples.select(indices) if lazy else [samples[i] for i in indices]
 
 
 # Mean or deviation of grey levels / 255: one for all channels, or one for each.
@@ -116,8 +171,9 @@ def statistics(samples: Sequence[Sample]) -> tuple[float, float]:
   """
   if not samples:
     raise ValueError("statistics of no samples; give the train split")
-  grey = [np.asarray(Image.fromarray(s.image).convert("L"), np.float64) / 255 for s in samples]
-  return float(np.mean([g.mean() for g in grey])), float(np.mean([g.std() for g in grey]))
+  grey = (np.asarray(Image.fromarray(s.image).convert("L"), np.float64) / 255 for s in samples)
+  means, deviations = zip(*((g.mean(), g.std()) for g in grey), strict=True)
+  return float(np.mean(means)), float(np.mean(deviations))
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
@@ -132,7 +188,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 def split_validation(
   samples: Sequence[Sample], fraction: float, seed: int
-) -> tuple[list[Sample], list[Sample]]:
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
   """Holds out a random `fraction`; returns (train, validation), both in the given order.
 
   The choice depends only on `seed` and the number of samples. At least one sample is held out if
@@ -141,12 +197,12 @@ def split_validation(
   if not 0 <= fraction < 1:
     raise ValueError(f"validation fraction is {fraction}; it must be in [0, 1)")
   if fraction == 0:
-    return list(samples), []
+    return samples, []
   held = max(1, round(fraction * len(samples)))
   if held >= len(samples):
     raise ValueError(
       f"holding out {fraction} of {len(samples)} samples leaves none to train on; give more data"
     )
   chosen = set(np.random.default_rng(seed).permutation(len(samples))[:held].tolist())
-  train = [s for i, s in enumerate(samples) if i not in chosen]
-  return train, [s for i, s in enumerate(samples) if i in chosen]
+  train = [i for i in range(len(samples)) if i not in chosen]
+  return select(samples, train), select(samples, sorted(chosen))

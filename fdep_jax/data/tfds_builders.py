@@ -10,6 +10,7 @@ so that other programs can read it too.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,8 @@ def read_tfds(
   split: str,
   data_dir: str | Path | None = None,
   manual_dir: str | Path | None = None,
-) -> list[samples.Sample]:
+  lazy: bool = False,
+) -> Sequence[samples.Sample]:
   """Reads the same samples in the same order as `folders.read`, from a TFDS dataset.
 
   The dataset is prepared on first use only. If the folder changes, delete <data_dir>/<name>.
@@ -103,6 +105,7 @@ def read_tfds(
     split: "train", "test" or "all" (train, then test).
     data_dir: TFDS's own folder; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     manual_dir: see the top of this file; None: <data_dir>/downloads/manual.
+    lazy: decodes every sample each time it is asked for, as `folders.read`.
 
   Raises:
     DataError: as `folders.read`, when the dataset has to be prepared first.
@@ -121,7 +124,10 @@ def read_tfds(
   source = builder.as_data_source(
     split="train+test" if split == "all" else split, decoders={"image": skip, "mask": skip}
   )
-  return [_sample(source[i]) for i in range(len(source))]
+  if not lazy:
+    return [_sample(source[i]) for i in range(len(source))]
+  sizes = [_sample(source[i]).mask.shape for i in range(len(source))]
+  return samples.LazySamples(lambda place: _sample(source[place]), sizes)
 
 
 def _sample(example) -> samples.Sample:

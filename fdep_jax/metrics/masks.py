@@ -26,7 +26,7 @@ def levels(picture: Image.Image) -> np.ndarray:
       )
   if picture.mode.startswith("I") or picture.mode == "F":
     return _deep(np.array(picture))
-  if picture.mode == "1":
+  if picture.mode in ("1", "L"):
     return np.array(picture)
   colours = np.array(picture.convert("RGB"))
   if int(np.ptp(colours.astype(np.int16), axis=-1).max(initial=0)) <= _COLOURS:

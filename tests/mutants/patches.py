@@ -260,17 +260,25 @@ MUTANTS: list[Mutant] = [
     "fdep_jax/data/augment.py",
     _WARPED,
     (
-      "masks are warped bilinearly",
-      'offset, order=0, mode="mirror"',
-      'offset, order=1, mode="mirror"',
+      "masks are not rounded to the nearest pixel",
+      "mask[(y + UNIT // 2) >> BITS, (x + UNIT // 2) >> BITS]",
+      "mask[y >> BITS, x >> BITS]",
     ),
-    ("the image is shifted the other way", "centre + shift - matrix", "centre - shift - matrix"),
+    (
+      "the image is shifted the other way",
+      "(centre + shift) - matrix",
+      "(centre - shift) - matrix",
+    ),
   ),
   *_mutants(
     "fdep_jax/data/augment.py",
     _tests("data_augment"),
     ("every sample is augmented", "if rng.random() >= 0.5:", "if rng.random() >= 1:"),
-    ("a flip leaves the mask", "return image[::-1], mask[::-1]", "return image[::-1], mask"),
+    (
+      "a flip leaves the mask",
+      "_turn(image, numbers), _turn(mask, numbers)",
+      "_turn(image, numbers), mask",
+    ),
     (
       "crops leave out the last position",
       "rng.integers(lowest, highest, endpoint=True)",
@@ -287,9 +295,9 @@ MUTANTS: list[Mutant] = [
     "fdep_jax/data/samples.py",
     _tests("data_folders"),
     (
-      "the deviation is that of all pixels",
-      "float(np.mean([g.std() for g in grey]))",
-      "float(np.concatenate([g.ravel() for g in grey]).std())",
+      "the deviation is about a fixed mean",
+      "(g.mean(), g.std()) for g",
+      "(g.mean(), np.sqrt(((g - 0.4) ** 2).mean())) for g",
     ),
   ),
   Mutant(
@@ -304,8 +312,8 @@ MUTANTS: list[Mutant] = [
     _tests("data_pipeline"),
     (
       "epochs are not shuffled",
-      "grain.MapDataset.source(samples).shuffle(seed=shuffle_seed)",
-      "grain.MapDataset.source(samples)",
+      "grain.MapDataset.range(count).shuffle(seed=shuffle_seed)",
+      "grain.MapDataset.range(count)",
     ),
     (
       "processes share rows wrongly",
@@ -317,6 +325,31 @@ MUTANTS: list[Mutant] = [
       "image[row, :h, :w] = samples[i].image",
       "image[row, -h:, -w:] = samples[i].image",
     ),
+  ),
+  *_mutants(
+    "fdep_jax/data/resident.py",
+    _tests("data_routes", "test_both_routes_give_the_same_bits"),
+    (
+      "devices number the noise by channel",
+      "3 * (size * rows + columns)[None] + jnp.arange(3)[:, None, None]",
+      "(size * rows + columns)[None] + size * size * jnp.arange(3)[:, None, None]",
+    ),
+    ("devices take noise as grey", "grey=jnp.zeros_like(crop.grey)", "grey=crop.grey"),
+    ("devices read beyond a small image", "(rows < height) & (columns < width)", "rows >= 0"),
+  ),
+  Mutant(
+    "lazy samples are kept",
+    "fdep_jax/data/samples.py",
+    "    return self._decode(self._places[index])",
+    "    kept = vars(self)\n    return kept.setdefault(index, self._decode(self._places[index]))",
+    _tests("data_routes", "test_few_lazy_samples_are_in_memory_at_a_time"),
+  ),
+  Mutant(
+    "another route of input is another run",
+    "fdep_jax/settings.py",
+    r"data\.(threads|on_device|lazy)",
+    r"data\.threads",
+    _tests("data_routes", "test_a_run_continued_on_the_other_route_ends_with_the_same_bits"),
   ),
   # Metrics.
   *_mutants(
