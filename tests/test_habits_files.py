@@ -403,3 +403,12 @@ def test_the_range_of_a_run_is_fixed_stored_and_used_by_prediction(tmp_path, toy
 def test_a_range_that_is_none_is_refused():
   with pytest.raises(ValueError, match="data.range is '7000'; it must be LOW,HIGH, full, auto"):
     settings.check(toy_config(**{"data.range": "7000"}))
+
+
+def test_validation_says_in_words_whether_the_images_have_one_size():
+  def sample(height, width):
+    return data.Sample("a", np.zeros((height, width, 3), np.uint8), np.zeros((height, width), bool))
+
+  alike = check.facts([sample(40, 48), sample(40, 48)])
+  assert alike["pixels in every image"] == "48×40" and "different sizes" not in alike
+  assert check.facts([sample(40, 48), sample(8, 8)])["different sizes"] == 2

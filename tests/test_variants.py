@@ -10,13 +10,14 @@ import converters
 from fdep_jax import backbones
 from fdep_jax.layers import blocks
 
-# Parameters: XinyiYing/BasicIRSTD's ACM and the executed ones of its ALCNet; its DNA-Net, which has
-# one channel for three in a 3×3 and a 1×1 convolution to 16; YuChuang1205/PAL's small MLCL-Net.
+# Parameters: XinyiYing/BasicIRSTD's ACM, UIU-Net and the executed ones of its ALCNet; its DNA-Net,
+# which has one channel for three in a 3×3 and a 1×1 convolution to 16; PAL's small MLCL-Net.
 BASIC_IRSTD = {"in_channels": 1, "fusion_norm": "batch"}
 VARIANTS = [
   ("acm", BASIC_IRSTD, 397_823),
   ("alcnet", BASIC_IRSTD, 426_961),
   ("dna", {"in_channels": 1}, 4_696_888 - 2 * 16 * (9 + 1)),
+  ("uiu", BASIC_IRSTD, 50_540_309),
   ("mlcl", {"small": True}, 559_809),
 ]
 
@@ -50,13 +51,13 @@ def test_a_variant_is_recognised_by_its_state_dict_and_comes_back_bit_identical(
     np.testing.assert_array_equal(back[key], array, key)
 
 
-@pytest.mark.parametrize("name", ["acm", "alcnet"])
+@pytest.mark.parametrize("name", ["acm", "alcnet", "uiu"])
 def test_an_unknown_fusion_norm_is_refused_with_the_known_ones(name):
   with pytest.raises(ValueError, match='"group" or "batch"'):
     nnx.eval_shape(lambda: backbones.create(name, fusion_norm="layer", rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("name", ["acm", "alcnet"])
+@pytest.mark.parametrize("name", ["acm", "alcnet", "uiu"])
 def test_a_one_channel_network_refuses_a_three_channel_image(name):
   net = nnx.eval_shape(lambda: backbones.create(name, **BASIC_IRSTD, rngs=nnx.Rngs(0)))
   with pytest.raises(ValueError, match="B×H×W×1"):

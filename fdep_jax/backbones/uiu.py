@@ -1,6 +1,7 @@
 """UIU-Net: U-Net in U-Net (50.54 M parameters, top feature 512 @ 1/32).
 
-Source: YuChuang1205/PAL model/UIU (GroupNorm in the fusion blocks, raw logits).
+Source: YuChuang1205/PAL model/UIU (GroupNorm in the fusion blocks, raw logits); with 1 input
+channel and BatchNorm in the fusion blocks it is the UIU-Net of XinyiYing/BasicIRSTD.
 """
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fdep_jax.backbones import Backbone, Logits
-from fdep_jax.layers import basic, ops
+from fdep_jax.layers import basic, blocks, ops
 
 # (inside, out) channels of the encoder's levels 1 to 6 and of the decoder's levels 1 to 5, then the
 # depth of the U-Net inside each level. Levels 5 and 6 dilate instead of pooling.
@@ -23,6 +24,10 @@ class UIUNet(Backbone):
 
   The published network also takes sizes that are not multiples of 32, because its poolings round
   up. This one refuses them, so that `top` has exactly 1/32 of the image's size.
+
+  Args:
+    in_channels: 3 (PAL) or 1 (BasicIRSTD).
+    fusion_norm: "group" (PAL) or "batch" (BasicIRSTD).
   """
 
   stride = 32
@@ -30,13 +35,20 @@ class UIUNet(Backbone):
   top_channels = 512
   paper_name = "UIU-Net"
 
-  def __init__(self, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    *,
+    in_channels: int = 3,
+    fusion_norm: blocks.FusionNorm = "group",
+    rngs: nnx.Rngs,
+  ):
+    self.in_channels = in_channels
     down, up = [c for _, c in _ENCODER], [c for _, c in _DECODER]
     self.encoder = nnx.List(
       [
         ResidualU(before, inside, out, depth, pooled=pooled, rngs=rngs)
         for before, (inside, out), depth, pooled in zip(
-          [3, *down[:-1]], _ENCODER, _DEPTHS, _POOLED, strict=True
+          [in_channels, *down[:-1]], _ENCODER, _DEPTHS, _POOLED, strict=True
         )
       ]
     )
@@ -48,7 +60,9 @@ class UIUNet(Backbone):
         )
       ]
     )
-    self.fuse = nnx.List([CrossAttention(c, rngs=rngs) for c in down[1:5]])  # levels 2 to 5
+    self.fuse = nnx.List(  # levels 2 to 5
+      [CrossAttention(c, fusion_norm, rngs=rngs) for c in down[1:5]]
+    )
     self.side = nnx.List([basic.Conv(c, 1, rngs=rngs) for c in [*up, down[5]]])
     self.head = basic.Conv(6, 1, 1, rngs=rngs)
 
@@ -128,13 +142,13 @@ class ResidualU(nnx.Module):
 class CrossAttention(nnx.Module):
   """Gates the skip's channels by the deeper feature, and that feature's positions by the skip."""
 
-  def __init__(self, channels: int, *, rngs: nnx.Rngs):
-    self.high = ConvGroup(channels, channels, 1, rngs=rngs)
-    self.channel1 = ConvGroup(channels, channels // 4, 1, rngs=rngs)
-    self.channel2 = ConvGroup(channels // 4, channels, 1, rngs=rngs)
-    self.spatial1 = ConvGroup(channels, channels // 4, 1, rngs=rngs)
+  def __init__(self, channels: int, norm: blocks.FusionNorm, *, rngs: nnx.Rngs):
+    self.high = FusionConv(channels, channels, 1, norm, rngs=rngs)
+    self.channel1 = FusionConv(channels, channels // 4, 1, norm, rngs=rngs)
+    self.channel2 = FusionConv(channels // 4, channels, 1, norm, rngs=rngs)
+    self.spatial1 = FusionConv(channels, channels // 4, 1, norm, rngs=rngs)
     self.spatial2 = basic.Conv(2, 1, 3, bias=False, rngs=rngs)
-    self.out = ConvGroup(channels, channels, 3, rngs=rngs)
+    self.out = FusionConv(channels, channels, 3, norm, rngs=rngs)
 
   def __call__(self, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
     high = nnx.relu(self.high(high))
@@ -146,12 +160,20 @@ class CrossAttention(nnx.Module):
     return nnx.relu(self.out(2 * low)), nnx.relu(self.out(2 * high))
 
 
-class ConvGroup(nnx.Module):
-  """Convolution and GroupNorm."""
+class FusionConv(nnx.Module):
+  """Convolution and the norm of the fusion blocks."""
 
-  def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    norm: blocks.FusionNorm,
+    *,
+    rngs: nnx.Rngs,
+  ):
     self.conv = basic.Conv(in_channels, out_channels, kernel_size, rngs=rngs)
-    self.norm = basic.GroupNorm(out_channels)
+    self.norm = blocks.fusion_norm(norm, out_channels)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.norm(self.conv(x))

@@ -77,7 +77,9 @@ def facts(samples: Sequence[data.Sample]) -> dict[str, object]:
     "targets": len(areas),
     "pixels in the median target": round(float(np.median(areas))) if areas else 0,
     "pixels in the largest": max(areas, default=0),
-    "sizes": f"{len(sizes)} ({sizes[0]} … {sizes[-1]})" if len(sizes) > 1 else sizes[0],
+    "pixels in every image" if len(sizes) == 1 else "different sizes": (
+      sizes[0] if len(sizes) == 1 else len(sizes)
+    ),
   }
 
 

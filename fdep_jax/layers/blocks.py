@@ -168,9 +168,9 @@ class BottleneckGate(nnx.Module):
 
   def __init__(self, channels: int, norm: FusionNorm, *, rngs: nnx.Rngs):
     self.conv1 = basic.Conv(channels, channels // 4, 1, rngs=rngs)
-    self.norm1 = _fusion_norm(norm, channels // 4)
+    self.norm1 = fusion_norm(norm, channels // 4, _PORTED_MOMENTUM)
     self.conv2 = basic.Conv(channels // 4, channels, 1, rngs=rngs)
-    self.norm2 = _fusion_norm(norm, channels)
+    self.norm2 = fusion_norm(norm, channels, _PORTED_MOMENTUM)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = nnx.relu(self.norm1(self.conv1(x)))
@@ -190,12 +190,10 @@ class AsymmetricFusion(nnx.Module):
   """
 
   def __init__(self, channels: int, norm: FusionNorm, *, rngs: nnx.Rngs):
-    if norm not in ("group", "batch"):
-      raise ValueError(f'fusion_norm is {norm!r}; it must be "group" or "batch".')
     self.topdown = BottleneckGate(channels, norm, rngs=rngs)
     self.bottomup = BottleneckGate(channels, norm, rngs=rngs)
     self.post = basic.Conv(channels, channels, rngs=rngs)
-    self.post_norm = _fusion_norm(norm, channels)
+    self.post_norm = fusion_norm(norm, channels, _PORTED_MOMENTUM)
 
   def __call__(self, high: jax.Array, low: jax.Array, high_gate: jax.Array) -> jax.Array:
     low_gate = self.topdown(ops.spatial_mean(high))  # B×1×1×C
@@ -203,10 +201,15 @@ class AsymmetricFusion(nnx.Module):
     return nnx.relu(self.post_norm(self.post(fused)))
 
 
-def _fusion_norm(norm: FusionNorm, channels: int) -> basic.GroupNorm | basic.BatchNorm:
+def fusion_norm(
+  norm: FusionNorm, channels: int, momentum: float = 0.9
+) -> basic.GroupNorm | basic.BatchNorm:
+  """Makes the norm of a fusion block; raises ValueError if it is neither "group" nor "batch"."""
+  if norm not in ("group", "batch"):
+    raise ValueError(f'fusion_norm is {norm!r}; it must be "group" or "batch".')
   if norm == "group":
     return basic.GroupNorm(channels)
-  return basic.BatchNorm(channels, momentum=_PORTED_MOMENTUM)
+  return basic.BatchNorm(channels, momentum=momentum)
 
 
 class DropoutHead(nnx.Module):

@@ -324,8 +324,8 @@ _LEGEND = (
   "Ours: mean ± standard deviation (number of seeds) of the deployed branch on the test split; "
   "percent. {} FLOPs (two for a multiply-add) and time are for one crop-sized image and the "
   "deployed branch; the time is on the machine that evaluated, the paper's on an RTX 4090. "
-  "Networks train without the tenth of the train split that selects the checkpoint, except with "
-  "eval.select_on=test."
+  "The images that select the checkpoint are the set's own validation split or, without one, held "
+  "out of the train split (data.val_fraction); with eval.select_on=test they are the test split."
 )
 _P = {  # by Table.trained_params
   True: "P counts all trained parameters, SAMF included.",
