@@ -32,6 +32,7 @@ from helpers import toy_config
 config = toy_config(**json.loads(sys.argv[1]))
 mesh.start(config)
 assert jax.process_count() == 2 and len(jax.devices()) == 4
+assert config.log.compile_cache and not jax.config.jax_compilation_cache_dir
 """
 
 
@@ -69,7 +70,6 @@ def finish(processes, code=0):
 @pytest.mark.slow
 def test_two_processes_train_evaluate_and_save_what_one_does(toy, tmp_path):
   changes = {"log.every_steps": 1, "train.steps": 5, "checkpoint.every_steps": 2, "prior.bank": 2}
-  changes["log.compile_cache"] = ""
   running = start_processes(changes, f"train.train(config, {str(tmp_path / 'two')!r})")
   one = toy_config(**changes, host_devices=4)
   train.train(one, tmp_path / "one")

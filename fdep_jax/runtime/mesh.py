@@ -30,8 +30,8 @@ def start(config: ConfigDict) -> None:
   """
   if config.host_devices > 1:
     jax.config.update("jax_num_cpu_devices", config.host_devices)
-  cache_programs(config)
   if config.distributed == "off":
+    cache_programs(config)
     return
   if config.distributed == "auto":
     arguments = ()
@@ -51,6 +51,10 @@ def start(config: ConfigDict) -> None:
   except RuntimeError as error:
     text = str(error).strip().splitlines() or [type(error).__name__]
     raise OSError(f"The processes could not be joined: {text[0]}.") from None
+  # Only the first process writes the cache. Its program, when read again, exchanges in another
+  # order than the one that another process compiles; Gloo then ends both.
+  if jax.default_backend() != "cpu":
+    cache_programs(config)
   # Gloo, which connects CPUs, fails if processes reach the first exchange of a group of devices
   # more than 30 s apart; later exchanges wait. Loading or compiling may delay a process by more.
   minimum(0)
