@@ -55,7 +55,7 @@ def test_the_file_is_the_networks_and_goes_back_bit_for_bit(shared):
 
 @pytest.mark.slow  # 44 GMAC an image: ten minutes on two idle cores
 def test_the_public_checkpoint_scores_as_its_authors_print(shared):
-  # 89.31 on their split; 664 of the images are the paper's test split here.
+  # 89.31 in their table; here 89.376 on 664 images.
   result = score(load(shared), shared / "data" / "NUDT-SIRST")
   assert result.targets == 945
-  assert abs(100 * result.iou - 89.31) <= 1.0
+  assert abs(100 * result.iou - 89.31) <= 0.1
