@@ -125,7 +125,7 @@ _UNREADABLE = (
 
 
 class Checkpoint(NamedTuple):
-  """What is read of a file of weights."""
+  """The content of a file of weights."""
 
   arrays: dict[str, np.ndarray]  # by name, as `read_torch` returns them
   # The mean and the deviation of the images as the file states them, each one number or three.
