@@ -61,10 +61,24 @@ def parse(
   if not mean or not std:
     there, absent = ("mean", "std") if mean else ("std", "mean")
     raise ValueError(f"--{there} is given without --{absent}. Give both.")
-  means, stds = _numbers("mean", mean), _numbers("std", std)
+  return _checked(_numbers("mean", mean), _numbers("std", std), f"--mean {mean} --std {std}")
+
+
+def stated(means: list[float], stds: list[float]) -> tuple[Statistic, Statistic]:
+  """Returns the mean and deviation that a published checkpoint states, in the units of `parse`.
+
+  Raises:
+    ValueError: they cannot be meant.
+  """
+  return _checked(means, stds, f"its mean {means} and std {stds}")
+
+
+def _checked(means: list[float], stds: list[float], said: str) -> tuple[Statistic, Statistic]:
   levels = max(stds) > 1
   problem = ""
-  if min(stds) <= 0 or min(means) < 0:
+  if not all(map(math.isfinite, (*means, *stds))):
+    problem = "they are not finite"
+  elif min(stds) <= 0 or min(means) < 0:
     problem = "a deviation is above 0, and a mean is not below"
   elif max(*means, *stds) > 255:
     problem = "grey levels are 255 at most"
@@ -74,8 +88,8 @@ def parse(
     problem = "one is of grey levels from 0 to 255, one of fractions"
   if problem:
     raise ValueError(
-      f"--mean {mean} --std {std}: {problem}. Give both as fractions of white (0.39 and 0.13) or "
-      "both as grey levels (99.5 and 33.2)."
+      f"{said}: {problem}. Give both as fractions of white (0.39 and 0.13) or both as grey levels "
+      "(99.5 and 33.2)."
     )
   unit = 255 if levels else 1
   return _statistic([m / unit for m in means]), _statistic([s / unit for s in stds])

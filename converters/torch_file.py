@@ -97,6 +97,9 @@ _MODEL_KEYS = (
 )
 _OTHER_KEYS = re.compile(r".*optim.*|.*sched.*|.*scaler|amp|.*rng.*|.*loss.*|criterion", re.I)
 
+# Dicts in which checkpoints keep how images are normalised.
+_NORMALISATION_KEYS = ("img_norm_cfg", "norm_cfg", "img_norm", "normalization", "normalisation")
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -121,6 +124,14 @@ _UNREADABLE = (
 )
 
 
+class Checkpoint(NamedTuple):
+  """The content of a file of weights."""
+
+  arrays: dict[str, np.ndarray]  # by name, as `read_torch` returns them
+  # The mean and the deviation of the images as the file states them, each one number or three.
+  normalisation: tuple[list[float], list[float]] | None = None
+
+
 def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Reads the weights in a file of `torch.save` (either format) or safetensors, by name.
 
@@ -142,6 +153,15 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
     ValueError: the file is not a weight file, is damaged, or asks for more than tensors, such as a
       function call; the message names the function. Nothing in the file is ever run.
   """
+  return read_checkpoint(path).arrays
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+  """Reads the weights as `read_torch`, and the normalisation if a file of `torch.save` states one.
+
+  It is stated by plain numbers called "mean" and "std", beside the weights or in a dict there of
+  a usual name such as "img_norm_cfg".
+  """
   path = pathlib.Path(path)
   if not path.exists():
     raise FileNotFoundError(
@@ -152,17 +172,17 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
   with path.open("rb") as file:
     try:
       if file.read(4) == b"PK\x03\x04":
-        arrays = _read_zip(file)
+        found = _read_zip(file)
       elif is_safetensors(path) or _like_safetensors(path):
-        arrays = _read_safetensors(path)
+        found = Checkpoint(_read_safetensors(path))
       else:
-        arrays = _read_legacy(file)
+        found = _read_legacy(file)
     except _UNREADABLE as error:
       # zipfile's messages can quote the file.
       raise ValueError(f"{path}: {str(error)[:_MAX_MESSAGE]}") from None
-  if not arrays:
+  if not found.arrays:
     raise ValueError(f"{path}: there are no named tensors in it.")
-  return arrays
+  return found
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:
@@ -195,7 +215,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     ) from None
 
 
-def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_zip(file: BinaryIO) -> Checkpoint:
   """Reads the format since torch 1.6: an uncompressed zip of data.pkl and one member a storage."""
   size = file.seek(0, io.SEEK_END)
   if not zipfile.is_zipfile(file):
@@ -228,7 +248,8 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
     if root + "byteorder" in members and member("byteorder") != b"little":
       raise ValueError("big-endian tensors; save it again on a little-endian machine.")
     interpreter = _Interpreter(io.BytesIO(member("data.pkl")))
-    tensors = _weights(interpreter.run())
+    content = interpreter.run()
+    tensors = _weights(content)
     loaded: dict[str, bytearray] = {}
 
     def storage_bytes(storage: _Storage) -> bytearray:
@@ -236,10 +257,10 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         loaded[storage.key] = member(f"data/{storage.key}", storage.total * storage.dtype.itemsize)
       return loaded[storage.key]
 
-    return _arrays(tensors, storage_bytes, size)
+    return Checkpoint(_arrays(tensors, storage_bytes, size), _normalisation(content))
 
 
-def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_legacy(file: BinaryIO) -> Checkpoint:
   """Reads the format before torch 1.6: five pickles, then each storage's length and bytes."""
   size = file.seek(0, io.SEEK_END)
   file.seek(0)
@@ -257,7 +278,8 @@ def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
   if not isinstance(system, dict) or not system.get("little_endian"):
     raise ValueError("big-endian tensors; save it again on a little-endian machine.")
   interpreter = _Interpreter(file)
-  tensors = _weights(interpreter.run())
+  content = interpreter.run()
+  tensors = _weights(content)
   keys = _Interpreter(file).run()
   if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
     raise ValueError("its list of storages is damaged.")
@@ -280,7 +302,8 @@ def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
       file.seek(num_bytes, io.SEEK_CUR)
   if wanted - set(loaded):
     raise ValueError(f"storage {min(wanted - set(loaded))} is missing.")
-  return _arrays(tensors, lambda storage: loaded[storage.key], size)
+  arrays = _arrays(tensors, lambda storage: loaded[storage.key], size)
+  return Checkpoint(arrays, _normalisation(content))
 
 
 class _RefusedError(ValueError):
@@ -621,6 +644,30 @@ def _weights(root: object) -> dict[str, _Tensor | np.ndarray]:
       raise ValueError(f"{name}: there are two tensors of this name.")
     named[name] = leaf
   return named
+
+
+def _normalisation(root: object) -> tuple[list[float], list[float]] | None:
+  """Returns the one mean and deviation of a checkpoint's plain numbers; None if there is no one."""
+  if not isinstance(root, dict):
+    return None
+  pairs = []
+  for place in (root, *(root.get(key) for key in _NORMALISATION_KEYS)):
+    if isinstance(place, dict):
+      pair = _numbers(place.get("mean")), _numbers(place.get("std"))
+      if all(pair) and pair not in pairs:
+        pairs.append(pair)
+  return pairs[0] if len(pairs) == 1 else None
+
+
+def _numbers(value: object) -> list[float]:
+  """Returns one number or three as a list; [] for anything else."""
+  if isinstance(value, _NumpyArray):
+    value = value.array
+  if isinstance(value, np.ndarray):
+    value = value.ravel().tolist() if value.size <= 3 else []
+  values = list(value) if isinstance(value, list | tuple) else [value]
+  plain = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+  return [float(v) for v in values] if plain and len(values) in (1, 3) else []
 
 
 def _arrays(

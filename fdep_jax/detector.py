@@ -207,8 +207,9 @@ def load_published(
     path: a file for `converters.load_backbone`, or a light_torch.safetensors of `--mode export`.
     backbone: the network's name, one of `backbones.names()`.
     mean, std, normalisation: as for `converters.normalisation.parse`. Files of `--mode export`
-      have a mean and a deviation, other files need them. A network that takes grey levels as they
-      are needs none.
+      have a mean and a deviation. What other files state (`torch_file.read_checkpoint`) is taken
+      if none is given here; the rest need it. A network that takes grey levels as they are needs
+      none.
 
   Returns:
     The network as a light branch, in evaluation mode. Published code pads what it has normalised
@@ -221,6 +222,7 @@ def load_published(
   """
   import converters
   from converters import normalisation as known
+  from converters import torch_file
 
   network = backbones.network_class(backbone)
   given = known.parse(mean, std, normalisation)
@@ -231,7 +233,8 @@ def load_published(
     raise ValueError(f"{path} is a light.safetensors and names its network. Leave --backbone out.")
   if about.get("network", backbone) != backbone:
     raise ValueError(f"{path} is of {about['network']}. Give --backbone {about['network']}.")
-  state = converters.read_torch(path)
+  found = torch_file.read_checkpoint(path)
+  state = found.arrays
   try:
     options = converters.variant(backbone, state)
     net = converters.load_backbone(backbone, state)
@@ -240,13 +243,15 @@ def load_published(
   own = about.get("input", {})
   of_file = known.of_file(own["mean"], own["std"]) if "mean" in own else None
   try:
+    if found.normalisation and network.standardised:
+      of_file = _stated(path, given, found.normalisation)
     statistics = known.choose(network.standardised, net.in_channels, given, of_file)
   except ValueError as error:
     raise ValueError(f"{path}, {backbone}: {error}") from None
   model = FDEP(net, num_levels=0, rngs=nnx.Rngs(0))
   model.eval()
   source, values = f"{path}, {backbone}", _range(own.get("range", ""))
-  fill = _fill(about) if of_file else statistics[0]
+  fill = _fill(about) if "mean" in own else statistics[0]
   return Detector(
     model,
     "light",
@@ -260,6 +265,15 @@ def load_published(
     fill,
     options,
   )
+
+
+def _stated(path: pathlib.Path, given, numbers: tuple[list[float], list[float]]):
+  """Returns the normalisation that a published file states, or None if another is given."""
+  from converters import normalisation
+
+  what = "those given are taken" if given else "they are taken"
+  logging.info("%s states mean %s and deviation %s of its images; %s", path, *numbers, what)
+  return None if given else normalisation.stated(*numbers)
 
 
 def _check_published(path: pathlib.Path) -> None:

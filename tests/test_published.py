@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import converters
-from converters import normalisation
+from converters import normalisation, torch_file
 from fdep_jax import cli, data, evaluate, export, predict, report
 from fdep_jax import detector as detector_lib
 from fdep_jax.metrics import hse
@@ -209,6 +209,41 @@ def test_eval_scores_a_one_channel_file_as_by_hand(grey, parse, tmp_path, monkey
   # The report takes the folder, and shows no setting of a training that did not happen.
   page = report.of([folder], tmp_path / "comparison.html").read_text()
   assert "model.backbone" in page and "train.epochs" not in page
+
+
+def test_eval_warns_of_thresholds_that_merge_targets(grey, parse, tmp_path, monkeypatch, capsys):
+  def flooded(apply, state, prior, samples, *_):
+    for i, sample in enumerate(samples):
+      yield i, {"light": np.where(sample.mask, np.float32(1), np.float32(0.06))}
+
+  cost = {"flops": 1.0, "seconds_per_image": 0.1, "seconds_median": 0.1}
+  monkeypatch.setattr(evaluate, "cost", lambda *_: cost)
+  monkeypatch.setattr(evaluate, "probabilities", flooded)
+  words = (f"--checkpoint={grey[0]}", "--backbone=acm", "--normalisation=lesps:SIRST3")
+  words += (f"--data={make_folder(tmp_path / 'set')}", f"--out={tmp_path / 'out'}")
+  evaluate.command(parse("--mode=eval", *words), detector_lib.config_of("acm"))
+  printed = capsys.readouterr().out
+  assert "Warning: light branch: at prob > 0.05 predictions merge with each other" in printed
+
+
+def test_what_a_file_states_is_taken_unless_another_is_given(colour, monkeypatch, caplog):
+  path, net = colour
+  stated = torch_file.Checkpoint(converters.to_torch(net), ([102.0], [51.0]))
+  monkeypatch.setattr(torch_file, "read_checkpoint", lambda _: stated)
+  caplog.set_level("INFO")
+  found = detector_lib.load_published(path, "acm")
+  assert (found.mean, found.std, found.fill) == (0.4, 0.2, 0.4)
+  assert "states mean [102.0] and deviation [51.0] of its images; they are taken" in caplog.text
+  found = detector_lib.load_published(path, "acm", "0.5", "0.1")
+  assert (found.mean, found.std, found.fill) == (0.5, 0.1, 0.5)
+  assert "states mean [102.0] and deviation [51.0] of its images; those given" in caplog.text
+  monkeypatch.setattr(torch_file, "read_checkpoint", lambda _: stated._replace(
+    normalisation=([102.0], [0.2])
+  ))  # fmt: skip
+  with pytest.raises(
+    ValueError, match="its mean .102.0. and std .0.2.: the mean is of grey levels"
+  ):
+    detector_lib.load_published(path, "acm")
 
 
 def files_agree(out, net, mean, std, predictor):

@@ -116,6 +116,32 @@ def test_a_training_checkpoint_gives_its_model_alone(tmp_path, legacy):
   np.testing.assert_array_equal(state["conv.weight"], w)
 
 
+@FORMATS
+@pytest.mark.parametrize(
+  ("beside", "expected"),
+  [
+    ({"mean": value(101.5), "std": value(34)}, ([101.5], [34.0])),
+    ({"img_norm_cfg": value({"mean": 0.4, "std": 0.2})}, ([0.4], [0.2])),
+    ({"normalization": value({"mean": (0.1, 0.2, 0.3), "std": [1]})}, ([0.1, 0.2, 0.3], [1.0])),
+    ({"norm_cfg": value({"mean": np.array([0.4]), "std": np.array([0.2])})}, ([0.4], [0.2])),
+    ({"mean": value(101.5)}, None),
+    ({"mean": value("dark"), "std": value("light")}, None),
+    ({"mean": value(True), "std": value(True)}, None),
+    ({"mean": value([1, 2]), "std": value([1, 2])}, None),
+    ({"optimizer": value({"mean": 0.4, "std": 0.2})}, None),
+    # Two that differ: neither is known to be the images'.
+    ({"img_norm": value({"mean": 0.4, "std": 0.2}), "mean": value(0.5), "std": value(0.2)}, None),
+  ],
+)
+def test_a_mean_and_a_deviation_beside_the_weights_are_read(tmp_path, legacy, beside, expected):
+  w = np.arange(3, dtype=np.float32)
+  program = mapping({"state_dict": mapping({"w": whole(w, "0", legacy=legacy)}), **beside})
+  path = write(tmp_path / "c.pth.tar", program, {"0": w}, legacy=legacy)
+  found = torch_file.read_checkpoint(path)
+  assert found.normalisation == expected
+  assert list(found.arrays) == ["w"]
+
+
 def test_nested_containers_are_joined_by_dots_and_optimisers_left_out(tmp_path):
   w = np.arange(2, dtype=np.float32)
   program = mapping(
