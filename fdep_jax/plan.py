@@ -496,8 +496,9 @@ def _gpu_lines(result: dict) -> list[str]:
   if "device" not in result:
     return []
   lines = [
-    f"  {result['device']}: {result['device_memory_bytes'] / 2**30:.2f} GiB, of which 2 stay free "
-    f"for what is not counted: {', '.join(result['not_counted'])}",
+    f"  {result['device']}: {result['device_memory_bytes'] / 2**30:.2f} GiB, of which "
+    f"{topology.SPARE / 2**30:g} stay free for what is not counted: "
+    f"{', '.join(result['not_counted'])}",
     "  This plan was never compared with a card.",
   ]
   share = result["XLA_PYTHON_CLIENT_MEM_FRACTION"]

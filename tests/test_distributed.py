@@ -97,6 +97,25 @@ def test_an_address_that_cannot_be_one_is_refused(value):
     settings.check(toy_config(distributed=value))
 
 
+@pytest.mark.parametrize(
+  ("distributed", "platform", "kept"),
+  [("off", "cpu", True), ("h:1,2,0", "cpu", False), ("h:1,2,0", "tpu", True)],
+)
+def test_several_processes_on_cpus_keep_no_programs(
+  distributed, platform, kept, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(mesh.rendezvous, "meet", lambda *_: None)
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *_: None)
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  monkeypatch.setattr(mesh, "minimum", lambda _: None)
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    mesh.start(toy_config(**{"distributed": distributed, "log.compile_cache": str(tmp_path)}))
+    assert (jax.config.jax_compilation_cache_dir == str(tmp_path)) == kept
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 def test_one_process_writes():
   assert mesh.writes()
 

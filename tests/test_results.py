@@ -148,6 +148,22 @@ def test_committed_intervals_are_computed_again_from_the_counts():
     assert printed[name] == pytest.approx([low, high], rel=1e-9), name
 
 
+def test_the_rows_of_the_methods_without_training_are_those_of_their_runs():
+  text = (ROOT / "results/classical/README.md").read_text()
+  rows = re.findall(r"^\| (\w+) \| ([\w-]+) \| paper \|.*\n\| \| \| ours \| (.*) \|$", text, re.M)
+  assert len(rows) == 3 * 4
+  for method, where, cells in rows:
+    name = {"FKRW": "fkrw-published"}.get(method, method.lower())
+    path = ROOT / f"results/classical/runs/{name}-{where}/metrics.json"
+    assert path.exists() == ("–" not in cells), path
+    if path.exists():
+      found = json.loads(path.read_text())["light"]
+      scales = dict.fromkeys(("iou", "niou", "pd", "fa", "hse_p", "hse_t", "hse"), 100) | {
+        "fa": 1e6
+      }
+      assert cells == " | ".join(f"{found[key] * scale:.2f}" for key, scale in scales.items())
+
+
 def test_the_text_says_which_runs_have_counts():
   assert len(COUNTED) == 10 and sum(p.stat().st_size for p in COUNTED) < 7e5
   assert not list(ROOT.glob("results/nuaa_cpu*/**/counts.npz"))

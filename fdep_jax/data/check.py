@@ -77,9 +77,7 @@ def facts(samples: Sequence[data.Sample]) -> dict[str, object]:
     "targets": len(areas),
     "pixels in the median target": round(float(np.median(areas))) if areas else 0,
     "pixels in the largest": max(areas, default=0),
-    "pixels in every image" if len(sizes) == 1 else "different sizes": (
-      sizes[0] if len(sizes) == 1 else len(sizes)
-    ),
+    **({"pixels in every image": sizes[0]} if len(sizes) == 1 else {"different sizes": len(sizes)}),
   }
 
 

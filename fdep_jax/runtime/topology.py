@@ -96,7 +96,8 @@ def start(name: str) -> None:
 _GPU_FLAGS = (
   # Triton's products are tuned by trials on a card. Without one, some find no tile sizes.
   "--xla_gpu_enable_triton_gemm=false",
-  # Nobody runs the kernels. This saves a quarter of the time and changes no operation or buffer.
+  # Nobody runs the kernels. On ACM this saves a fifth of the time, and the compiled module is the
+  # same to the letter.
   "--xla_backend_optimization_level=0",
   "--xla_llvm_disable_expensive_passes=true",
   "--xla_gpu_disable_gpuasm_optimizations=true",
