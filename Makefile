@@ -1,6 +1,8 @@
 # `make quickstart` and `make test` take a bare clone with Python 3.11 to the end.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# Compiling is most of the time of short tests, so nothing is optimised.
+QUICK := XLA_FLAGS=--xla_backend_optimization_level=0
 
 .PHONY: quickstart test test-full lint mutants
 
@@ -19,10 +21,10 @@ BIN := .venv/bin
 quickstart: .venv/run
 	$(BIN)/python main.py --config configs/quickstart.py --workdir runs/quickstart
 
-# Compiling is most of the time, so it optimises nothing; test-full compiles as a run does.
 test: .venv/dev
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(QUICK) $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
+# Compiles as a run does.
 test-full: .venv/dev
 	$(BIN)/python -m pytest -q -n 2
 
@@ -32,4 +34,4 @@ lint: .venv/dev
 
 # Deliberate bugs, each of which a test must notice (tests/mutants); an hour on two cores.
 mutants: .venv/dev
-	$(BIN)/python tests/mutants/run.py
+	$(QUICK) $(BIN)/python tests/mutants/run.py
