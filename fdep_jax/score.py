@@ -390,7 +390,7 @@ def _read_array(path):
 def _open(path, convert):
   from PIL import Image, ImageOps
 
-  with Image.open(path) as image:
+  with open(path, "rb") as file, Image.open(file) as image:  # as a stream: see data.frames
     if getattr(image, "n_frames", 1) > 1:
       raise ValueError(f"has {image.n_frames} pages; save one map per file")
     image.load()

@@ -36,7 +36,7 @@ def palette(array, colours) -> Image.Image:
   return picture
 
 
-def oriented(array, orientation, kind="JPEG") -> bytes:
+def oriented(array, orientation, kind) -> bytes:
   exif = Image.Exif()
   exif[0x0112] = orientation
   options = {"quality": 100} if kind == "JPEG" else {}
@@ -127,17 +127,33 @@ def test_large_targets_are_warned_of_in_training_and_scoring(tmp_path, caplog):
     data.validate(root)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_pictures_are_turned_as_their_exif_data_say(kind, tmp_path):
-  array = np.zeros((16, 24), np.uint8)
-  array[:8, :8] = 200
+# What each value of EXIF's orientation asks a viewer to do.
+TURNS = {
+  1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: np.transpose,
+  6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).T, 8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize(
+  ("kind", "dtype"),
+  [("JPEG", "u1"), ("PNG", "u1"), ("PNG", "u2"), ("TIFF", "u1"), ("TIFF", "u2"), ("TIFF", "f4")],
+)
+def test_pictures_are_turned_as_their_exif_data_say(kind, dtype, orientation, tmp_path):
+  array = np.zeros((16, 24), dtype)
+  array[:8, :4] = {"u1": 255, "u2": 65535, "f4": 1}[dtype]
   path = tmp_path / f"a.{kind.lower()}"
-  path.write_bytes(oriented(array, 6, kind))  # turned by 90° clockwise
-  turned = np.rot90(array, -1)
+  path.write_bytes(oriented(array, orientation, kind))
+  turned = TURNS[orientation](array > 0)
   (frame,) = frames.read(path)
-  for found in (frame, samples.decode_image(path.read_bytes())[..., 0]):
-    assert found.shape == (24, 16) and np.abs(found.astype(int) - turned).max() < 30
-  np.testing.assert_array_equal(score.read_mask(path), turned > 127)
+  content = path.read_bytes()
+  found = [frame > array.max() / 2, score.read_mask(path), samples.decode_mask(content)[0]]
+  if kind != "JPEG":
+    found.append(score.read_prob(path) > 0.5)
+  if dtype == "u1":
+    found.append(samples.decode_image(content)[..., 0] > 127)
+  for mask in found:
+    np.testing.assert_array_equal(mask, turned)
 
 
 # Maps.
