@@ -498,6 +498,9 @@ def test_small_sets_are_not_evaluated_every_epoch():
 def test_the_loss_refuses_what_it_would_sum_wrongly(heads, mask, said):
   with pytest.raises(ValueError, match=said):
     losses.eedm(heads, mask)
+  if isinstance(heads, list) and heads:  # a network's own supervision calls this alone
+    with pytest.raises(ValueError, match=said):
+      losses.criterion(mask)(heads[0])
 
 
 # Other data.
