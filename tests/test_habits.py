@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT, make_folder, toy_backbone, toy_config, written_run
 
 from configs import base
-from fdep_jax import build, cli, evaluate, export, losses, score, settings, train
+from fdep_jax import build, cli, evaluate, export, losses, report, score, settings, train
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.cli import arguments
@@ -523,6 +523,8 @@ def test_a_union_always_reports_its_parts(begun, parse, tmp_path, capsys):
   }  # fmt: skip
   assert found["parts"]["more"]["light"] == both["other"]["light"]
   assert "intervals" in found["parts"]["NUAA-SIRST"]["light"]
+  images = report._read(tmp_path / "out" / "union" / "report.html")["images"]  # filtered by part
+  assert [image["part"] for image in images] == ["NUAA-SIRST"] * 4 + ["more"] * 3
   out = capsys.readouterr().out
   assert re.search(r"more +light +\d", out) and "on 2 datasets" in out
 
