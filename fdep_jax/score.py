@@ -470,7 +470,7 @@ def _table(metrics, folders, scores):
   """Formats the paper's columns, in percent (Fa × 10⁶), with the 95 % intervals below."""
 
   def line(name, cells):
-    return f"{name:<24}" + "".join(f"{cell:>16}" for cell in cells)
+    return f"{name:<24}" + "".join(f" {cell:>15}" for cell in cells)
 
   lines = [line("", [c.heading for c in columns.METRICS.values()])]
   for name, folder in folders.items():
@@ -481,9 +481,7 @@ def _table(metrics, folders, scores):
       lines.append(line(title[:23], shown))
       spans = found.get("intervals", {})
       if spans:
-        ends = [spans.get(c.key, (None, None)) for c in columns.METRICS.values()]
-        cells = zip(columns.METRICS.values(), ends, strict=True)
-        cells = ["-" if e[0] is None else f"{c.shown(e[0])}–{c.shown(e[1])}" for c, e in cells]
+        cells = [c.interval(spans.get(c.key)) for c in columns.METRICS.values()]
         lines.append(line("  95 %", cells))
     if "hse_refused" in values:
       lines.append(values["hse_refused"])

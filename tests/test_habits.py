@@ -529,6 +529,20 @@ def test_a_union_always_reports_its_parts(begun, parse, tmp_path, capsys):
   assert re.search(r"more +light +\d", out) and "on 2 datasets" in out
 
 
+def test_a_table_of_datasets_has_a_row_and_its_intervals_for_each_branch():
+  scores = dict.fromkeys(("iou", "niou", "pd", "fa", "hse_p", "hse_t", "hse"), 0.5)
+  spans = dict.fromkeys(scores, [0.4, 0.61]) | {"hse": [None, None]}
+  both = dict.fromkeys(("light", "main"), {**scores, "intervals": spans})
+  text = evaluate.parts_table({"NUAA-SIRST": both, "B": {"light": both["light"]}})
+  head, *rows = text.splitlines()
+  assert head.split() == ["IoU", "nIoU", "Pd", "Fa·1e6", "HSE-P", "HSE-T", "HSE"]
+  assert [row.split()[:3] for row in rows[::2]] == [
+    ["NUAA-SIRST", "main", "50.00"], ["NUAA-SIRST", "light", "50.00"], ["B", "light", "50.00"],
+  ]  # fmt: skip
+  ends = "95 % 40.00–61.00 40.00–61.00 40.00–61.00 400000.00–610000.00 40.00–61.00 40.00–61.00 -"
+  assert [row.split() for row in rows[1::2]] == [ends.split()] * 3
+
+
 def test_data_is_given_once(begun, parse):
   run, _, other = begun
   words = (f"--data={other}", f"--config.data.root={other}", "--out=x")
