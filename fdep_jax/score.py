@@ -348,10 +348,11 @@ def _read(path):
       f"holds {array.dtype.itemsize} raw bytes a value, as NumPy saves bfloat16; save float32, as "
       "in prob.float().numpy()"
     )
+  shape = array.shape
   array = array.squeeze() if array.ndim > 2 else array
   if saved and array.ndim == 3 and 2 in (array.shape[0], array.shape[-1]):
     raise ValueError(
-      f"has the shape {array.shape}; if it is the softmax of background and target, save the "
+      f"has the shape {shape}; if it is the softmax of background and target, save the "
       "target's channel alone: prob[..., 1], or prob[1] with channels first"
     )
   if array.ndim == 3 and array.shape[-1] in (2, 3, 4):
@@ -360,7 +361,7 @@ def _read(path):
       raise ValueError("is a colour image; save one channel")
     array = colours[..., 0]
   if array.ndim != 2 or not array.size:
-    raise ValueError(f"has the shape {array.shape}; save one H×W map per file")
+    raise ValueError(f"has the shape {shape}; save one H×W map per file")
   return array
 
 

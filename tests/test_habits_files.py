@@ -178,7 +178,7 @@ def test_rounding_beyond_one_is_cut_and_more_is_shown_with_its_digits():
     (np.stack([1.0 - TRUTH, 1.0 * TRUTH], -1), r"prob\[..., 1\]"),
     (np.stack([1.0 - TRUTH, 1.0 * TRUTH]), r"prob\[1\] with channels first"),
     (np.float32(TRUTH)[:, :, None].view("V4"), "prob.float"),
-    (np.zeros((3, 1, 20, 24), np.float32), "save one H×W map per file"),
+    (np.zeros((3, 1, 20, 24), np.float32), r"shape \(3, 1, 20, 24\); save one H×W map per file"),
   ],
 )
 def test_a_map_of_another_form_is_refused_with_the_way_to_the_right_one(array, said, tmp_path):
@@ -236,6 +236,17 @@ def test_split_files_may_be_utf_16(tmp_path, encoding):
   root = make_folder(tmp_path / "data")
   (root / "splits/train.txt").write_bytes("0\r\n1\r\n".encode(encoding))
   assert names(root) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+  ("encoding", "text"),
+  [("utf-16-le", "0\n1"), ("utf-16-be", "0\n1"), ("utf-32", "0\n1"), ("latin-1", "0\né")],
+)
+def test_split_files_of_another_encoding_are_refused_with_the_one_to_use(tmp_path, encoding, text):
+  root = make_folder(tmp_path / "data")
+  (root / "splits/train.txt").write_bytes(text.encode(encoding))
+  with pytest.raises(data.DataError, match="splits/train.txt: not a text .*; save it as UTF-8"):
+    names(root)
 
 
 def test_names_in_splits_may_have_folders(tmp_path):
@@ -331,6 +342,19 @@ def test_a_missing_split_file_says_what_was_found(tmp_path):
   (root / "lists/train.txt").rename(root / "lists/mine.txt")
   with pytest.raises(data.DataError, match="looked for .*; there are lists/mine.txt, lists/test"):
     names(root)
+
+
+def test_a_folder_of_another_layout_says_what_was_found_and_what_is_sought(tmp_path):
+  pairs(tmp_path / "train", "IR", "GT", "a")
+  with pytest.raises(data.DataError, match="no dataset, but train/, train/GT/, train/IR/. A datas"):
+    names(tmp_path)
+  pairs(tmp_path / "train", "img", "mask", "a")
+  with pytest.raises(data.DataError, match="looked for test/img, .*; there are train/, train/GT/"):
+    names(tmp_path, "test")
+  (tmp_path / "files").mkdir()
+  (tmp_path / "files/a.png").touch()
+  with pytest.raises(data.DataError, match="no dataset, but a.png. A dataset is images/"):
+    names(tmp_path / "files")
 
 
 # Videos.
