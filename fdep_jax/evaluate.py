@@ -216,8 +216,13 @@ def command(flags, config: ConfigDict) -> None:
 
   With --backbone there is no run: `config` is that of `detector.config_of`.
   """
-  if flags.out and (files.expand(flags.out) / "config.json").exists():
-    raise ValueError(f"--out {flags.out} is the folder of a run. Name a different one.")
+  if flags.out:
+    out = files.expand(flags.out)
+    for folder in (out, *(out / name for name in _named(flags.data or []))):
+      if (folder / "config.json").exists():
+        raise ValueError(
+          f"--out {flags.out}: {folder} is the folder of a run. Name a different --out."
+        )
   if flags.backbone:
     network = detector.load_published(
       flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation

@@ -89,10 +89,13 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
     metrics that need a curve are None and "hse_refused" says why.
 
   Raises:
-    ValueError: listing every file that is missing, extra, unreadable, of the wrong size or range.
+    ValueError: listing every file that is missing, extra, unreadable, of the wrong size or range;
+      or `out` is the folder of a run.
     FileNotFoundError: a folder does not exist.
   """
   options = hse.Options(**options)
+  if out is not None and (pathlib.Path(out) / "config.json").exists():
+    raise ValueError(f"--out {out} is the folder of a run, with its own results. Name another.")
   folders = {"predictions": predictions} | ({"compared": compare} if compare is not None else {})
   problems, sets = [], {}
   for name, folder in folders.items():

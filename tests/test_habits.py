@@ -79,6 +79,7 @@ def test_every_flag_of_the_program_is_in_the_table():
     ([*QUICK, "--config.log.tensorboard", "False", "--config.seed=1"], "'False' belongs to no"),
     ([*QUICK, "again", "and", "again"], "3 words belong to no flag: again and again"),
     (["configs/quickstart.py", "--workdir=x"], "Write --config=configs/quickstart.py"),
+    (["--mode=eval", "--method=fkrw", "--config.seed=1"], "is no network and has no settings"),
   ],
 )  # fmt: skip
 def test_a_flag_or_word_without_use_is_refused_with_the_way_that_works(
@@ -287,6 +288,8 @@ def test_results_of_another_set_or_checkpoint_need_a_folder(begun, parse):
       evaluate.command(*eval_flags(parse, run, word))
     with pytest.raises(ValueError, match="is the folder of a run"):
       evaluate.command(*eval_flags(parse, run, word, f"--out={run}"))
+  with pytest.raises(ValueError, match="is the folder of a run"):  # DIR/NAME, of one dataset
+    evaluate.command(*eval_flags(parse, run, f"--data=data/{run.name}", f"--out={run.parent}"))
   assert (run / "metrics.json").read_bytes() == before
 
 

@@ -134,6 +134,12 @@ def main(argv):
     from fdep_jax import untrained
 
     _refuse("workdir", values, ("checkpoint", "data", "out"), "The folder is of a method.")
+    if mode == "eval" and values.config is not None:
+      raise ValueError(
+        f"--workdir {values.workdir}: The folder is of a method, which has no settings. Leave "
+        f"--config.… out. Other data: --mode eval --method {config.model.backbone} --data A,B "
+        "--out DIR."
+      )
     untrained.again(mode, values.workdir, config)
     return
   from fdep_jax import evaluate, train
