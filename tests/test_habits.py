@@ -158,6 +158,24 @@ def test_eval_changes_what_does_not_change_the_model(parse, tmp_path):
   )
 
 
+def test_a_run_of_the_quick_start_is_scored_on_other_data(parse, tmp_path, monkeypatch):
+  monkeypatch.setattr(logging, "basicConfig", lambda **_: None)  # it would stay for other tests
+  run, scored = written_run(tmp_path / "run"), []
+  monkeypatch.setattr(mesh, "start", lambda config: None)
+  monkeypatch.setattr(evaluate, "command", lambda flags, config: scored.append(config.data.root))
+  parse("--mode=eval", f"--workdir={run}", "--config.data.root=elsewhere", "--out=x")
+  cli.main([])
+  assert scored == ["elsewhere"]
+
+
+def test_the_folder_of_a_method_takes_no_settings(parse, tmp_path, monkeypatch):
+  monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+  run = written_run(tmp_path / "run", mode="classical", **{"model.backbone": "mpcm"})
+  parse("--mode=eval", f"--workdir={run}", "--config.data.root=elsewhere")  # would overwrite it
+  with pytest.raises(ValueError, match="has no settings. .* --mode eval --method mpcm --data A,B"):
+    cli.main([])
+
+
 # Lengths.
 
 
@@ -349,6 +367,7 @@ def test_a_path_that_is_relative_is_shown_as_it_is_looked_up(tmp_path, monkeypat
     build.check_inputs(config)
   assert f"data/SIRST3 (here: {tmp_path}/data/SIRST3)" in str(info.value)
   assert f"(here: {tmp_path}/{config.prior.checkpoint})" in str(info.value)
+  assert "--config.data.root=PATH" in str(info.value) and "--out DIR" in str(info.value)
 
 
 # Several processes.

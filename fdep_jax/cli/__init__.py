@@ -129,7 +129,7 @@ def main(argv):
     untrained.command(values)
     return
   config = values.config or _config(values)
-  settings.check(config)
+  settings.check(config, trains=mode == "train")
   if config.mode == "classical":
     from fdep_jax import untrained
 
