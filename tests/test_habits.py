@@ -1,5 +1,7 @@
 """Habits of users of this field: each is honoured or refused with the reason."""
 
+import fnmatch
+import functools
 import json
 import logging
 import re
@@ -250,7 +252,9 @@ def begun(tmp_path_factory):
     yield folder / "run", data, other
 
 
-def test_a_start_that_fails_before_its_first_step_does_not_claim(toy, tmp_path, monkeypatch):
+def test_a_start_that_fails_before_its_first_step_does_not_claim(
+  toy, tmp_path, monkeypatch, caplog
+):
   config = own_config(make_folder(tmp_path / "data", 8))
 
   def fail(*_):
@@ -261,8 +265,15 @@ def test_a_start_that_fails_before_its_first_step_does_not_claim(toy, tmp_path, 
     with pytest.raises(OSError, match="no memory"):
       train.train(config, tmp_path / "run")
   assert not (tmp_path / "run" / "config.json").exists()
-  other = own_config(tmp_path / "data", **{"train.steps": 1, "seed": 3})
-  train.train(other, tmp_path / "run")  # the folder is free
+  other = own_config(tmp_path / "data", **{"train.steps": 3, "seed": 3, "log.every_steps": 100})
+  monkeypatch.setattr(train, "Minutes", functools.partial(log.Minutes, every=0))
+  with caplog.at_level(logging.INFO):
+    train.train(other, tmp_path / "run")  # the folder is free
+  # Redirected output gets its lines however many steps lie between two of metrics.jsonl.
+  for step in (1, 2, 3):
+    assert re.search(rf"step {step} of 3, loss \d.* images/s, .* left", caplog.text)
+  lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+  assert [line["step"] for line in map(json.loads, lines) if "loss" in line] == [1, 3]
   assert settings.load(tmp_path / "run").seed == 3
 
 
