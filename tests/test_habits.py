@@ -232,6 +232,15 @@ def test_what_may_change_in_a_begun_run(tmp_path):
     settings.check_workdir(tmp_path / "stretched", stretched(9))
 
 
+def test_the_documents_list_what_may_change_in_a_begun_run():
+  text = (ROOT / "docs/training.md").read_text().partition("## What may change in a begun run")[2]
+  listed = re.findall(r"`([\w.*]+)`", text.partition("Also the places")[0])
+  named = ["train.steps", "train.epochs", *listed]  # the length, by the section above
+  for name in settings.flat(base.get_config()):
+    free = bool(settings._FREE.fullmatch(name))
+    assert free == any(fnmatch.fnmatch(name, pattern) for pattern in named), name
+
+
 # A toy run on a folder, and what is done with it.
 
 

@@ -209,11 +209,12 @@ def test_grey_levels_as_floats_get_the_division():
 
 @pytest.mark.parametrize(("top", "advice"), [(1, "mask > 0.5"), (255, "mask > 127")])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int64])
-def test_the_advice_for_a_mask_of_numbers_leads_to_the_mask(top, advice, dtype):
+def test_the_advice_for_a_mask_of_numbers_leads_to_the_mask(top, advice, dtype, tmp_path):
   mask = (top * TRUTH).astype(dtype)
   *_, problems = hse.check(np.float32(TRUTH), mask)
   assert advice in problems[0]
   np.testing.assert_array_equal(mask > float(advice.split()[-1]), TRUTH)
+  np.testing.assert_array_equal(score.read_mask(saved(tmp_path, mask)), TRUTH)
 
 
 # Splits and layouts.

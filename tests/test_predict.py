@@ -1,6 +1,7 @@
 """Prediction: reading frames, windows of large ones, what is written, and files that are broken."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import struct
@@ -14,7 +15,7 @@ from flax import nnx
 from helpers import Bright, detector, scene, toy_backbone, toy_config
 from PIL import Image
 
-from fdep_jax import build, predict, train
+from fdep_jax import build, evaluate, predict, settings, train
 from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.data import frames
 from fdep_jax.layers import basic, blocks, ops, windows
@@ -424,3 +425,16 @@ def test_a_branch_that_was_not_trained_is_refused(trained, tmp_path):
   assert predict.load(tmp_path / "run").branch == "light"  # needs none
   with pytest.raises(FileNotFoundError, match="nowhere/vit.pth"):
     predict.load(tmp_path / "run", branch="main")
+
+
+def test_the_priors_file_may_be_elsewhere_and_other_weights_are_refused(trained, monkeypatch):
+  run = trained / "run"
+  load = build.load_prior
+  monkeypatch.setattr(build, "load_prior", lambda c: dataclasses.replace(load(c), sha256="other"))
+  for use in (
+    lambda: predict.load(run, branch="main"),
+    lambda: evaluate.evaluate(run),
+    lambda: train.train(settings.load(run), run),
+  ):
+    with pytest.raises(ValueError, match="different prior weights .*--config.prior.ch"):
+      use()

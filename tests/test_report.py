@@ -407,6 +407,10 @@ def test_the_report_works_in_a_browser(tmp_path):
     text = page.evaluate("document.getElementById('summary').innerText")
     total = hse.score(maps, [s.mask for s in samples])
     assert f"{100 * total.hse:.2f}" in text and f"{100 * total.hse_p:.2f}" in text
+    light, main = page.evaluate(
+      "[...document.querySelectorAll('#summary tr')].slice(1).map((r) => r.cells[8].innerText)"
+    )
+    assert (light, main) == ("0.39", "4.79")  # P: of the deployed branch without SAMF
     page.open(path, width=375)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     assert page.errors() == []
