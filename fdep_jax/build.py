@@ -58,7 +58,7 @@ def check_inputs(config: ConfigDict) -> None:
     missing.append(
       f"data.root: there is no folder {_place(root)}. Download the dataset and lay it out as "
       "images/ masks/ splits/{train,test}.txt (docs/data.md), or set "
-      "--config.data.root=PATH to a different folder."
+      "--config.data.root=PATH to a different folder (--mode eval then needs --out DIR, too)."
     )
   if config.mode != "original" and checkpoint != "random" and not os.path.isfile(checkpoint):
     missing.append(

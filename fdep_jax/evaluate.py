@@ -216,8 +216,13 @@ def command(flags, config: ConfigDict) -> None:
 
   With --backbone there is no run: `config` is that of `detector.config_of`.
   """
-  if flags.out and (files.expand(flags.out) / "config.json").exists():
-    raise ValueError(f"--out {flags.out} is the folder of a run. Name a different one.")
+  if flags.out:
+    out = files.expand(flags.out)
+    for folder in (out, *(out / name for name in _named(flags.data or []))):
+      if (folder / "config.json").exists():
+        raise ValueError(
+          f"--out {flags.out}: {folder} is the folder of a run. Name a different --out."
+        )
   if flags.backbone:
     network = detector.load_published(
       flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
@@ -486,13 +491,20 @@ def _with_intervals(totals: dict[str, hse.Accumulator]) -> dict[str, dict]:
 
 
 def parts_table(parts: dict[str, dict]) -> str:
-  """Formats the paper's columns, one row a part and branch; percent, Fa in 10⁻⁶."""
-  lines = [f"{'':<28}" + "".join(f"{c.heading:>10}" for c in columns.METRICS.values())]
+  """Formats the paper's columns, one row a part and branch, with the 95 % intervals below.
+
+  In percent, Fa in 10⁻⁶.
+  """
+  shown = columns.METRICS.values()
+  lines = [f"{'':<28}" + "".join(f" {c.heading:>15}" for c in shown)]
   for part, found in parts.items():
     for branch in ("main", "light"):
       if branch in found:
-        cells = [c.shown(found[branch][c.key]) for c in columns.METRICS.values()]
-        lines.append(f"{part[:20]:<21}{branch:<7}" + "".join(f"{cell:>10}" for cell in cells))
+        values, spans = found[branch], found[branch]["intervals"]
+        cells = [c.shown(values[c.key]) for c in shown]
+        lines.append(f"{part[:20]:<21}{branch:<7}" + "".join(f" {cell:>15}" for cell in cells))
+        cells = [c.interval(spans.get(c.key)) for c in shown]
+        lines.append(f"{'  95 %':<28}" + "".join(f" {cell:>15}" for cell in cells))
   return "\n".join(lines)
 
 

@@ -33,7 +33,12 @@ def eedm(
   Raises:
     ValueError: `heads` is an array, or a shape or type is a different one.
   """
-  _check(heads, mask)
+  if not isinstance(heads, Sequence) or not heads:
+    shape = f" of shape {heads.shape}" if hasattr(heads, "shape") else ""
+    raise ValueError(
+      f"heads is a {type(heads).__name__}{shape}; it must be a list of logits, B×H×W×1 each, as "
+      "Logits.heads: [logits] for one."
+    )
   return sum(map(criterion(mask, edge_mode), heads))
 
 
@@ -47,30 +52,27 @@ def criterion(
     edge_mode: OUR CHOICE: "intended" weights the two-pixel contour of the targets by 4.
       "released" is what the published code computes: an in-place edit there turns the weight into
       4 for every pixel, so there is no edge weighting.
+
+  Raises:
+    ValueError: the type or a shape is a different one; also when logits are given.
   """
-  if edge_mode not in ("intended", "released"):
-    raise ValueError(f"edge_mode is {edge_mode!r}; it must be intended or released.")
-  weight = jnp.where(edges(mask) | (edge_mode == "released"), EDGE_WEIGHT, 1.0)
-  return lambda logits: hard_mean(_cross_entropy(logits, mask) * weight)
-
-
-def _check(heads: Sequence[jax.Array], mask: jax.Array) -> None:
-  if not isinstance(heads, Sequence) or not heads:
-    shape = f" of shape {heads.shape}" if hasattr(heads, "shape") else ""
-    raise ValueError(
-      f"heads is a {type(heads).__name__}{shape}; it must be a list of logits, B×H×W×1 each, as "
-      "Logits.heads: [logits] for one."
-    )
   if mask.dtype != bool or mask.ndim != 3:
     raise ValueError(
       f"mask is {mask.dtype} of shape {mask.shape}; it must be bool, B×H×W: mask > 127, or > 0.5."
     )
-  for logits in heads:
-    if logits.shape != (*mask.shape, 1):
+  if edge_mode not in ("intended", "released"):
+    raise ValueError(f"edge_mode is {edge_mode!r}; it must be intended or released.")
+  weight = jnp.where(edges(mask) | (edge_mode == "released"), EDGE_WEIGHT, 1.0)
+
+  def loss(logits: jax.Array) -> jax.Array:
+    if logits.shape != (*mask.shape, 1):  # would broadcast
       raise ValueError(
         f"logits are of shape {logits.shape}, and mask of {mask.shape}; they must be "
         f"{(*mask.shape, 1)}."
       )
+    return hard_mean(_cross_entropy(logits, mask) * weight)
+
+  return loss
 
 
 def edges(mask: jax.Array) -> jax.Array:

@@ -89,10 +89,13 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
     metrics that need a curve are None and "hse_refused" says why.
 
   Raises:
-    ValueError: listing every file that is missing, extra, unreadable, of the wrong size or range.
+    ValueError: listing every file that is missing, extra, unreadable, of the wrong size or range;
+      or `out` is the folder of a run.
     FileNotFoundError: a folder does not exist.
   """
   options = hse.Options(**options)
+  if out is not None and (pathlib.Path(out) / "config.json").exists():
+    raise ValueError(f"--out {out} is the folder of a run, with its own results. Name another.")
   folders = {"predictions": predictions} | ({"compared": compare} if compare is not None else {})
   problems, sets = [], {}
   for name, folder in folders.items():
@@ -348,10 +351,11 @@ def _read(path):
       f"holds {array.dtype.itemsize} raw bytes a value, as NumPy saves bfloat16; save float32, as "
       "in prob.float().numpy()"
     )
+  shape = array.shape
   array = array.squeeze() if array.ndim > 2 else array
   if saved and array.ndim == 3 and 2 in (array.shape[0], array.shape[-1]):
     raise ValueError(
-      f"has the shape {array.shape}; if it is the softmax of background and target, save the "
+      f"has the shape {shape}; if it is the softmax of background and target, save the "
       "target's channel alone: prob[..., 1], or prob[1] with channels first"
     )
   if array.ndim == 3 and array.shape[-1] in (2, 3, 4):
@@ -360,7 +364,7 @@ def _read(path):
       raise ValueError("is a colour image; save one channel")
     array = colours[..., 0]
   if array.ndim != 2 or not array.size:
-    raise ValueError(f"has the shape {array.shape}; save one H×W map per file")
+    raise ValueError(f"has the shape {shape}; save one H×W map per file")
   return array
 
 
@@ -390,7 +394,7 @@ def _read_array(path):
 def _open(path, convert):
   from PIL import Image, ImageOps
 
-  with Image.open(path) as image:
+  with open(path, "rb") as file, Image.open(file) as image:  # as a stream: see data.frames
     if getattr(image, "n_frames", 1) > 1:
       raise ValueError(f"has {image.n_frames} pages; save one map per file")
     image.load()
@@ -470,7 +474,7 @@ def _table(metrics, folders, scores):
   """Formats the paper's columns, in percent (Fa × 10⁶), with the 95 % intervals below."""
 
   def line(name, cells):
-    return f"{name:<24}" + "".join(f"{cell:>16}" for cell in cells)
+    return f"{name:<24}" + "".join(f" {cell:>15}" for cell in cells)
 
   lines = [line("", [c.heading for c in columns.METRICS.values()])]
   for name, folder in folders.items():
@@ -481,9 +485,7 @@ def _table(metrics, folders, scores):
       lines.append(line(title[:23], shown))
       spans = found.get("intervals", {})
       if spans:
-        ends = [spans.get(c.key, (None, None)) for c in columns.METRICS.values()]
-        cells = zip(columns.METRICS.values(), ends, strict=True)
-        cells = ["-" if e[0] is None else f"{c.shown(e[0])}–{c.shown(e[1])}" for c, e in cells]
+        cells = [c.interval(spans.get(c.key)) for c in columns.METRICS.values()]
         lines.append(line("  95 %", cells))
     if "hse_refused" in values:
       lines.append(values["hse_refused"])

@@ -264,8 +264,13 @@ def _split_flag(argument: str, following: str) -> tuple[str, str]:
   return name, value if equals else following
 
 
-def check(config: ConfigDict) -> None:
-  """Raises one ValueError that lists all missing settings or, if none is, all wrong values."""
+def check(config: ConfigDict, trains: bool = True) -> None:
+  """Raises one ValueError that lists all missing settings or, if none is, all wrong values.
+
+  Args:
+    config: all settings.
+    trains: false for a run that is trained already, whose prior and new data need not fit.
+  """
   adopt(config)
   values, problems = flat(config), []
   _check_complete(values, "the config")
@@ -292,7 +297,8 @@ def check(config: ConfigDict) -> None:
   ):
     if values[name] < 0:
       problems.append(f"{name} is {values[name]}; it must not be negative.")
-  if values["prior.checkpoint"] == "random" and values["data.root"] != "synthetic":
+  random = values["prior.checkpoint"] == "random"
+  if trains and random and values["data.root"] != "synthetic":
     problems.append(
       'prior.checkpoint is "random", which only the quick start on synthetic scenes may use. '
       "Name a prior's weight file."
@@ -319,7 +325,8 @@ def check(config: ConfigDict) -> None:
       f"profile_steps is {values['profile_steps']!r}; it must be FIRST-LAST (10-12), or empty."
     )
   if problems:
-    raise ValueError("\n  ".join([f"{len(problems)} problems in the config:", *problems]))
+    title = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the config:"
+    raise ValueError("\n  ".join([title, *problems]))
 
 
 def _check_complete(values: dict[str, object], source: str) -> None:

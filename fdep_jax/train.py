@@ -241,6 +241,8 @@ class Loop:
           bar.update()
           if step % config.log.every_steps == 0 or step in (self.start + 1, self.steps):
             self._log(metrics, log, clock, bar)
+          elif self.minutes.due():  # `log.every_steps` take longer than a minute
+            self._tell(metrics, clock)
           self._after(step, log, clock)
       except Preempted:
         self._save_preempted()
@@ -295,6 +297,12 @@ class Loop:
     log.write(step, metrics)
     self.minutes.tell(step, metrics, self.score)
     bar.set_postfix(loss=f"{metrics['loss']:.4f}", img_s=f"{rate:.1f}")
+
+  def _tell(self, metrics: dict, clock: "Clock") -> None:
+    """Tells of the step without a line in metrics.jsonl, which depends on steps alone."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values["images_per_second"] = clock.rate(self.progress.step)
+    self.minutes.tell(self.progress.step, values, self.score)
 
   def _after(self, step: int, log: Log, clock: "Clock") -> None:
     """Evaluates, saves and checks for signals after a step, each if it is due."""

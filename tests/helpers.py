@@ -303,8 +303,8 @@ def samples_and_maps(count=10, seed=0):
   return samples, maps
 
 
-def write_report(folder, samples, maps, **branches) -> pathlib.Path:
-  """A run folder with a report of these maps as its light branch."""
+def write_report(folder, samples, maps, parts=None, **branches) -> pathlib.Path:
+  """A run folder with a report of these maps as its light branch; parts: {name: images}."""
   config = settings.flat(base.get_config())
   recorder = report.Recorder(samples)
   branches = {"light": maps, **branches}
@@ -313,8 +313,10 @@ def write_report(folder, samples, maps, **branches) -> pathlib.Path:
   metrics = evaluate.results({name: total.result() for name, total in totals.items()})
   for name, total in totals.items():
     metrics[name]["intervals"] = report.intervals(total)
-  metrics |= {"params": 4_791_041, "deployed": "light", "seconds_per_image": 0.123, "split": "test"}
+  metrics |= {"params": 4_791_041, "params_deployed": 390_000, "deployed": "light"}
+  metrics |= {"seconds_per_image": 0.123, "split": "test"}
   metrics |= {"checkpoint": 7, "selected_on": "val", "flops": float("nan")}
+  metrics |= {"parts": {name: {"images": n} for name, n in (parts or {}).items()}}
   folder.mkdir(exist_ok=True)
   path = folder / "report.html"
   report.write(path, folder.name, samples, recorder, totals, metrics, config, {"note": "<b>"})

@@ -449,6 +449,12 @@ def test_a_file_is_all_that_a_new_network_needs(drop_in):
     condition(type(model.backbone))
 
 
+def test_the_costs_of_a_new_network_are_shown_for_the_table(drop_in):
+  drop_in("toy", TOY)
+  with pytest.raises(pytest.skip.Exception, match=r"no costs of toy in GMAC; encode 0\.0"):
+    test_a_network_costs_what_the_published_one_does("toy")
+
+
 def test_a_unet_of_flaxs_own_layers_keeps_the_contract(drop_in):
   drop_in("plainunet", (TOYS / "flax_unet.py").read_text())
   for condition in CONTRACT:

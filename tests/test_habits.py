@@ -1,5 +1,7 @@
 """Habits of users of this field: each is honoured or refused with the reason."""
 
+import fnmatch
+import functools
 import json
 import logging
 import re
@@ -13,7 +15,7 @@ import pytest
 from helpers import ROOT, make_folder, toy_backbone, toy_config, written_run
 
 from configs import base
-from fdep_jax import build, cli, evaluate, export, losses, score, settings, train
+from fdep_jax import build, cli, evaluate, export, losses, report, score, settings, train
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.cli import arguments
@@ -79,6 +81,7 @@ def test_every_flag_of_the_program_is_in_the_table():
     ([*QUICK, "--config.log.tensorboard", "False", "--config.seed=1"], "'False' belongs to no"),
     ([*QUICK, "again", "and", "again"], "3 words belong to no flag: again and again"),
     (["configs/quickstart.py", "--workdir=x"], "Write --config=configs/quickstart.py"),
+    (["--mode=eval", "--method=fkrw", "--config.seed=1"], "is no network and has no settings"),
   ],
 )  # fmt: skip
 def test_a_flag_or_word_without_use_is_refused_with_the_way_that_works(
@@ -157,6 +160,24 @@ def test_eval_changes_what_does_not_change_the_model(parse, tmp_path):
   )
 
 
+def test_a_run_of_the_quick_start_is_scored_on_other_data(parse, tmp_path, monkeypatch):
+  monkeypatch.setattr(logging, "basicConfig", lambda **_: None)  # it would stay for other tests
+  run, scored = written_run(tmp_path / "run"), []
+  monkeypatch.setattr(mesh, "start", lambda config: None)
+  monkeypatch.setattr(evaluate, "command", lambda flags, config: scored.append(config.data.root))
+  parse("--mode=eval", f"--workdir={run}", "--config.data.root=elsewhere", "--out=x")
+  cli.main([])
+  assert scored == ["elsewhere"]
+
+
+def test_the_folder_of_a_method_takes_no_settings(parse, tmp_path, monkeypatch):
+  monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+  run = written_run(tmp_path / "run", mode="classical", **{"model.backbone": "mpcm"})
+  parse("--mode=eval", f"--workdir={run}", "--config.data.root=elsewhere")  # would overwrite it
+  with pytest.raises(ValueError, match="has no settings. .* --mode eval --method mpcm --data A,B"):
+    cli.main([])
+
+
 # Lengths.
 
 
@@ -211,6 +232,15 @@ def test_what_may_change_in_a_begun_run(tmp_path):
     settings.check_workdir(tmp_path / "stretched", stretched(9))
 
 
+def test_the_documents_list_what_may_change_in_a_begun_run():
+  text = (ROOT / "docs/training.md").read_text().partition("## What may change in a begun run")[2]
+  listed = re.findall(r"`([\w.*]+)`", text.partition("Also the places")[0])
+  named = ["train.steps", "train.epochs", *listed]  # the length, by the section above
+  for name in settings.flat(base.get_config()):
+    free = bool(settings._FREE.fullmatch(name))
+    assert free == any(fnmatch.fnmatch(name, pattern) for pattern in named), name
+
+
 # A toy run on a folder, and what is done with it.
 
 
@@ -231,7 +261,9 @@ def begun(tmp_path_factory):
     yield folder / "run", data, other
 
 
-def test_a_start_that_fails_before_its_first_step_does_not_claim(toy, tmp_path, monkeypatch):
+def test_a_start_that_fails_before_its_first_step_does_not_claim(
+  toy, tmp_path, monkeypatch, caplog
+):
   config = own_config(make_folder(tmp_path / "data", 8))
 
   def fail(*_):
@@ -242,8 +274,15 @@ def test_a_start_that_fails_before_its_first_step_does_not_claim(toy, tmp_path, 
     with pytest.raises(OSError, match="no memory"):
       train.train(config, tmp_path / "run")
   assert not (tmp_path / "run" / "config.json").exists()
-  other = own_config(tmp_path / "data", **{"train.steps": 1, "seed": 3})
-  train.train(other, tmp_path / "run")  # the folder is free
+  other = own_config(tmp_path / "data", **{"train.steps": 3, "seed": 3, "log.every_steps": 100})
+  monkeypatch.setattr(train, "Minutes", functools.partial(log.Minutes, every=0))
+  with caplog.at_level(logging.INFO):
+    train.train(other, tmp_path / "run")  # the folder is free
+  # Redirected output gets its lines however many steps lie between two of metrics.jsonl.
+  for step in (1, 2, 3):
+    assert re.search(rf"step {step} of 3, loss \d.* images/s, .* left", caplog.text)
+  lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+  assert [line["step"] for line in map(json.loads, lines) if "loss" in line] == [1, 3]
   assert settings.load(tmp_path / "run").seed == 3
 
 
@@ -287,6 +326,8 @@ def test_results_of_another_set_or_checkpoint_need_a_folder(begun, parse):
       evaluate.command(*eval_flags(parse, run, word))
     with pytest.raises(ValueError, match="is the folder of a run"):
       evaluate.command(*eval_flags(parse, run, word, f"--out={run}"))
+  with pytest.raises(ValueError, match="is the folder of a run"):  # DIR/NAME, of one dataset
+    evaluate.command(*eval_flags(parse, run, f"--data=data/{run.name}", f"--out={run.parent}"))
   assert (run / "metrics.json").read_bytes() == before
 
 
@@ -346,6 +387,7 @@ def test_a_path_that_is_relative_is_shown_as_it_is_looked_up(tmp_path, monkeypat
     build.check_inputs(config)
   assert f"data/SIRST3 (here: {tmp_path}/data/SIRST3)" in str(info.value)
   assert f"(here: {tmp_path}/{config.prior.checkpoint})" in str(info.value)
+  assert "--config.data.root=PATH" in str(info.value) and "--out DIR" in str(info.value)
 
 
 # Several processes.
@@ -498,6 +540,9 @@ def test_small_sets_are_not_evaluated_every_epoch():
 def test_the_loss_refuses_what_it_would_sum_wrongly(heads, mask, said):
   with pytest.raises(ValueError, match=said):
     losses.eedm(heads, mask)
+  if isinstance(heads, list) and heads:  # a network's own supervision calls this alone
+    with pytest.raises(ValueError, match=said):
+      losses.criterion(mask)(heads[0])
 
 
 # Other data.
@@ -520,8 +565,24 @@ def test_a_union_always_reports_its_parts(begun, parse, tmp_path, capsys):
   }  # fmt: skip
   assert found["parts"]["more"]["light"] == both["other"]["light"]
   assert "intervals" in found["parts"]["NUAA-SIRST"]["light"]
+  images = report._read(tmp_path / "out" / "union" / "report.html")["images"]  # filtered by part
+  assert [image["part"] for image in images] == ["NUAA-SIRST"] * 4 + ["more"] * 3
   out = capsys.readouterr().out
   assert re.search(r"more +light +\d", out) and "on 2 datasets" in out
+
+
+def test_a_table_of_datasets_has_a_row_and_its_intervals_for_each_branch():
+  scores = dict.fromkeys(("iou", "niou", "pd", "fa", "hse_p", "hse_t", "hse"), 0.5)
+  spans = dict.fromkeys(scores, [0.4, 0.61]) | {"hse": [None, None]}
+  both = dict.fromkeys(("light", "main"), {**scores, "intervals": spans})
+  text = evaluate.parts_table({"NUAA-SIRST": both, "B": {"light": both["light"]}})
+  head, *rows = text.splitlines()
+  assert head.split() == ["IoU", "nIoU", "Pd", "Fa·1e6", "HSE-P", "HSE-T", "HSE"]
+  assert [row.split()[:3] for row in rows[::2]] == [
+    ["NUAA-SIRST", "main", "50.00"], ["NUAA-SIRST", "light", "50.00"], ["B", "light", "50.00"],
+  ]  # fmt: skip
+  ends = "95 % 40.00–61.00 40.00–61.00 40.00–61.00 400000.00–610000.00 40.00–61.00 40.00–61.00 -"
+  assert [row.split() for row in rows[1::2]] == [ends.split()] * 3
 
 
 def test_data_is_given_once(begun, parse):

@@ -36,7 +36,7 @@ def palette(array, colours) -> Image.Image:
   return picture
 
 
-def oriented(array, orientation, kind="JPEG") -> bytes:
+def oriented(array, orientation, kind) -> bytes:
   exif = Image.Exif()
   exif[0x0112] = orientation
   options = {"quality": 100} if kind == "JPEG" else {}
@@ -127,17 +127,33 @@ def test_large_targets_are_warned_of_in_training_and_scoring(tmp_path, caplog):
     data.validate(root)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_pictures_are_turned_as_their_exif_data_say(kind, tmp_path):
-  array = np.zeros((16, 24), np.uint8)
-  array[:8, :8] = 200
+# What each value of EXIF's orientation asks a viewer to do.
+TURNS = {
+  1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: np.transpose,
+  6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).T, 8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize(
+  ("kind", "dtype"),
+  [("JPEG", "u1"), ("PNG", "u1"), ("PNG", "u2"), ("TIFF", "u1"), ("TIFF", "u2"), ("TIFF", "f4")],
+)
+def test_pictures_are_turned_as_their_exif_data_say(kind, dtype, orientation, tmp_path):
+  array = np.zeros((16, 24), dtype)
+  array[:8, :4] = {"u1": 255, "u2": 65535, "f4": 1}[dtype]
   path = tmp_path / f"a.{kind.lower()}"
-  path.write_bytes(oriented(array, 6, kind))  # turned by 90° clockwise
-  turned = np.rot90(array, -1)
+  path.write_bytes(oriented(array, orientation, kind))
+  turned = TURNS[orientation](array > 0)
   (frame,) = frames.read(path)
-  for found in (frame, samples.decode_image(path.read_bytes())[..., 0]):
-    assert found.shape == (24, 16) and np.abs(found.astype(int) - turned).max() < 30
-  np.testing.assert_array_equal(score.read_mask(path), turned > 127)
+  content = path.read_bytes()
+  found = [frame > array.max() / 2, score.read_mask(path), samples.decode_mask(content)[0]]
+  if kind != "JPEG":
+    found.append(score.read_prob(path) > 0.5)
+  if dtype == "u1":
+    found.append(samples.decode_image(content)[..., 0] > 127)
+  for mask in found:
+    np.testing.assert_array_equal(mask, turned)
 
 
 # Maps.
@@ -162,7 +178,7 @@ def test_rounding_beyond_one_is_cut_and_more_is_shown_with_its_digits():
     (np.stack([1.0 - TRUTH, 1.0 * TRUTH], -1), r"prob\[..., 1\]"),
     (np.stack([1.0 - TRUTH, 1.0 * TRUTH]), r"prob\[1\] with channels first"),
     (np.float32(TRUTH)[:, :, None].view("V4"), "prob.float"),
-    (np.zeros((3, 1, 20, 24), np.float32), "save one H×W map per file"),
+    (np.zeros((3, 1, 20, 24), np.float32), r"shape \(3, 1, 20, 24\); save one H×W map per file"),
   ],
 )
 def test_a_map_of_another_form_is_refused_with_the_way_to_the_right_one(array, said, tmp_path):
@@ -193,11 +209,12 @@ def test_grey_levels_as_floats_get_the_division():
 
 @pytest.mark.parametrize(("top", "advice"), [(1, "mask > 0.5"), (255, "mask > 127")])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int64])
-def test_the_advice_for_a_mask_of_numbers_leads_to_the_mask(top, advice, dtype):
+def test_the_advice_for_a_mask_of_numbers_leads_to_the_mask(top, advice, dtype, tmp_path):
   mask = (top * TRUTH).astype(dtype)
   *_, problems = hse.check(np.float32(TRUTH), mask)
   assert advice in problems[0]
   np.testing.assert_array_equal(mask > float(advice.split()[-1]), TRUTH)
+  np.testing.assert_array_equal(score.read_mask(saved(tmp_path, mask)), TRUTH)
 
 
 # Splits and layouts.
@@ -220,6 +237,17 @@ def test_split_files_may_be_utf_16(tmp_path, encoding):
   root = make_folder(tmp_path / "data")
   (root / "splits/train.txt").write_bytes("0\r\n1\r\n".encode(encoding))
   assert names(root) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+  ("encoding", "text"),
+  [("utf-16-le", "0\n1"), ("utf-16-be", "0\n1"), ("utf-32", "0\n1"), ("latin-1", "0\né")],
+)
+def test_split_files_of_another_encoding_are_refused_with_the_one_to_use(tmp_path, encoding, text):
+  root = make_folder(tmp_path / "data")
+  (root / "splits/train.txt").write_bytes(text.encode(encoding))
+  with pytest.raises(data.DataError, match="splits/train.txt: not a text .*; save it as UTF-8"):
+    names(root)
 
 
 def test_names_in_splits_may_have_folders(tmp_path):
@@ -315,6 +343,19 @@ def test_a_missing_split_file_says_what_was_found(tmp_path):
   (root / "lists/train.txt").rename(root / "lists/mine.txt")
   with pytest.raises(data.DataError, match="looked for .*; there are lists/mine.txt, lists/test"):
     names(root)
+
+
+def test_a_folder_of_another_layout_says_what_was_found_and_what_is_sought(tmp_path):
+  pairs(tmp_path / "train", "IR", "GT", "a")
+  with pytest.raises(data.DataError, match="no dataset, but train/, train/GT/, train/IR/. A datas"):
+    names(tmp_path)
+  pairs(tmp_path / "train", "img", "mask", "a")
+  with pytest.raises(data.DataError, match="looked for test/img, .*; there are train/, train/GT/"):
+    names(tmp_path, "test")
+  (tmp_path / "files").mkdir()
+  (tmp_path / "files/a.png").touch()
+  with pytest.raises(data.DataError, match="no dataset, but a.png. A dataset is images/"):
+    names(tmp_path / "files")
 
 
 # Videos.

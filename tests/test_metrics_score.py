@@ -180,6 +180,15 @@ def test_a_folder_that_does_not_exist_or_is_empty_is_named(folders, tmp_path):
     score.run(tmp_path / "empty", masks)
 
 
+def test_the_results_of_a_run_are_not_overwritten(folders, tmp_path):
+  maps, masks, *_ = folders
+  for name in ("config.json", "metrics.json"):
+    (tmp_path / name).write_text("{}")
+  with pytest.raises(ValueError, match="is the folder of a run, with its own results"):
+    score.run(maps, masks, out=tmp_path)
+  assert (tmp_path / "metrics.json").read_text() == "{}"
+
+
 def test_two_folders_are_compared_image_by_image(folders, tmp_path, capsys):
   maps, masks, levels, _ = folders
   for stem, level in levels.items():

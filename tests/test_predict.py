@@ -1,6 +1,7 @@
 """Prediction: reading frames, windows of large ones, what is written, and files that are broken."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import struct
@@ -14,7 +15,7 @@ from flax import nnx
 from helpers import Bright, detector, scene, toy_backbone, toy_config
 from PIL import Image
 
-from fdep_jax import build, predict, train
+from fdep_jax import build, evaluate, predict, settings, train
 from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.data import frames
 from fdep_jax.layers import basic, blocks, ops, windows
@@ -116,7 +117,7 @@ def test_a_target_on_a_seam_is_found_once(bright):
 # Frames.
 
 
-def png(path, array: np.ndarray, kind: int) -> None:
+def png(path, array: np.ndarray, kind: int, exif: bytes = b"") -> None:
   """A 16-bit PNG of colour type `kind`, its rows filtered by the difference to the left."""
   rows = array.astype(">u2").reshape(array.shape[0], -1).view(np.uint8).astype(np.int16)
   pixel = rows.shape[1] // array.shape[1]
@@ -124,7 +125,10 @@ def png(path, array: np.ndarray, kind: int) -> None:
   data = np.pad((rows - shifted).astype(np.uint8), ((0, 0), (1, 0)), constant_values=1)
   head = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], 16, kind, 0, 0, 0)
   content = b"\x89PNG\r\n\x1a\n"
-  for name, body in ((b"IHDR", head), (b"IDAT", zlib.compress(data.tobytes())), (b"IEND", b"")):
+  chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(data.tobytes())), (b"IEND", b"")]
+  if exif:
+    chunks.insert(1, (b"eXIf", exif))
+  for name, body in chunks:
     content += struct.pack(">I", len(body)) + name + body
     content += struct.pack(">I", zlib.crc32(name + body))
   path.write_bytes(content)
@@ -137,6 +141,11 @@ def test_every_bit_of_a_16_bit_png_is_read(tmp_path, kind, channels):
   [frame] = frames.read(tmp_path / "a.png")
   assert frame.dtype == np.uint16
   np.testing.assert_array_equal(frame, array[..., 0] if channels < 3 else array[..., :3])
+  turned = Image.Exif()
+  turned[0x0112] = 6  # shown after a turn by 90° clockwise
+  png(tmp_path / "a.png", array, kind, turned.tobytes().removeprefix(b"Exif\0\0"))
+  [shown] = frames.read(tmp_path / "a.png")
+  np.testing.assert_array_equal(shown, np.rot90(frame, -1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])
@@ -416,3 +425,16 @@ def test_a_branch_that_was_not_trained_is_refused(trained, tmp_path):
   assert predict.load(tmp_path / "run").branch == "light"  # needs none
   with pytest.raises(FileNotFoundError, match="nowhere/vit.pth"):
     predict.load(tmp_path / "run", branch="main")
+
+
+def test_the_priors_file_may_be_elsewhere_and_other_weights_are_refused(trained, monkeypatch):
+  run = trained / "run"
+  load = build.load_prior
+  monkeypatch.setattr(build, "load_prior", lambda c: dataclasses.replace(load(c), sha256="other"))
+  for use in (
+    lambda: predict.load(run, branch="main"),
+    lambda: evaluate.evaluate(run),
+    lambda: train.train(settings.load(run), run),
+  ):
+    with pytest.raises(ValueError, match="different prior weights .*--config.prior.ch"):
+      use()

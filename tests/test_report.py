@@ -88,6 +88,7 @@ def test_a_report_names_nothing_outside_itself_and_holds_the_maps(tmp_path):
     assert image["name"] == sample.name
     np.testing.assert_array_equal(unpack(image["mask"], prob.shape), sample.mask)
     np.testing.assert_array_equal(unpack(packed, prob.shape), report.levels(prob))
+  assert {image["part"] for image in held["images"]} == {""}
   assert held["runs"][0]["metrics"]["flops"] is None  # NaN is no JSON
   assert held["runs"][0]["config"]["train.batch_size"] == 16
   assert not list(tmp_path.rglob("*.partial"))
@@ -321,10 +322,33 @@ ROWS = "[...document.querySelectorAll('#at tr')].map(r => [...r.cells].map(c => 
 CARDS = "[...document.querySelectorAll('.card')].map(c => +c.dataset.image)"
 
 
+def check_gallery(page, samples, maps):
+  """Worst first, more on demand, filters, parts, names."""
+  page.set("threshold", "0.5")
+  alone = [expected([s], [m], 0.5) for s, m in zip(samples, maps, strict=True)]
+  wrong = [a["targets"] - a["hits"] + a["false_alarms"] for a in alone]
+  shown = page.evaluate(CARDS)
+  assert len(shown) == 24 and [wrong[i] for i in shown] == sorted(wrong, reverse=True)[:24]
+  page.evaluate("document.getElementById('more').click()")
+  assert sorted(page.evaluate(CARDS)) == list(range(30))
+  page.set("filter", "with misses")
+  missed = [i for i, a in enumerate(alone) if a["hits"] < a["targets"]]
+  assert sorted(page.evaluate(CARDS)) == missed and 0 < len(missed) < 30
+  page.set("part", "2")
+  assert sorted(page.evaluate(CARDS)) == [i for i in missed if i >= 12]
+  page.set("filter", "all")
+  page.set("part", "NUAA-SIRST")
+  assert sorted(page.evaluate(CARDS)) == list(range(12))
+  page.set("part", "all parts")
+  page.set("search", "SCENE_2")
+  assert sorted(page.evaluate(CARDS)) == [2, *range(20, 30)]
+  page.set("search", "")
+
+
 def test_the_report_works_in_a_browser(tmp_path):
   samples, maps = samples_and_maps(30)
   other = [np.float32(0.5) * (prob + m[::-1]) for prob, m in zip(maps, maps, strict=True)]
-  path = write_report(tmp_path / "run", samples, maps, main=other)
+  path = write_report(tmp_path / "run", samples, maps, {"NUAA-SIRST": 12, "2": 18}, main=other)
   with chromium(tmp_path / "profile") as page:
     page.open(path)
     # The slider, moved as a user moves it: metrics of the set, and of an image.
@@ -358,21 +382,7 @@ def test_the_report_works_in_a_browser(tmp_path):
       )
       assert painted == ((maps[first] > np.float32(threshold)) | samples[first].mask).sum()
 
-    # The gallery: worst first, more on demand, filters, names.
-    page.set("threshold", "0.5")
-    alone = [expected([s], [m], 0.5) for s, m in zip(samples, maps, strict=True)]
-    wrong = [a["targets"] - a["hits"] + a["false_alarms"] for a in alone]
-    shown = page.evaluate(CARDS)
-    assert len(shown) == 24 and [wrong[i] for i in shown] == sorted(wrong, reverse=True)[:24]
-    page.evaluate("document.getElementById('more').click()")
-    assert sorted(page.evaluate(CARDS)) == list(range(30))
-    page.set("filter", "with misses")
-    missed = [i for i, a in enumerate(alone) if a["hits"] < a["targets"]]
-    assert sorted(page.evaluate(CARDS)) == missed and 0 < len(missed) < 30
-    page.set("filter", "all")
-    page.set("search", "SCENE_2")
-    assert sorted(page.evaluate(CARDS)) == [2, *range(20, 30)]
-    page.set("search", "")
+    check_gallery(page, samples, maps)
     page.evaluate("document.querySelectorAll('#detectors input')[1].click()")
     page.wait("chosen.length === 1 && document.querySelectorAll('#at tr').length === 2")
     assert page.evaluate("document.querySelectorAll('.card canvas').length") == 24
@@ -397,6 +407,10 @@ def test_the_report_works_in_a_browser(tmp_path):
     text = page.evaluate("document.getElementById('summary').innerText")
     total = hse.score(maps, [s.mask for s in samples])
     assert f"{100 * total.hse:.2f}" in text and f"{100 * total.hse_p:.2f}" in text
+    light, main = page.evaluate(
+      "[...document.querySelectorAll('#summary tr')].slice(1).map((r) => r.cells[8].innerText)"
+    )
+    assert (light, main) == ("0.39", "4.79")  # P: of the deployed branch without SAMF
     page.open(path, width=375)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     assert page.errors() == []

@@ -118,7 +118,7 @@ def test_the_deployed_branch_is_what_is_loaded_and_reported(tmp_path, monkeypatc
         ),
       )  # fmt: skip
       assert detector.load(tmp_path / mode).branch == branch
-    row = {"params": 1, "params_deployed": 1, "deployed": branch, "seconds_per_image": 0.123}
+    row = {"params": 7e6, "params_deployed": 3e6, "deployed": branch, "seconds_per_image": 0.123}
     scores = dict.fromkeys(("iou", "niou", "pd", "fa", "hse_p", "hse_t", "hse"), 0.5)
     both = {"light": scores, "main": scores}
     lines = {line.split()[0]: line for line in evaluate.table({**row, **both}).splitlines()[1:]}
@@ -126,6 +126,8 @@ def test_the_deployed_branch_is_what_is_loaded_and_reported(tmp_path, monkeypatc
       "light": branch == "light",
       "main": branch == "main",
     }
+    # P of the deployed branch is that of what is deployed; of the other, of all that was trained.
+    assert [" 3.00 " in lines[branch], " 7.00 " in lines[branch]] == [True, False]
 
 
 # Every setting.
@@ -367,6 +369,7 @@ class Seen:
     self.patch.setattr(loop, "_step", lambda batch: {})
     self.patch.setattr(loop, "_after", lambda *_: None)
     self.patch.setattr(loop, "_log", lambda *_: found.append("line"))
+    self.patch.setattr(loop, "_tell", lambda *_: None)
     loop.train()
     return found
 

@@ -129,11 +129,17 @@ def main(argv):
     untrained.command(values)
     return
   config = values.config or _config(values)
-  settings.check(config)
+  settings.check(config, trains=mode == "train")
   if config.mode == "classical":
     from fdep_jax import untrained
 
     _refuse("workdir", values, ("checkpoint", "data", "out"), "The folder is of a method.")
+    if mode == "eval" and values.config is not None:
+      raise ValueError(
+        f"--workdir {values.workdir}: The folder is of a method, which has no settings. Leave "
+        f"--config.… out. Other data: --mode eval --method {config.model.backbone} --data A,B "
+        "--out DIR."
+      )
     untrained.again(mode, values.workdir, config)
     return
   from fdep_jax import evaluate, train

@@ -93,6 +93,8 @@ def check(
   if any(name.startswith("config.") for name in seen) and "config" not in seen:
     if "config" in uses[mode]:
       lines.append("--config.… changes a setting of a config: name the config, --config FILE.")
+    elif "method" in seen:
+      lines.append("--method NAME is no network and has no settings. Leave --config.… out.")
     elif mode in settings and not {"workdir", "backbone"} & {*seen}:
       lines.append("--config.… changes a setting of a run: name its folder, --workdir RUN.")
   if lines:

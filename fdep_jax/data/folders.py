@@ -256,7 +256,7 @@ def _survey(root: Path) -> tuple[dict[Path, dict[str, list[_Pair]]], list[_Probl
       if known_name(child) and child not in folders:
         problems.append(_Problem(f"{child.name}: no dataset in this folder", missing=True))
     if not folders:
-      state = "holds no dataset" if any(root.iterdir()) else "is empty"
+      state = f"holds no dataset, but {_content(root)}" if any(root.iterdir()) else "is empty"
       raise MissingDataError(f"{root}: this folder {state}. A dataset is {_LAYOUTS}")
   parts = {}
   for folder in folders:
@@ -267,6 +267,14 @@ def _survey(root: Path) -> tuple[dict[Path, dict[str, list[_Pair]]], list[_Probl
   _drop_partial_val(parts)
   _prefix_colliding_names(parts)
   return parts, problems
+
+
+def _content(folder: Path, most: int = 10) -> str:
+  """Names the first folders in a folder, two levels deep, or the first files if it has none."""
+  inside = [*folder.glob("*"), *folder.glob("*/*")]
+  names = sorted(f"{p.relative_to(folder).as_posix()}/" for p in inside if p.is_dir())
+  names = names or sorted(p.name for p in inside)
+  return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def _drop_partial_val(parts: dict[Path, dict[str, list[_Pair]]]) -> None:
@@ -395,7 +403,8 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
     try:
       lines = _text(path).splitlines()
     except UnicodeDecodeError:
-      problems.append(_Problem(f"{path.relative_to(part)}: not a text file", split))
+      text = f"{path.relative_to(part)}: not a text in UTF-8, or UTF-16 with its mark"
+      problems.append(_Problem(f"{text}; save it as UTF-8", split))
       return []
     names = [line.strip().replace("\\", "/").strip("/") for line in lines if line.strip()]
     listed.append([_SUFFIX.sub("", name) for name in names])
@@ -408,10 +417,17 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
 
 
 def _text(path: Path) -> str:
-  """Reads UTF-8, or UTF-16 with a byte order mark, as Windows writes it."""
+  """Reads UTF-8, or UTF-16 with a byte order mark, as Windows writes it.
+
+  Raises:
+    UnicodeDecodeError: it is neither.
+  """
   content = path.read_bytes()
   utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-  return content.decode("utf-16" if utf16 else "utf-8-sig")
+  text = content.decode("utf-16" if utf16 else "utf-8-sig")
+  if "\0" in text:  # of UTF-16 without the mark
+    raise UnicodeDecodeError("utf-8", content, content.find(b"\0"), len(content), "a zero")
+  return text
 
 
 def _split_folder(part: Path, split: str, problems: list[_Problem]) -> list[Path]:
@@ -440,7 +456,8 @@ def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
       continue
     if not halves and split != VAL:
       tried = " or ".join(f"{c}/img, {c}/images" for c in choices)
-      text = f"no folder for split {split!r}; looked for {tried} in {part}"
+      text = f"no folder for split {split!r}; looked for {tried} in {part}; there are "
+      text += _content(part)
       problems.append(_Problem(text, split, missing=True))
     if not halves:
       continue

@@ -5,6 +5,7 @@ bits, integers or floats, grey, palette or colour (transparency is dropped). Eve
 and every H×W part of an N×H×W array is a frame.
 """
 
+import contextlib
 import re
 import warnings
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ def _read_array(path: Path) -> Iterator[np.ndarray]:
 def _read_picture(path: Path) -> Iterator[np.ndarray]:
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Pillow's, about size (checked here) and damaged metadata
-    with Image.open(path, formats=_FORMATS) as picture:
+    with _opened(path) as picture:
       pages = picture.n_frames if picture.format == "TIFF" else 1
   for page in range(pages):
     with warnings.catch_warnings():
@@ -122,9 +123,17 @@ def _read_picture(path: Path) -> Iterator[np.ndarray]:
       yield frame
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+  # As a stream: Pillow maps a TIFF of which it has the path, with height and width confused if the
+  # file says that it is turned by 90°.
+  with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as picture:
+    yield picture
+
+
 def _read_page(path: Path, page: int) -> np.ndarray | None:
-  """Reads one page; None if it is a reduced copy of a page."""
-  with Image.open(path, formats=_FORMATS) as picture:
+  """Reads one page, turned as viewers show it; None if it is a reduced copy of a page."""
+  with _opened(path) as picture:
     if page:
       picture.seek(page)
       if picture.tag_v2.get(_REDUCED, 0) & 1:
@@ -133,9 +142,9 @@ def _read_page(path: Path, page: int) -> np.ndarray | None:
     layout = _layout(picture)
     if ";16" in layout and picture.mode in ("RGB", "RGBA", "LA"):
       return _read_deep_colour(path, page, layout)
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
       return np.array(picture)
-    picture = ImageOps.exif_transpose(picture)  # as viewers show it
     return np.array(picture.convert("L" if picture.mode in ("1", "L", "LA", "La") else "RGB"))
 
 
@@ -155,7 +164,7 @@ def _read_deep_colour(path: Path, page: int, layout: str) -> np.ndarray:
 
 
 def _decode_as(path: Path, page: int, layout: str, swap: bool) -> np.ndarray:
-  with Image.open(path, formats=_FORMATS) as picture:
+  with _opened(path) as picture:
     if page:
       picture.seek(page)
     if layout.startswith("LA"):  # two 16-bit channels take four bytes, like RGBA
@@ -167,7 +176,7 @@ def _decode_as(path: Path, page: int, layout: str, swap: bool) -> np.ndarray:
       tile._replace(args=(new, *tile.args[1:]) if isinstance(tile.args, tuple) else new)
       for tile in picture.tile
     ]
-    return np.array(picture)
+    return np.array(ImageOps.exif_transpose(picture))
 
 
 def parse_range(text: str) -> Range:

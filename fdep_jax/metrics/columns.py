@@ -1,5 +1,6 @@
 """Defines the paper's columns for every table and report: headings, units and decimals."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -14,6 +15,11 @@ class Column(NamedTuple):
   def shown(self, value: float | None) -> str:
     """Formats a value in metrics.json's unit; "-" if there is none."""
     return "-" if value is None else f"{value * self.factor:.{self.decimals}f}"
+
+  def interval(self, ends: Sequence[float | None] | None) -> str:
+    """Formats the two ends of an interval; "-" if there is none."""
+    low, high = ends or (None, None)
+    return "-" if low is None else f"{self.shown(low)}–{self.shown(high)}"
 
 
 def csv_text(text: str) -> str:

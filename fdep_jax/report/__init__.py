@@ -89,7 +89,7 @@ def write(
   Args:
     path: of the page.
     name: of the run.
-    samples: the images.
+    samples: the images; those of a union part by part, in the order of "parts" in `metrics`.
     recorder: has stored all their maps.
     totals: their metrics by branch.
     metrics: as `metrics.json`, with the "intervals" of every branch.
@@ -102,15 +102,17 @@ def write(
   }
   about = {**about, "images and masks, SHA-256": _fingerprint(samples), **provenance()}
   run = {"name": name, "about": about, "config": config, "metrics": metrics, "branches": branches}
+  parts = [name for name, part in metrics.get("parts", {}).items() for _ in range(part["images"])]
   images = [
     {
       "name": sample.name,
+      "part": part,
       "height": sample.mask.shape[0],
       "width": sample.mask.shape[1],
       "picture": _picture(sample.image),
       "mask": pack(sample.mask),
     }
-    for sample in samples
+    for sample, part in zip(samples, parts or [""] * len(samples), strict=True)
   ]
   _write(path, images, [run])
 

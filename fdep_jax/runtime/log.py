@@ -80,6 +80,10 @@ class Minutes:
     self._begin = time.monotonic()
     self._next = self._begin
 
+  def due(self) -> bool:
+    """Returns whether it is time for a line."""
+    return not self._shown and time.monotonic() >= self._next
+
   def tell(self, step: int, metrics: dict, score: str) -> None:
     """Logs if it is time.
 
@@ -89,7 +93,7 @@ class Minutes:
       score: the last held-out score, in words; "" if there is none.
     """
     now = time.monotonic()
-    if self._shown or (now < self._next and step < self._steps):
+    if self._shown or not (self.due() or step == self._steps):
       return
     self._next = now + self._every
     parts = [f"{k.removeprefix('loss_')} {v:.4f}" for k, v in metrics.items() if "loss_" in k]

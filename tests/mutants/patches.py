@@ -122,6 +122,13 @@ MUTANTS: list[Mutant] = [
     ("only vertical edges are weighted", "return vertical | horizontal", "return vertical"),
     ("the released mode weights as intended", '| (edge_mode == "released")', "| (edge_mode == 0)"),
   ),
+  Mutant(
+    "logits of another shape broadcast",
+    "fdep_jax/losses.py",
+    "if logits.shape != (*mask.shape, 1):",
+    "if logits.ndim < 3:",
+    _tests("habits", "test_the_loss_refuses_what_it_would_sum_wrongly"),
+  ),
   *_mutants(
     "fdep_jax/backbones/__init__.py",
     _STEP,
@@ -299,6 +306,27 @@ MUTANTS: list[Mutant] = [
       "(g.mean(), g.std()) for g",
       "(g.mean(), np.sqrt(((g - 0.4) ** 2).mean())) for g",
     ),
+  ),
+  *_mutants(
+    "fdep_jax/data/frames.py",
+    _tests("habits_files", "test_pictures_are_turned_as_their_exif_data_say"),
+    (
+      "pictures are not turned",
+      "    picture = ImageOps.exif_transpose(picture)\n    if picture.mode.startswith",
+      "    if picture.mode.startswith",
+    ),
+    (
+      "TIFFs are opened by their path",
+      "Image.open(file, formats=_FORMATS)",
+      "Image.open(path, formats=_FORMATS)",
+    ),
+  ),
+  Mutant(
+    "UTF-16 without its mark is read as UTF-8",
+    "fdep_jax/data/folders.py",
+    'if "\\0" in text:',
+    "if not text:",
+    _tests("habits_files", "test_split_files_of_another_encoding_are_refused_with_the_one_to_use"),
   ),
   Mutant(
     "names in both splits are accepted",
@@ -598,6 +626,13 @@ MUTANTS: list[Mutant] = [
     ),
   ),
   # Report.
+  Mutant(
+    "a report does not know the parts of a union",
+    "fdep_jax/report/__init__.py",
+    '"part": part,',
+    '"part": "",',
+    _tests("habits", "test_a_union_always_reports_its_parts"),
+  ),
   *_mutants(
     "fdep_jax/report/__init__.py",
     _tests(
