@@ -88,6 +88,9 @@ def get_config():
   c.train.dtype = "float32"  # of activations; parameters, statistics and losses stay float32
   # none | products: what the backward pass computes again to save memory; fdep_jax/step.py: REMAT
   c.train.remat = "none"
+  # Steps that one call on the devices computes. More than 1 saves the host's time between short
+  # steps; it has to divide log.every_steps, or steps up to the next log are taken one by one.
+  c.train.steps_per_dispatch = 1
 
   c.eval = ConfigDict()
   c.eval.every_epochs = 1.0  # how often the held-out images are scored during training

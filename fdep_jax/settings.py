@@ -28,6 +28,7 @@ _ADDED = {
   "data.range": "",
   "data.on_device": False,
   "data.lazy": False,
+  "train.steps_per_dispatch": 1,
   "prior.normalisation": "model",
 }
 
@@ -55,7 +56,7 @@ _CHOICES = {
 }
 _POSITIVE = (
   "data.crop", "data.threads", "train.batch_size", "train.learning_rate", "eval.batch_size",
-  "eval.least_steps",
+  "eval.least_steps", "train.steps_per_dispatch",
   "checkpoint.every_steps", "checkpoint.keep", "log.every_steps", "host_devices",
 )  # fmt: skip
 

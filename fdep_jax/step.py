@@ -204,3 +204,23 @@ def make_step(
     return new, {"loss": value, **parts, "grad_norm": grad_norm}
 
   return jax.jit(step, donate_argnums=0)
+
+
+def make_steps(step: Callable) -> Callable:
+  """Makes the compiled (state, prior, memory, batches) → (state, metrics) of several steps.
+
+  One dispatch computes `step` for each batch in turn (`lax.scan`); metrics are those of the last.
+  `memory` is the data in device memory from which the batches are cut, or None. `state` is donated.
+  """
+
+  def steps(state, prior, memory, batches):
+    def one(state, batch):
+      if memory is not None:
+        batch = {**batch, **memory.batch(batch["choice"])}
+      return step(state, prior, batch)
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    state, metrics = jax.lax.scan(one, state, stacked)
+    return state, jax.tree.map(lambda values: values[-1], metrics)
+
+  return jax.jit(steps, donate_argnums=0)

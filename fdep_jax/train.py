@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -144,6 +144,7 @@ class Loop:
     self.state = mesh.put_replicated(state, the_mesh)
     self.prior = prior.placed(the_mesh, config.prior.shard) if prior else None
     self.take_step = step_lib.make_step(config, model, optimizer, images.mean, images.std)
+    self.take_steps = step_lib.make_steps(self.take_step)
     self.forward = forward.make_forward(config, model, images.mean, images.std)
     self.selection = images.val if config.eval.select_on == "val" else images.test
     per_epoch = len(images.train) / config.train.batch_size  # steps
@@ -234,12 +235,14 @@ class Loop:
           self._check_signals(0)
         if self.start == self.steps:
           self._claim()
-        for step in range(self.start + 1, self.steps + 1):
-          profile.before(step)
-          metrics = self._step(next(iterator))
-          profile.after(step, metrics)
-          bar.update()
-          if step % config.log.every_steps == 0 or step in (self.start + 1, self.steps):
+        for steps in self._dispatches():
+          step = steps[-1]
+          profile.before(steps)
+          metrics = self._step([next(iterator) for _ in steps])
+          profile.after(steps, metrics)
+          bar.update(len(steps))
+          first, last = self.start + 1 in steps, step == self.steps
+          if step % config.log.every_steps == 0 or first or last:
             self._log(metrics, log, clock, bar)
           elif self.minutes.due():  # `log.every_steps` take longer than a minute
             self._tell(metrics, clock)
@@ -266,25 +269,45 @@ class Loop:
     iterator.set_state({"next_index": self.start})
     return iterator
 
-  def _step(self, batch: dict) -> dict:
-    """Takes one step; returns its metrics, on the device."""
+  def _dispatches(self) -> Iterator[range]:
+    """Yields the steps of every call: `train.steps_per_dispatch`, or one before something is due.
+
+    They depend on the config and the steps done alone, so an interruption changes nothing.
+    """
+    config, step = self.config, self.start
+    due = (self.every_eval, config.checkpoint.every_steps, config.log.every_steps)
+    while step < self.steps:
+      end = step + config.train.steps_per_dispatch
+      if end > self.steps or any(step // every != (end - 1) // every for every in due):
+        end = step + 1
+      yield range(step + 1, end + 1)
+      step = end
+
+  def _step(self, batches: Sequence[dict]) -> dict:
+    """Takes a step with each batch, in one call; returns the last one's metrics, on the device."""
+    batches = [self._placed(batch, self.progress.step + i) for i, batch in enumerate(batches)]
+    if len(batches) == 1:
+      (batch,) = batches
+      if self.memory:
+        batch |= self.memory.batch(batch.pop("choice"))
+      self.state, metrics = self.take_step(self.state, self.prior, batch)
+    else:
+      self.state, metrics = self.take_steps(self.state, self.prior, self.memory, batches)
+    if not self.claimed:
+      jax.block_until_ready(metrics)  # a step that needs too much memory fails here
+      self._claim()
+    self.progress.step += len(batches)
+    return metrics
+
+  def _placed(self, batch: dict, step: int) -> dict:
+    """Puts a batch on the devices, with the bank's levels; `step` steps are done before it."""
     numbers = batch.pop("crop", None)
     if self.bank:
       config = self.config
       with self.signals.at_once():  # an interrupted bank is continued later
-        self.bank.prepare(
-          self.progress.step, config.train.batch_size, self.mesh, config.log.progress
-        )
+        self.bank.prepare(step, config.train.batch_size, self.mesh, config.log.progress)
       batch["levels"] = self.bank.levels(numbers)
-    batch = mesh.put_batch(batch, self.mesh)
-    if self.memory:
-      batch |= self.memory.batch(batch.pop("choice"))
-    self.state, metrics = self.take_step(self.state, self.prior, batch)
-    if not self.claimed:
-      jax.block_until_ready(metrics)  # a step that needs too much memory fails here
-      self._claim()
-    self.progress.step += 1
-    return metrics
+    return mesh.put_batch(batch, self.mesh)
 
   def _log(self, metrics: dict, log: Log, clock: "Clock", bar) -> None:
     self._check_finite()

@@ -9,11 +9,13 @@ import weakref
 
 import jax
 import numpy as np
+import optax
 import pytest
 from helpers import ROOT, make_folder, parameters, toy_config
 from PIL import Image
 
 from fdep_jax import data, settings, train
+from fdep_jax import step as step_lib
 from fdep_jax.data import resident
 from fdep_jax.runtime import mesh
 
@@ -108,6 +110,40 @@ def test_a_run_continued_on_the_other_route_ends_with_the_same_bits(toy, tmp_pat
   a, b = (parameters(tmp_path / name, config) for name in ("numpy", "both"))
   for key in a:
     np.testing.assert_array_equal(a[key], b[key], key)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"mode": "original"},
+    {"mode": "original", "data.on_device": True},
+    pytest.param({"prior.bank": 2, "prior.bank_refresh_epochs": 2.0}, marks=pytest.mark.slow),
+    pytest.param({"prior.bank": 2, "data.on_device": True}, marks=pytest.mark.slow),
+  ],
+)
+def test_several_steps_of_a_dispatch_are_as_many_steps(toy, tmp_path, changes, monkeypatch):
+  # AdamW would make steps of opposite directions of gradients that differ by rounding around 0.
+  monkeypatch.setattr(step_lib, "make_optimizer", lambda *_: optax.sgd(0.1))
+  sizes, step = [], train.Loop._step
+  monkeypatch.setattr(
+    train.Loop, "_step", lambda self, batches: sizes.append(len(batches)) or step(self, batches)
+  )
+  changes = {"host_devices": 2, "log.every_steps": 6, "eval.every_epochs": 4.0, **changes}
+  single, several = (toy_config(**changes, **{"train.steps_per_dispatch": n}) for n in (1, 3))
+  train.train(single, tmp_path / "single")
+  sizes.clear()
+  train.train(several, tmp_path / "several")
+  assert sizes == [3, 1, 1, 1, 1, 1]  # checkpoints after steps 4 and 8, a log's line after step 6
+  shorter = several.copy_and_resolve_references()
+  shorter.train.steps = 4
+  train.train(shorter, tmp_path / "continued")
+  train.train(several, tmp_path / "continued")
+  a, b, c = (parameters(tmp_path / name, single) for name in ("single", "several", "continued"))
+  for key in a:
+    np.testing.assert_allclose(b[key], a[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    np.testing.assert_array_equal(b[key], c[key], key)
+  with pytest.raises(ValueError, match="steps_per_dispatch"):
+    train.train(single, tmp_path / "several")
 
 
 def test_contradictory_routes_are_refused():

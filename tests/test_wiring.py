@@ -349,6 +349,11 @@ class Seen:
       loop._after(step, None, None)
     return found
 
+  def dispatches(self, config):
+    loop = self.loop(config)
+    loop.every_eval = 10**9
+    return list(map(len, loop._dispatches()))
+
   def kept(self, config):
     self.stopped(checkpoint, "Checkpoints", lambda folder, keep: keep)
     return self.until_stop(self.loop, config)
@@ -366,7 +371,7 @@ class Seen:
       train, "tqdm", lambda **named: found.append(named["disable"]) or bar(**named | {"disable": 1})
     )
     self.patch.setattr(loop, "_batches", lambda: (x for x in range(100)))
-    self.patch.setattr(loop, "_step", lambda batch: {})
+    self.patch.setattr(loop, "_step", lambda batches: {})
     self.patch.setattr(loop, "_after", lambda *_: None)
     self.patch.setattr(loop, "_log", lambda *_: found.append("line"))
     self.patch.setattr(loop, "_tell", lambda *_: None)
@@ -382,8 +387,8 @@ class Seen:
     self.patch.setattr(jax.profiler, "stop_trace", lambda: found.append("stop"))
     profile = log.Profile(self.folder, config)
     for step in (1, 2, 3):
-      profile.before(step)
-      profile.after(step, {})
+      profile.before(range(step, step + 1))
+      profile.after(range(step, step + 1), {})
     return found
 
   def branches(self, config):
@@ -452,6 +457,7 @@ EFFECTS = {
   "train.nonfinite": [("skip", "nonfinite")],
   "train.dtype": [("bfloat16", "traced")],
   "train.remat": [("products", "traced")],
+  "train.steps_per_dispatch": [(2, "dispatches")],
   "eval.every_epochs": [(9.0, "every_eval")],
   "eval.least_steps": [(50, "every_eval")],
   "eval.select_on": [("test", "selection"), ("test", "loaded")],

@@ -23,6 +23,7 @@ _ROW_BITS = 12
 _ROW = 1 << _ROW_BITS
 
 
+@jax.tree_util.register_pytree_node_class
 class Resident:
   """The decoded images and masks of a split in the memory of every device.
 
@@ -51,6 +52,15 @@ class Resident:
     self._memory = mesh.put_replicated((memory, table), the_mesh)
     coloured = any(planes > 2 for planes, _, _ in shapes)
     self._compute = jax.jit(_split(lambda *given: _batch(*given, size, coloured), the_mesh))
+
+  def tree_flatten(self):
+    return (self._memory,), self._compute
+
+  @classmethod
+  def tree_unflatten(cls, compute, children):
+    self = object.__new__(cls)
+    (self._memory,), self._compute = children, compute
+    return self
 
   def batch(self, choices: jax.Array) -> dict[str, jax.Array]:
     """Computes {"image": B×size×size×3 uint8, "mask": B×size×size bool} of drawn crops.

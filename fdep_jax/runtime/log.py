@@ -125,16 +125,16 @@ class Profile:
     self._folder = workdir / "profile"
     self._running = False
 
-  def before(self, step: int) -> None:
-    if step == self._first:
+  def before(self, steps: range) -> None:
+    if self._first in steps:
       jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
       self._running = True
 
-  def after(self, step: int, metrics: dict) -> None:
-    if self._running and step == self._last:
+  def after(self, steps: range, metrics: dict) -> None:
+    if self._running and self._last in steps:
       jax.block_until_ready(metrics)
       jax.profiler.stop_trace()
-      logging.info("wrote a trace of steps %d to %d to %s", self._first, step, self._folder)
+      logging.info("wrote a trace up to step %d to %s", steps[-1], self._folder)
 
 
 def _scalars(prefix: str, values: dict):
