@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test test-full lint mutants
+.PHONY: quickstart test test-full lint mutants gpu
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -33,3 +33,7 @@ lint: .venv/dev
 # Deliberate bugs, each of which a test must notice (tests/mutants); an hour on two cores.
 mutants: .venv/dev
 	$(BIN)/python tests/mutants/run.py
+
+# Parity, train steps, the jitted counts and the benchmarks on a GPU; without one it says so.
+gpu: .venv/dev
+	$(BIN)/python tests/gpu.py
