@@ -9,6 +9,7 @@ benchmarks, `--parts` leaves some out. Everything runs on one GPU.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -33,8 +34,8 @@ from fdep_jax import step as step_lib  # noqa: E402
 from fdep_jax.metrics import hse, jitted, per_image  # noqa: E402
 
 PARTS = ("parity", "train", "counts", "benchmarks")
-# Relative errors in bfloat16, in evaluation.
-BFLOAT16 = {}
+# Relative error in bfloat16, in evaluation. Measured on a CPU: 0.021 (ACM), RANGE.
+BFLOAT16 = 0.05
 
 
 class Row(NamedTuple):
@@ -64,11 +65,13 @@ def missing(platform: str) -> str | None:
     jax.devices(platform)
     return None
   except RuntimeError:
-    found = ", ".join(sorted({device.platform for device in jax.devices()}))
+    found = "nothing"
+  with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may name what is not there
+    found = "only " + ", ".join(sorted({device.platform for device in jax.devices()}))
   smi = "nvidia-smi is there" if shutil.which("nvidia-smi") else "there is no nvidia-smi"
   version = importlib.metadata.version("jax")
   return (
-    f"Skipped: jax {version} found only {found} and {smi}; this check needs an NVIDIA GPU with its "
+    f"Skipped: jax {version} found {found} and {smi}; this check needs an NVIDIA GPU with its "
     f'driver, and `.venv/bin/pip install "jax[cuda13]=={version}"`.'
   )
 
@@ -100,7 +103,7 @@ def parity(name: str) -> list[Row]:
   bounds = {f"{name}, float32, {k}": helpers.PARITY.get((name, k), 1e-4) for k in kinds}
   with jax.default_matmul_precision("highest"):
     rows = measured(bounds, lambda: worst(jnp.float32, *kinds))
-  bounds = {f"{name}, bfloat16, eval": BFLOAT16.get(name, 0.05)}
+  bounds = {f"{name}, bfloat16, eval": BFLOAT16}
   return rows + measured(bounds, lambda: worst(jnp.bfloat16, "eval"))
 
 
@@ -116,7 +119,7 @@ def train_step(name: str, device: jax.Device) -> list[Row]:
   def take(parts, device):
     prior, model, optimizer, state = parts
     step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
-    state, prior = jax.device_put((jax.tree.map(np.asarray, state), prior), device)
+    state, prior = jax.device_put((state, prior), device, may_alias=False)  # the step donates
     state, metrics = step(state, prior, jax.device_put(helpers.batch(crop=64), device))
     return float(metrics["loss"]), float(metrics["grad_norm"]), int(state["skipped"]["count"])
 
@@ -135,6 +138,7 @@ def train_step(name: str, device: jax.Device) -> list[Row]:
 def counts() -> list[Row]:
   """Evaluates maps by the jitted counts and by numpy: how many images have other counts."""
   samples, maps = helpers.samples_and_maps(20)
+  maps = [np.where(prob < 0.4, 0, prob) for prob in maps]  # or noise exceeds the device's slots
   rows = {"images whose jitted counts are not numpy's": 0, "images that numpy had to count": 10}
 
   def measure():
