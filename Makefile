@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Compiling is most of the time of short tests, so nothing is optimised.
 QUICK := XLA_FLAGS=--xla_backend_optimization_level=0
 
-.PHONY: quickstart test test-full lint mutants
+.PHONY: quickstart test test-full lint mutants gpu
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -35,3 +35,7 @@ lint: .venv/dev
 # Deliberate bugs, each of which a test must notice (tests/mutants); an hour on two cores.
 mutants: .venv/dev
 	$(QUICK) $(BIN)/python tests/mutants/run.py
+
+# Parity, train steps, the jitted counts and the benchmarks on a GPU; without one it says so.
+gpu: .venv/dev
+	$(BIN)/python tests/gpu.py

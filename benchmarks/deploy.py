@@ -9,10 +9,12 @@ how the two sides alternate; without these flags only our side runs. Forward pas
 * `light.onnx` in onnxruntime with two threads (with normalisation and sigmoid);
 * the published network in PyTorch (without them) with the same weights;
 * in JAX, the light branch of an FDEP model and the network alone, each compiled by itself.
+
+With `--platform gpu` our side runs on the GPU; onnxruntime takes TensorRT or else CUDA if it has
+them (the package onnxruntime-gpu), which the column "provider" says.
 """
 
 import argparse
-import os
 import pathlib
 import sys
 import tempfile
@@ -20,21 +22,21 @@ import tempfile
 import networks as bench
 import numpy as np
 
-from fdep_jax import build
-
 OURS = ("onnxruntime", "light", "original")
 MEAN, STD = 0.4, 0.2
+PROVIDERS = {"cpu": (), "gpu": ("TensorrtExecutionProvider", "CUDAExecutionProvider")}
 
 
 class Worker:
   """Our side: the ONNX file and the two JAX networks."""
 
-  def __init__(self):
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+  def __init__(self, platform):
     import onnxruntime
 
-    self.version = f"onnxruntime {onnxruntime.__version__}"
+    self.version = f"onnxruntime {onnxruntime.__version__}, {bench.start_jax(platform)}"
+    self.providers = [p for p in PROVIDERS[platform] if p in onnxruntime.get_available_providers()]
+    if self.providers:
+      onnxruntime.preload_dlls()  # CUDA and cuDNN of pip's packages
     self.calls = {}
 
   def describe(self):
@@ -49,15 +51,14 @@ class Worker:
       folder: has the PyTorch worker's weights and logits; without weights, new ones are drawn.
 
     Returns:
-      Parameters and FLOPs of the light branch / the original's, and the largest difference of the
-      ONNX file's probabilities from PyTorch's (None without PyTorch).
+      Parameters and FLOPs of the light branch / the original's, onnxruntime's provider, and the
+      largest difference of the ONNX file's probabilities from PyTorch's (None without PyTorch).
     """
-    import onnxruntime
     from flax import nnx
 
     import converters
     from configs import base
-    from fdep_jax import backbones, export
+    from fdep_jax import backbones, build, export
     from fdep_jax import detector as detector_lib
     from fdep_jax.fdep import FDEP
 
@@ -78,10 +79,8 @@ class Worker:
     detector = detector_lib.Detector(model, "light", config, MEAN, STD, None, "", place, 0)
     light, path = export.make_light(detector), place / "light.onnx"
     export.write_onnx(detector, light, None, path, {})
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = bench.CORES
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    normal = bench.arrays(bench.FORWARD_SHAPE)[0]
+    session = self._session(path)
+    normal = bench.arrays(bench.FORWARD_SHAPE, name)[0]
     image = np.ascontiguousarray((normal * STD + MEAN).transpose(0, 3, 1, 2))
     self.calls = {
       "onnxruntime": lambda: session.run(None, {"image": image}),
@@ -98,7 +97,20 @@ class Worker:
       "parameters": counts[0] / counts[1],
       "flops": flops[0] / flops[1],
       "difference": difference,
+      "provider": session.get_providers()[0].removesuffix("ExecutionProvider"),
     }
+
+  def _session(self, path):
+    """Opens a file with the first provider that starts; some may lack their libraries."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = bench.CORES
+    for provider in (*self.providers, "CPUExecutionProvider"):
+      wanted = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
+      session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+      if session.get_providers()[0] == provider:
+        return session
 
   def _forward(self, module, function, image):
     import jax
@@ -128,20 +140,23 @@ def main():
   parser.add_argument("--networks", help="comma-separated; default: all")
   parser.add_argument("--rounds", type=int, default=9, help="timings of each; the median counts")
   parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+  bench.add_platform(parser)
   flags = parser.parse_args()
   if flags.worker:
-    return bench.serve(Worker())
-  bench.prepare_machine()
-  ours = bench.Remote(sys.executable, "--worker", script=str(pathlib.Path(__file__)))
+    return bench.serve(Worker(flags.platform))
+  bench.check_platform(parser, flags, flags.reference)
+  bench.prepare_machine(flags.platform)
+  words = ("--worker", "--platform", flags.platform)
+  ours = bench.Remote(sys.executable, *words, script=str(pathlib.Path(__file__)))
   theirs, layouts = None, []
   if flags.reference:
     reference = str(pathlib.Path(flags.reference).resolve())
     theirs = bench.Remote(flags.torch_python, "--worker", "torch", "--reference", reference)
     layouts = theirs.about["variants"]
   versions = " and ".join(worker.about["version"] for worker in (ours, theirs) if worker)
-  print(f"{versions}, {bench.CORES} cores, {bench.TASKS['forward']}; milliseconds.\n")
-  columns = ["onnxruntime", *layouts, *(f"onnxruntime / {v}" for v in layouts), "differ by"]
-  columns += ["light", "original", "light / original", "parameters", "FLOPs"]
+  print(f"{versions}, {bench.TASKS['forward']}; milliseconds.\n")
+  columns = ["provider", "onnxruntime", *layouts, *(f"onnxruntime / {v}" for v in layouts)]
+  columns += ["differ by", "light", "original", "light / original", "parameters", "FLOPs"]
   print(f"| network | {' | '.join(columns)} |\n| --- |" + " ---: |" * len(columns), flush=True)
   for name in flags.networks.split(",") if flags.networks else ours.about["networks"]:
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +169,7 @@ def main():
         for worker, variant in contenders:
           seconds[variant].append(worker("measure", variant, "forward"))
     s = {variant: float(np.median(values[1:])) for variant, values in seconds.items()}
-    cells = [f"{1e3 * s[v]:.1f}" for v in ("onnxruntime", *layouts)]
+    cells = [facts["provider"], *(f"{1e3 * s[v]:.1f}" for v in ("onnxruntime", *layouts))]
     cells += [f"{s['onnxruntime'] / s[v]:.2f}" for v in layouts]
     cells.append("–" if facts["difference"] is None else f"{facts['difference']:.0e}")
     cells += [f"{1e3 * s[v]:.1f}" for v in ("light", "original")]

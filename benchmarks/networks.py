@@ -18,6 +18,8 @@ cores in float32:
 
 PyTorch runs eagerly in both memory layouts on two threads, JAX on two host devices that share the
 batch. Our networks have the PyTorch network's weights; the table shows how far the logits differ.
+
+`--platform gpu` runs our side on the GPUs, where products of float32 have TF32's precision.
 """
 
 import argparse
@@ -113,11 +115,38 @@ def arrays(shape, name):
   return image, (random.random((*shape, 1)) < 1e-3).astype(np.float32)
 
 
-def prepare_machine():
+def prepare_machine(platform="cpu"):
   """Sets what workers inherit: two cores (taskset chooses others) and huge pages, as in main.py."""
+  if platform != "cpu":
+    return
   os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+
+
+def start_jax(platform):
+  """Starts jax in a worker: on a CPU with CORES devices. Returns its version and where it runs."""
+  where = f"{CORES} cores"
+  if platform == "cpu":
+    flag = f"--xla_force_host_platform_device_count={CORES}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+  sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+  import jax
+
+  if platform != "cpu":
+    where = jax.devices(platform)[0].device_kind
+  return f"jax {jax.__version__} on {where}"
+
+
+def add_platform(parser):
+  parser.add_argument("--platform", default="cpu", choices=("cpu", "gpu"), help="of our side")
+
+
+def check_platform(parser, flags, compared):
+  """Refuses PyTorch's side, which runs on the CPU, beside ours on a GPU."""
+  if compared and flags.platform != "cpu":
+    parser.error("PyTorch's side runs on the CPU only: leave its checkouts or --platform out.")
 
 
 def seconds_per_call(call):
@@ -138,15 +167,9 @@ class JaxWorker:
 
   variants = ("ours",)
 
-  def __init__(self):
-    flag = f"--xla_force_host_platform_device_count={CORES}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    import jax
-
+  def __init__(self, platform):
     self.calls = {}
-    self.version = f"jax {jax.__version__}"
+    self.version = start_jax(platform)
 
   def describe(self):
     from fdep_jax import backbones
@@ -259,7 +282,7 @@ class TorchWorker:
     torch.set_num_threads(CORES)
     self.calls = {}
     self.checkouts = checkouts
-    self.version = f"torch {torch.__version__}"
+    self.version = f"torch {torch.__version__} on {CORES} cores"
 
   def describe(self):
     names = [name for name, network in PUBLISHED.items() if network.checkout in self.checkouts]
@@ -453,11 +476,13 @@ def main():
   parser.add_argument("--networks", help="comma-separated; default: all")
   parser.add_argument("--rounds", type=int, default=7, help="timings of each; the median counts")
   parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
+  add_platform(parser)
   flags = parser.parse_args()
   checkouts = {o: str(pathlib.Path(p).resolve()) for o in CHECKOUTS if (p := getattr(flags, o))}
   if flags.worker:
-    serve(JaxWorker() if flags.worker == "jax" else TorchWorker(checkouts))
+    serve(JaxWorker(flags.platform) if flags.worker == "jax" else TorchWorker(checkouts))
     return
+  check_platform(parser, flags, checkouts)
   for option, root in checkouts.items():
     repository, inside = CHECKOUTS[option]
     if not pathlib.Path(root, inside).is_dir():
@@ -465,8 +490,8 @@ def main():
         f"--{option} {root} has no folder {inside}: give the root of a checkout of "
         f"github.com/{repository}."
       )
-  prepare_machine()
-  ours = Remote(sys.executable, "--worker", "jax")
+  prepare_machine(flags.platform)
+  ours = Remote(sys.executable, "--worker", "jax", "--platform", flags.platform)
   theirs = None
   if checkouts:
     options = [text for option, root in checkouts.items() for text in (f"--{option}", root)]
@@ -484,7 +509,7 @@ def main():
     rows[name] = (facts, medians)
     failures += failed
   versions = " and ".join(worker.about["version"] for worker in (ours, theirs) if worker)
-  print(f"{versions}, {CORES} cores, float32, medians of {flags.rounds} alternating rounds.\n")
+  print(f"{versions}, float32, medians of {flags.rounds} alternating rounds.\n")
   layouts = theirs.about["variants"] if theirs else []
   print("\n\n".join(table(task, rows, layouts) for task in TASKS))
   if failures:

@@ -19,7 +19,6 @@ ViT-S/14 of random weights (its time does not depend on them) and four SAMFs:
 """
 
 import argparse
-import os
 import pathlib
 import sys
 import tempfile
@@ -37,18 +36,13 @@ TOP = {"alcl": "stage", "dna": "conv4_0", "msda": "stage"}
 class JaxWorker:
   """Our steps, and our DINOv2."""
 
-  def __init__(self, vit):
-    flag = f"--xla_force_host_platform_device_count={bench.CORES}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    import jax
+  def __init__(self, vit, platform):
+    self.version = bench.start_jax(platform)
     from flax import nnx
 
     from fdep_jax import priors
     from fdep_jax.priors import dinov2
 
-    self.version = f"jax {jax.__version__}"
     vit = dinov2.DINOv2(**dinov2.SIZES[vit], rngs=nnx.Rngs(0))
     self.prior = priors.from_module(vit, dinov2.quarter_levels(vit.depth), "random")
     self.calls = {}
@@ -132,7 +126,7 @@ class TorchWorker:
     from dinov2.models import vision_transformer
 
     torch.set_num_threads(bench.CORES)
-    self.version = f"torch {torch.__version__}"
+    self.version = f"torch {torch.__version__} on {bench.CORES} cores"
     self.vit = vision_transformer.vit_small(
       patch_size=14, img_size=518, init_values=1.0, block_chunks=0
     ).eval()
@@ -195,7 +189,7 @@ class TorchWorker:
     net.get_submodule(TOP[name]).register_forward_hook(fuse)
     whole = nn.ModuleList([net, fusion]).to(memory_format=memory_format)
     optimizer = torch.optim.AdamW(whole.parameters(), 1e-3, weight_decay=0.01)
-    image, mask = bench.arrays((BATCH, CROP, CROP))
+    image, mask = bench.arrays((BATCH, CROP, CROP), name)
     image, mask = (
       torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
       for x in (image, mask)
@@ -248,9 +242,10 @@ def main():
   parser.add_argument("--ours", default=",".join(OURS), help="which of ours; each takes memory")
   parser.add_argument("--rounds", type=int, default=5, help="timings of each; the median counts")
   parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
+  bench.add_platform(parser)
   flags = parser.parse_args()
   if flags.worker == "jax":
-    return bench.serve(JaxWorker(flags.vit))
+    return bench.serve(JaxWorker(flags.vit, flags.platform))
   if flags.worker == "torch":
     return bench.serve(TorchWorker(flags.reference, flags.dinov2))
   if bool(flags.reference) != bool(flags.dinov2):
@@ -262,10 +257,11 @@ def main():
   names = flags.networks.split(",")
   if flags.reference and (unknown := sorted(set(names) - set(TOP))):
     parser.error(f"PyTorch's step exists for {', '.join(TOP)}, not for {', '.join(unknown)}.")
-  bench.prepare_machine()
+  bench.check_platform(parser, flags, flags.reference)
+  bench.prepare_machine(flags.platform)
 
   here = str(pathlib.Path(__file__))
-  worker = ("--worker", "jax", "--vit", flags.vit)
+  worker = ("--worker", "jax", "--vit", flags.vit, "--platform", flags.platform)
   ours, theirs = bench.Remote(sys.executable, *worker, script=here), None
   if flags.reference:
     paths = [str(pathlib.Path(p).resolve()) for p in (flags.reference, flags.dinov2)]
@@ -273,7 +269,8 @@ def main():
       flags.torch_python, "--worker", "torch", "--reference", paths[0], "--dinov2", paths[1],
       script=here,
     )  # fmt: skip
-  setting = f"batch {BATCH}, {CROP}×{CROP}, {flags.vit}, {bench.CORES} cores"
+  versions = " and ".join(worker.about["version"] for worker in (ours, theirs) if worker)
+  setting = f"batch {BATCH}, {CROP}×{CROP}, {flags.vit}, {versions}"
   print(f"Train step, {setting}; milliseconds:\n")
   mine = flags.ours.split(",")
   variants = [*mine, *(LAYOUTS if theirs else ())]

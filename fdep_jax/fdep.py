@@ -140,5 +140,6 @@ def _decoder_stats(backbone: Backbone) -> set[str]:
     touched.update(path for path, stat in _stats(net).items() if stat[...] is not before[path])
 
   size = 2 * max(backbone.stride, backbone.top_stride)
-  jax.eval_shape(trace, state, jax.ShapeDtypeStruct((2, size, size, backbone.in_channels), float))
+  shape = (2, size, size, backbone.in_channels)
+  jax.eval_shape(trace, state, jax.ShapeDtypeStruct(shape, jnp.float32))
   return touched

@@ -41,7 +41,9 @@ TRAIN_IMAGES = 1676  # of SIRST3; gives epochs per hour
 # The TPU compiler's lowest effort: a third of the time to compile. On ACM the fusions, FLOPs and
 # all-reduces are the same, and memory is within 4 %. It does not place or prefetch arrays in a
 # chip's own memory, so all traffic counts as HBM traffic.
-QUICK = -1.0
+QUICK = ("jax_exec_time_optimization_effort", -1.0)
+if not hasattr(jax.config, QUICK[0]):  # jax 0.12 has levels instead; its plans were not compared
+  QUICK = ("jax_optimization_level", "O1")
 JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes if XLA_PYTHON_CLIENT_MEM_FRACTION is not set
 CONTEXT = 2**30  # bytes of it that the fraction which a plan names leaves to the CUDA context
 
@@ -251,7 +253,7 @@ def command(flags) -> None:
   # No cache: compile times are reported, and reading a cached TPU program needs a TPU.
   config.log.compile_cache = ""
   if not flags.thorough:
-    jax.config.update("jax_exec_time_optimization_effort", QUICK)
+    jax.config.update(*QUICK)
   mesh.start(config)
   plan(config, flags.topology, out)
 
@@ -296,7 +298,7 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
     "dtype": config.train.dtype,
     "remat": config.train.remat,
     "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.state["params"])),
-    "effort": "quick" if jax.config.jax_exec_time_optimization_effort < 0 else "thorough",
+    "effort": "quick" if getattr(jax.config, QUICK[0]) == QUICK[1] else "thorough",
     "hbm_limit_bytes": limit,
   }
   gpu = gpus.GPUS.get(kind)

@@ -114,7 +114,8 @@ def test_a_plan_for_cpu_devices_reports_every_column(toy, tmp_path, capsys):
 def test_a_plan_records_the_compilers_effort(toy, tmp_path, thorough, effort):
   names = {"topology": "cpu:2", "thorough": thorough, "workdir": None, "out": str(tmp_path)}
   config = slice_config(mode="original", **{"log.compile_cache": ""})
-  before = jax.config.jax_exec_time_optimization_effort
+  setting, quick = plan.QUICK
+  before = getattr(jax.config, setting)
   compiled = []
   try:
     with pytest.MonkeyPatch.context() as patch:
@@ -122,14 +123,14 @@ def test_a_plan_records_the_compilers_effort(toy, tmp_path, thorough, effort):
       original = plan.compile_train
 
       def spy(*arguments):
-        compiled.append(jax.config.jax_exec_time_optimization_effort)
+        compiled.append(getattr(jax.config, setting))
         return original(*arguments)
 
       patch.setattr(plan, "compile_train", spy)
       plan.command(types.SimpleNamespace(config=config, **names))
   finally:
-    jax.config.update("jax_exec_time_optimization_effort", before)
-  assert compiled == [before if thorough else plan.QUICK]
+    jax.config.update(setting, before)
+  assert compiled == [before if thorough else quick]
   assert json.loads((tmp_path / "plan.json").read_text())["effort"] == effort
 
 
