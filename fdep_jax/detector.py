@@ -324,10 +324,14 @@ def find_checkpoint(
 
 
 def _parse_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
-  which = "best" if which is None else which
+  given, which = which, "best" if which is None else which
   if str(which) in ("best", "last") or str(which).isdecimal():
     if workdir is None:
-      raise ValueError(f"Checkpoint {which} needs the --workdir of its run, or give a path.")
+      raise ValueError(
+        "Name the run, --workdir RUN, or a file or folder, --checkpoint PATH."
+        if given is None
+        else f"--checkpoint {given} needs the --workdir of its run, or give a path."
+      )
     return files.expand(workdir), which
   path = files.expand(which)
   if path.is_file():

@@ -116,6 +116,7 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
   print(_table(metrics, folders, {name: found["score"] for name, found in sets.items()}))
   if out is not None:
     _write(pathlib.Path(out), metrics, sets["predictions"])
+    print(f"wrote {out}")
   return metrics
 
 

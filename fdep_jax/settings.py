@@ -7,7 +7,8 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Container, Iterable, Mapping
+import traceback
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -145,27 +146,50 @@ def flat(config: ConfigDict) -> dict[str, object]:
 def explain_flags(argv: list[str], error: Exception) -> str:
   """Explains why a command line cannot be parsed: names unknown settings and similar ones."""
   arguments = dict(
-    _split_flag(a, following) for a, following in zip(argv, [*argv[1:], ""], strict=True)
+    _split_flag(a, following) for a, following in zip(argv, [*argv[1:], ""], strict=False)
   )
   lines = []
   path, *own = arguments.get("--config", "").split(":", 1)  # FILE or FILE:ARGUMENT
   if os.path.isfile(path):
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     try:
+      spec = importlib.util.spec_from_file_location("config", path)
+      module = importlib.util.module_from_spec(spec)
+      spec.loader.exec_module(module)
+      if not hasattr(module, "get_config"):
+        return f"{path} is no config: it has no function get_config. See configs/msda.py."
       known = list(flat(module.get_config(*own)))
-    except (OSError, TypeError, ValueError) as refusal:
-      return str(refusal) if path.endswith(("of_run.py", "of_file.py")) else f"{path}: {refusal}"
+    except Exception as refusal:  # whatever somebody's own file raises
+      return str(refusal) if path.endswith(("of_run.py", "of_file.py")) else _at(path, refusal)
     for argument in arguments:
       name = argument.removeprefix("--config.")
       if name == argument or new_name(name) in known:
         continue
-      near = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-      near += [k for k in difflib.get_close_matches(name, known, 3, 0.5) if k not in near]
-      hint = f"The nearest are {', '.join(near)}." if near else f"There are {', '.join(known)}."
-      lines.append(f"The config has no setting {name!r}. {hint}")
+      lines.append(_unknown(name, known))
   return "\n".join(lines) or str(error)
+
+
+def _at(path: str, error: Exception) -> str:
+  """Says in one line where a config file fails."""
+  kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+  if isinstance(error, SyntaxError):
+    return f"{error.filename or path}, line {error.lineno}: {kind}{error.msg}"
+  numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == path]  # fmt: skip
+  return f"{path}{f', line {numbers[-1]}' if numbers else ''}: {kind}{error}"
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+  """Says that there is no such setting, and which are near: also train.learning_rate for lr."""
+  last = name.rsplit(".", 1)[-1]
+
+  def named(other: str) -> bool:
+    word = other.rsplit(".", 1)[-1]
+    return last in (word, "".join(part[:1] for part in word.split("_")))
+
+  near = [k for k in known if named(k)]
+  near += [k for k in difflib.get_close_matches(name, known, 3, 0.5) if k not in near]
+  hint = f"The nearest are {', '.join(near)}." if near else f"There are {', '.join(known)}."
+  return f"The config has no setting {name!r}. {hint}"
 
 
 def check_flags(values, of_run: Mapping[str, str]) -> None:
@@ -273,14 +297,20 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     trains: false for a run that is trained already, whose prior and new data need not fit.
   """
   adopt(config)
-  values, problems = flat(config), []
+  values = flat(config)
   _check_complete(values, "the config")
+  problems = _unknown_settings(values) if trains else []
   for name, choices in _CHOICES.items():
     if values[name] not in choices:
       problems.append(f"{name} is {values[name]!r}; it must be one of {', '.join(choices)}.")
   problems += [f"{n} is {values[n]}; it must be positive." for n in _POSITIVE if not values[n] > 0]
   if values["train.steps"] <= 0 and values["train.epochs"] <= 0:
     problems.append("train.steps and train.epochs are both 0; one of them must be positive.")
+  problems += [
+    f"{name} is {values[name]}; it must not be negative."
+    for name in ("train.steps", "train.epochs")
+    if values[name] < 0
+  ]
   problems += _data_problems(values)
   problems += _ablation_problems(values)
   if values["mode"] == "classical":
@@ -346,6 +376,15 @@ def _check_complete(values: dict[str, object], source: str) -> None:
     )
 
 
+def _unknown_settings(values: dict[str, object]) -> list[str]:
+  """Lists settings that a config file adds and nothing reads, as a misspelt one."""
+  from configs import base
+
+  known = list(flat(base.get_config()))
+  own = "train.schedule_args."  # differ between schedules, and optax refuses wrong ones
+  return [_unknown(n, known) for n in values if n not in known and not n.startswith(own)]
+
+
 def _data_problems(values: dict) -> list[str]:
   """Lists wrong values and contradictions among the settings of the data."""
   problems = []
@@ -396,6 +435,10 @@ def _ablation_problems(values: dict) -> list[str]:
   return problems
 
 
+def _shown(value) -> object:
+  return "empty" if value == "" else value
+
+
 def results_of(config: ConfigDict) -> dict[str, object]:
   """Returns the settings that change a run's results."""
   values = _comparable(config)
@@ -411,7 +454,7 @@ def differing(theirs: ConfigDict, config: ConfigDict) -> list[str]:
   """Lists the differing settings that change results, as "name: value there, value here"."""
   ours, theirs = _comparable(config), _comparable(theirs)
   return [
-    f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
+    f"{key}: {_shown(theirs.get(key))} there, {_shown(ours.get(key))} here"
     for key in sorted({*results_of(config), *(k for k in theirs if k not in ours)})
     if ours.get(key) != theirs.get(key) and (key in ours or not _FREE.fullmatch(key))
   ]

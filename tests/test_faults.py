@@ -148,6 +148,14 @@ class Lives:
     self.said = pathlib.Path(f"{self.workdir}.log").read_text()
 
 
+def whole(workdir, step: int) -> bool:
+  try:
+    checkpoint._read(workdir / "checkpoints" / str(step))
+    return True
+  except checkpoint.Damaged:
+    return False
+
+
 def survive(tmp_path, kills: int, damages: int, config):
   """Trains once undisturbed, once with kills spread over the run, and compares."""
   compiled = str(tmp_path / "compiled")
@@ -166,8 +174,8 @@ def survive(tmp_path, kills: int, damages: int, config):
     run.kill(rng, begin, stop_at)
     resumed += begin > 0
     steps = checkpoint.Checkpoints(run.workdir).steps()
-    # Later where the second checkpoint was not yet whole.
-    if damage_at and number >= damage_at[0] and len(steps) > 1:
+    # Later if the second checkpoint is not whole: a kill may have interrupted its removal.
+    if damage_at and number >= damage_at[0] and len(steps) > 1 and whole(run.workdir, steps[-2]):
       damage_at.pop(0)
       newest = run.workdir / "checkpoints" / str(steps[-1])
       damage(newest, rng.choice(list(DAMAGES)), rng)

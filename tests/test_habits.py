@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import socket
+import sys
 import threading
 import time
 
@@ -51,6 +52,72 @@ def test_every_mode_uses_a_flag_or_refuses_it(mode, flag, parse):
     assert getattr(found, flag)
   else:
     assert found.startswith(f"--mode {mode} does not use --{flag}. ") and "\n" not in found
+
+
+def test_a_command_line_without_a_word_is_told_what_is_needed(parse):
+  with pytest.raises(ValueError, match="^--mode train needs --config and --workdir.$"):
+    cli.check_given("train", parse())
+
+
+def test_help_names_the_flags_of_a_mode_or_of_all():
+  every = cli.usage(["--help"])
+  assert all(f"\n  {mode} " in every for mode in cli.USES)
+  one = cli.usage(["--mode=predict", "--help"])
+  assert [line.split()[0] for line in one.splitlines()[1:]] == [
+    f"--{flag}" for flag in cli.USES["predict"]
+  ]
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("X = 1", "is no config: it has no function get_config"),
+    ("def get_config(:", "line 1: SyntaxError: invalid syntax"),
+    ("def get_config():\n  return base.get_config()", "line 2: NameError: name 'base' is not"),
+    ("import no_such_module", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("def get_config():\n  raise ValueError('use another')", "line 2: use another"),
+  ],
+)
+def test_a_config_file_that_fails_is_named_with_its_line(
+  tmp_path, parse, monkeypatch, text, message
+):
+  # ml_collections would load it into the module of an earlier config.
+  for name in [n for n, m in sys.modules.items() if n.split(".")[-1].startswith("config")]:
+    if getattr(sys.modules[name], "get_config", None):
+      monkeypatch.delitem(sys.modules, name)
+  (tmp_path / "mine.py").write_text(text)
+  found = parse(f"--config={tmp_path}/mine.py", "--workdir=never")
+  assert message in found and str(tmp_path / "mine.py") in found and "\n" not in found
+
+
+def test_misspelt_settings_of_a_config_file_are_refused_before_training():
+  config = toy_config()
+  with config.unlocked():
+    config.data.rang, config.train.lr = "auto", 1e-4
+  with pytest.raises(ValueError, match="(?s)2 problems.*'data.rang'.* data.range.*'train.lr'") as e:
+    settings.check(config)
+  assert "nearest are train.learning_rate" in str(e.value)
+  settings.check(config, trains=False)  # a run of another version is read
+
+
+@pytest.mark.parametrize("name", ["train.steps", "train.epochs"])
+def test_a_negative_length_is_refused(name):
+  with pytest.raises(ValueError, match=f"{name} is -1; it must not be negative"):
+    settings.check(toy_config(**{name: -1}))
+
+
+def test_results_are_not_written_among_the_data(tmp_path, parse):
+  data = make_folder(tmp_path / "mine", 4)
+  words = ("--config=quickstart", f"--workdir={data}", f"--config.data.root={data}/.")
+  with pytest.raises(ValueError, match="is the folder of the data, --config.data.root"):
+    cli._check_places(parse(*words))
+  with pytest.raises(ValueError, match="is the folder of the data, --input"):
+    cli._check_places(parse("--mode=predict", f"--input={data}", f"--out={data}"))
+
+
+def test_an_empty_setting_that_differs_is_shown():
+  lines = settings.differing(toy_config(**{"data.range": "1,2"}), toy_config())
+  assert lines == ["data.range: 1,2 there, empty here"]
 
 
 def test_every_flag_of_the_program_is_in_the_table():

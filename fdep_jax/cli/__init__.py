@@ -78,7 +78,7 @@ def program_flags():
   )
   flags.DEFINE_string("workdir", None, "folder of the run")
   flags.DEFINE_enum("mode", "train", list(NEEDS), "train evaluates too; see README.md")
-  flags.DEFINE_string("method", None, "predict, eval: a detector without training, fkrw or mpcm")
+  flags.DEFINE_string("method", None, "predict, eval: detector without training, fkrw, mpcm, nipps")
   flags.DEFINE_list("data", None, "eval, validate: folders of datasets, A,B,C")
   flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
   flags.DEFINE_string("checkpoint", None, "predict, export, eval: best, last, a step, or a path")
@@ -116,6 +116,7 @@ def main(argv):
   logging.getLogger("jax").setLevel(logging.WARNING)  # it logs every absent accelerator
   mode = values.mode
   check_given(mode, values)
+  _check_places(values)
   if mode == "plan":
     from fdep_jax.runtime import topology
 
@@ -192,6 +193,35 @@ def check_given(mode, values):
     raise ValueError("--seeds chooses runs of a table. Name it (--config), or leave --seeds out.")
 
 
+def _check_places(values):
+  """Raises ValueError if results would be written among the data."""
+  data = values.config.data.root if values.mode == "train" and values.config else None
+  given = {"train": ("workdir", "--config.data.root", data), "predict": ("out", "--input", None)}
+  flag, source, folder = given.get(values.mode, (None, None, None))
+  folder, out = folder or values.input, flag and getattr(values, flag)
+  if folder and out and os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(out):
+    raise ValueError(f"--{flag} {out} is the folder of the data, {source}. Name another folder.")
+
+
+def usage(argv):
+  """Returns the flags of the mode that a command line names, or of every mode in a line."""
+  mode, found = arguments.mode_of(argv), program_flags()
+  if mode not in USES:
+    lines = [f"  {name:<9}" + " ".join(f"--{use}" for use in USES[name]) for name in USES]
+    return "\n".join(
+      [
+        "Usage: python main.py [--mode MODE] FLAGS. The mode is train if none is given.",
+        *lines,
+        "Add --mode MODE to --help to read what the flags mean. Settings: --config.NAME=VALUE.",
+      ]
+    )
+  lines = [
+    f"  --{name:<14}{found[name].help}" + (" (needed)" if name in NEEDS[mode] else "")
+    for name in USES[mode]
+  ]
+  return "\n".join([f"--mode {mode}:", *lines])
+
+
 def _published(mode, values):
   """Returns the flags that the mode needs for a published network; None if there is none.
 
@@ -234,7 +264,7 @@ def parse(argv):
     left = program_flags()(argv)
     arguments.check_words(left[1:], argv)
     settings.check_flags(program_flags(), OF_FILE if program_flags().backbone else OF_RUN)
-  except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
+  except (Exception, flags.Error) as error:  # also whatever somebody's own config raises
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
   renamed = settings.old_flags(argv)
   if renamed:
@@ -349,5 +379,8 @@ def start():
         2,
       )
     )
+  if {"-h", "-help", "--help"} & {*sys.argv[1:]}:
+    print(usage(sys.argv[1:]))
+    return
   use_huge_pages()
   app.run(run_main, flags_parser=parse)

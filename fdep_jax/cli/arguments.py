@@ -14,6 +14,7 @@ _TRUTH = ("true", "false", "yes", "no", "on", "off")
 _INSTEAD = {
   ("train", "checkpoint"): "A run continues from its own newest checkpoint; a new one starts from "
   "its seed.",
+  ("train", "data"): "The dataset is a setting: --config.data.root=FOLDER.",
   ("train", "out"): "The results of a run are in its --workdir.",
   ("train", "seeds"): "The seed of a run is --config.seed=1.",
   ("sweep", "out"): "The runs are in --workdir; --mode table writes to --out.",
@@ -32,13 +33,14 @@ _CONFIG = {
   "predict": f"{_FOR_RUNS}: leave --config FILE out. Only the place of the prior's file may "
   "differ: --config.prior.checkpoint=FILE.",
   "export": f"{_FOR_RUNS}, which --workdir or --checkpoint names.",
+  "validate": "Name the dataset with --data; --range LOW,HIGH is its data.range.",
 }
 
 
 def mode_of(argv: Sequence[str]) -> str | None:
   """Returns the value of --mode, the last if it is repeated; None if it is not given."""
   mode = None
-  for argument, following in zip(argv, [*argv[1:], None], strict=True):
+  for argument, following in zip(argv, [*argv[1:], None], strict=False):
     name, equals, value = argument.partition("=")
     if name in ("--mode", "-mode"):
       mode = value if equals else following
