@@ -441,6 +441,29 @@ def test_the_range_of_a_run_is_fixed_stored_and_used_by_prediction(tmp_path, toy
   assert set(seen) == {images.range, (7000.0, 8000.0)}
 
 
+@pytest.mark.parametrize("values", [(7003.0, 8001.0), "full"])
+def test_prediction_sees_the_levels_of_the_training_bit_for_bit(tmp_path, toy, values):
+  root = deep_set(tmp_path / "data")
+  text = values if isinstance(values, str) else "{:g},{:g}".format(*values)
+  images = build.load_images(toy_config(**{"data.root": str(root), "data.range": text}))
+  assert images.range == values
+  mine = detector(Bright())._replace(range=values)
+  predictor, seen = predict.Predictor(mine), []
+  stream = predict.Predictor.stream
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      predict.Predictor,
+      "stream",
+      lambda self, items: stream(self, (seen.append(item[1]) or item for item in items)),
+    )
+    predict.run(root / "images", tmp_path / "out", mine, progress=False)
+    predictor(np.array(Image.open(root / "images/0.png")))  # by default with the same range
+  trained = [*images.train, *images.val, *images.test]
+  trained = {sample.name: sample.image for sample in trained}
+  for name, levels in zip("01230", seen, strict=True):
+    np.testing.assert_array_equal(np.repeat(levels[..., None], 3, -1), trained[name])
+
+
 def test_a_range_that_is_none_is_refused():
   with pytest.raises(ValueError, match="data.range is '7000'; it must be LOW,HIGH, full, auto"):
     settings.check(toy_config(**{"data.range": "7000"}))

@@ -195,6 +195,9 @@ def parse_range(text: str) -> Range:
 def grey_levels(frame: np.ndarray, values: Range = "auto") -> np.ndarray:
   """Converts a frame to the grey levels of 8-bit pictures, which networks are trained on.
 
+  Training, evaluation and prediction all call this, so that one file with one range gives one
+  input.
+
   Args:
     frame: H×W or H×W×3, any type.
     values: the range that becomes [0, 255]; values outside it become black or white.
@@ -207,9 +210,11 @@ def grey_levels(frame: np.ndarray, values: Range = "auto") -> np.ndarray:
       mean temperatures.
 
   Returns:
-    The same shape, float32 in [0, 255]; not rounded.
+    The same shape, float32 in [0, 255]: whole numbers for "full" and (low, high), as training keeps
+    8 bits of them; not rounded for "auto".
   """
   integer = frame.dtype.kind in "iu"
+  whole = values != "auto"
   if frame.dtype == np.uint8 and isinstance(values, str):
     return frame.astype(np.float32)
   if values == "auto":
@@ -233,4 +238,6 @@ def grey_levels(frame: np.ndarray, values: Range = "auto") -> np.ndarray:
     # Halved first: the difference of two finite floats can be infinite.
     part = (line.astype(np.float64) / 2 - low / 2) / (high / 2 - low / 2)
     row[:] = np.clip(part, 0, 1) * 255
+    if whole:
+      np.rint(row, out=row)
   return out

@@ -135,7 +135,7 @@ def read_frame(path: str | os.PathLike, values: frames.Range) -> np.ndarray:
 
   Args:
     path: a file with one frame.
-    values: range that becomes the grey levels, see `frames.grey_levels`.
+    values: range that becomes the grey levels, "full" or (low, high), see `frames.grey_levels`.
 
   Raises:
     ValueError: it cannot be read, or has several frames.
@@ -143,7 +143,7 @@ def read_frame(path: str | os.PathLike, values: frames.Range) -> np.ndarray:
   found = list(frames.read(path))
   if len(found) != 1:
     raise ValueError(f"has {len(found)} frames; save one a file")
-  grey = np.uint8(np.rint(frames.grey_levels(found[0], values)))
+  grey = np.uint8(frames.grey_levels(found[0], values))
   return np.repeat(grey[..., None], 3, -1) if grey.ndim == 2 else grey
 
 

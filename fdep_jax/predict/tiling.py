@@ -33,6 +33,7 @@ class Predictor:
   def __init__(self, detector: Detector):
     self._whole, self._part, self._shapes = _forwards(detector)
     network = getattr(detector.model, "backbone", None)
+    self._range = detector.range
     self._fill = 255 * np.asarray(detector.fill, np.float32)
     self._why_whole = network.whole_frame if network else ""
     # Of sizes that the network was not trained for, each told once. The crop of a published
@@ -44,16 +45,16 @@ class Predictor:
       self._network = network.paper_name
       self._largest = min(WHOLE[detector.branch] ** 2, network.max_pixels or math.inf)
 
-  def __call__(self, frame: np.ndarray, values: frames.Range = "auto") -> np.ndarray:
+  def __call__(self, frame: np.ndarray, values: frames.Range | None = None) -> np.ndarray:
     """Returns H×W float32 probabilities of an H×W or H×W×3 array.
 
     Args:
       frame: of any integer or float type.
-      values: as for `frames.grey_levels`.
+      values: as for `frames.grey_levels`; default the range of the training, else "auto".
     """
-    return next(
-      self.stream([(None, frames.grey_levels(frames.checked(np.asarray(frame)), values))])
-    )[1]
+    frame = frames.checked(np.asarray(frame))
+    levels = frames.grey_levels(frame, values or self._range or "auto")
+    return next(self.stream([(None, levels)]))[1]
 
   def stream(
     self, items: Iterable[tuple[object, np.ndarray]], batch_size: int = 16
