@@ -464,6 +464,110 @@ def test_prediction_sees_the_levels_of_the_training_bit_for_bit(tmp_path, toy, v
     np.testing.assert_array_equal(np.repeat(levels[..., None], 3, -1), trained[name])
 
 
+def validate(root, out, values=None):
+  check.command(types.SimpleNamespace(range=values, data=[str(root)], out=str(out)))
+
+
+def eight_bit(path):
+  Image.fromarray(np.random.default_rng(1).integers(0, 200, (40, 48), np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("values", ["7000,9000", "full", "auto"])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_eight_bit_images_in_a_set_with_a_range_are_refused_by_name(tmp_path, toy, values, mixed):
+  root = deep_set(tmp_path / "data") if mixed else make_folder(tmp_path / "data")
+  if mixed:
+    eight_bit(root / "images/1.png")
+  place = "problem.*\n  images/1.png" if mixed else "2 of 2 images, the first of them images/0.png"
+  place = place.removeprefix("problem.*") if values == "auto" else place
+  said = f"{place}: has 8 bits per channel, but a range is given. "
+  with pytest.raises(data.DataError, match=f"{said}--range is for images of more than 8 bits"):
+    validate(root, tmp_path / "out", values)
+  config = toy_config(**{"data.root": str(root), "data.range": values})
+  with pytest.raises(data.DataError, match=f"{said}--config.data.range is for images of more"):
+    build.load_images(config)
+
+
+def test_eight_bit_images_of_the_test_split_are_refused_too(tmp_path):
+  root = deep_set(tmp_path / "data")
+  eight_bit(root / "images/3.png")
+  config = toy_config(**{"data.root": str(root), "data.range": "auto"})
+  with pytest.raises(data.DataError, match="split 'test'\n  images/3.png: has 8 bits"):
+    build.load_test(config, (7000.0, 9000.0))
+  with pytest.raises(data.DataError, match="split 'test'\n  images/3.png: has 8 bits"):
+    build.load_images(config)
+
+
+def test_a_run_with_a_range_takes_no_frames_of_eight_bits_unless_a_range_is_named(tmp_path):
+  mine = detector(Bright())._replace(range=(7000.0, 9000.0))
+  images = deep_set(tmp_path / "data") / "images"
+  eight_bit(images / "1.png")
+  found = predict.run(images, tmp_path / "out", mine, progress=False)
+  said = "has 8 bits per channel, but .* with the range 7000,9000. .* --range=auto takes 8 bits as"
+  assert list(found.unreadable) == ["1.png"] and re.search(said, found.unreadable["1.png"])
+  assert not predict.run(images, tmp_path / "out", mine, values="auto", progress=False).unreadable
+  frame = np.array(Image.open(images / "1.png"))
+  with pytest.raises(frames.FrameError, match=said):
+    predict.Predictor(mine)(frame)
+  assert not predict.run(images, tmp_path / "out", detector(Bright()), progress=False).unreadable
+
+
+@pytest.mark.parametrize("values", ["0,255", "9100,9200", "0,7010"])
+def test_a_range_that_blackens_or_whitens_the_images_is_refused(tmp_path, toy, values):
+  root = deep_set(tmp_path / "data")
+  said = "2 of 2 images, the first of them images/0.png: has values from 700. to 89.., of which "
+  said += f"the range {values} makes (99|100) % black or white. "
+  with pytest.raises(data.DataError, match=f"{said}.*: --range=LOW,HIGH"):
+    validate(root, tmp_path / "out", values)
+  config = toy_config(**{"data.root": str(root), "data.range": values})
+  with pytest.raises(data.DataError, match=f"{said}.*: --config.data.range=LOW,HIGH"):
+    build.load_images(config)
+  config.data.lazy = True
+  with pytest.raises(data.DataError, match=said):
+    build.load_images(config)
+
+
+@pytest.mark.parametrize("backbone", ["alcl", "rpcanet"])  # the second needs no deviation
+def test_images_of_one_grey_level_are_refused(tmp_path, backbone):
+  root = deep_set(tmp_path / "deep")
+  said = "each of the 2 train images has one grey level only .128 of 255., their deviation is 0, "
+  config = toy_config(**{"data.root": str(root), "data.range": "-1e8,1e8"})
+  config.mode, config.model.backbone = "original", backbone
+  with pytest.raises(ValueError, match=f"{said}with the range .*--config.data.range=LOW,HIGH"):
+    build.load_images(config)
+  with pytest.raises(ValueError, match=f"{said}with the range .* --range=LOW,HIGH"):
+    validate(root, tmp_path / "out", "-1e8,1e8")
+  config.data.root, config.data.range = str(make_folder(tmp_path / "flat")), ""
+  for path in (tmp_path / "flat/images").iterdir():
+    Image.fromarray(np.full((40, 48), 128, np.uint8)).save(path)
+  with pytest.raises(ValueError, match=f"{said}so they show nothing"):
+    build.load_images(config)
+  with pytest.raises(ValueError, match=f"{said}so they show nothing"):
+    validate(tmp_path / "flat", tmp_path / "out")
+  eight_bit(tmp_path / "flat/images/1.png")  # one that shows something is enough
+  assert build.load_images(config).train
+
+
+def test_images_that_need_a_range_are_one_line_with_the_option_of_the_mode(tmp_path):
+  root = deep_set(tmp_path / "data")
+  for i in range(4, 60):
+    for kind in ("images", "masks"):
+      (root / kind / f"{i}.png").write_bytes((root / kind / "0.png").read_bytes())
+  (root / "splits/train.txt").write_text("\n".join(map(str, [0, *range(4, 60)])))
+  eight_bit(root / "images/7.png")
+  with pytest.raises(data.DataError) as told:
+    validate(root, tmp_path / "out")
+  lines = str(told.value).splitlines()
+  assert lines[1:] == [
+    "  56 of 57 images, the first of them images/0.png: holds more than 8 bits per channel (mode "
+    "I;16). Name the range that becomes black to white: --range=LOW,HIGH in the sensor's counts, "
+    "full, or auto"
+  ]
+  with pytest.raises(data.DataError, match=": --config.data.range=LOW,HIGH") as told:
+    data.read(root, "train")
+  assert len(str(told.value).splitlines()) == 2
+
+
 def test_a_range_that_is_none_is_refused():
   with pytest.raises(ValueError, match="data.range is '7000'; it must be LOW,HIGH, full, auto"):
     settings.check(toy_config(**{"data.range": "7000"}))

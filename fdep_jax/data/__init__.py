@@ -10,6 +10,7 @@ from fdep_jax.data.samples import (
   LazySamples,
   Sample,
   Statistic,
+  check_contrast,
   fingerprint,
   sizes,
   split_validation,
@@ -24,6 +25,7 @@ __all__ = [
   "MissingDataError",
   "Sample",
   "Statistic",
+  "check_contrast",
   "eval_batches",
   "fingerprint",
   "load",
@@ -61,11 +63,12 @@ def load(
   manual_dir: str | Path | None = None,
   values: frames.Range = "",
   lazy: bool = False,
+  option: str = frames.OPTION,
 ) -> Sequence[Sample]:
   """Reads a dataset from a folder, or by `read_tfds` if `root` is "tfds:<name>" (tfds:sirst3).
 
-  `values` is the range of a folder's images, as for `read`; `lazy` is as there.
+  `values` is the range of a folder's images, as for `read`; `lazy` and `option` are as there.
   """
   if str(root).startswith("tfds:"):
     return read_tfds(str(root).removeprefix("tfds:"), split, data_dir, manual_dir, lazy)
-  return read(root, split, values, lazy)
+  return read(root, split, values, lazy, option)
