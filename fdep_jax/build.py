@@ -54,6 +54,7 @@ def check_inputs(config: ConfigDict) -> None:
   check_network(config)
   missing = []
   root, checkpoint = config.data.root, config.prior.checkpoint
+  data.check_named(root)
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
     missing.append(
       f"data.root: there is no folder {_place(root)}. Download the dataset and lay it out as "

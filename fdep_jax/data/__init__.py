@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fdep_jax.data import frames
-from fdep_jax.data.folders import DataError, MissingDataError, measure_range, parts, read, validate
+from fdep_jax.data.folders import (
+  DataError,
+  MissingDataError,
+  check_named,
+  measure_range,
+  parts,
+  read,
+  validate,
+)
 from fdep_jax.data.pipeline import CropBank, eval_batches, padded_size, train_iterator
 from fdep_jax.data.samples import (
   LazySamples,
@@ -26,6 +34,7 @@ __all__ = [
   "Sample",
   "Statistic",
   "check_contrast",
+  "check_named",
   "eval_batches",
   "fingerprint",
   "load",
@@ -69,6 +78,7 @@ def load(
 
   `values` is the range of a folder's images, as for `read`; `lazy` and `option` are as there.
   """
+  check_named(root)
   if str(root).startswith("tfds:"):
     return read_tfds(str(root).removeprefix("tfds:"), split, data_dir, manual_dir, lazy)
   return read(root, split, values, lazy, option)

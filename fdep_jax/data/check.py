@@ -23,7 +23,10 @@ def command(flags) -> None:
   Raises:
     ValueError, FileNotFoundError: the message lists all problems of the first bad dataset.
   """
-  for root in flags.data:
+  roots = [root.strip() for root in flags.data if root.strip()]  # none after a comma at the end
+  if not roots:
+    data.check_named("")
+  for root in roots:
     values = frames.parse_range(flags.range) if flags.range else ""
     values = data.measure_range(root, _OPTION) if values == "auto" else values
     validate(root, flags.out or "validation", values)

@@ -82,6 +82,18 @@ class _Pair(NamedTuple):
   mask: Path
 
 
+def check_named(root: str | Path) -> None:
+  """Refuses an empty name of a dataset, which would mean the folder in which the program runs.
+
+  Raises:
+    DataError: it is empty.
+  """
+  if isinstance(root, str) and not root.strip():
+    raise DataError(
+      "The name of a dataset is empty. Name a folder; in --data A,B leave no comma at the end"
+    )
+
+
 def measure_range(root: str | Path, option: str = frames.OPTION) -> tuple[float, float]:
   """Measures the range of a dataset's train images: data.range=auto.
 
@@ -94,6 +106,7 @@ def measure_range(root: str | Path, option: str = frames.OPTION) -> tuple[float,
   Raises:
     DataError: as `read`; also if an image has 8 bits.
   """
+  check_named(root)
   parts, problems = _survey(Path(root))
   problems = [p for p in problems if p.split in (None, "train")]
   low, high = math.inf, -math.inf
@@ -148,6 +161,7 @@ def read(
   """
   if split not in (*SPLITS, VAL, "all"):
     raise ValueError(f"split is {split!r}; it must be 'train', 'test', 'val' or 'all'")
+  check_named(root)
   root = Path(root)
   wanted = SPLITS if split == "all" else (split,)
   parts, problems = _survey(root)
