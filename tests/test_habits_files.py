@@ -10,6 +10,7 @@ import pytest
 from helpers import Bright, detector, make_folder, toy_config
 from PIL import Image
 
+from configs import nuaa_cpu
 from fdep_jax import build, data, predict, score, settings
 from fdep_jax.data import check, frames, samples
 from fdep_jax.metrics import hse, masks
@@ -414,6 +415,15 @@ def test_an_empty_part_of_the_datasets_is_not_the_current_folder(
   ):
     with pytest.raises(data.DataError, match=said):
       use()
+
+
+def test_the_config_for_own_frames_on_a_cpu_needs_no_prior(tmp_path):
+  config = nuaa_cpu.get_config()
+  config.data.root, config.data.range = str(make_folder(tmp_path / "data")), "7000,9000"
+  config.prior.checkpoint = str(tmp_path / "absent.pth")
+  build.check_inputs(config)
+  settings.check(config)
+  assert config.mode == "original" and config.data.crop == 128
 
 
 # Cameras.
