@@ -359,6 +359,22 @@ def test_a_folder_of_another_layout_says_what_was_found_and_what_is_sought(tmp_p
     names(tmp_path / "files")
 
 
+def test_a_mask_folder_of_another_name_says_what_was_sought_and_what_is_there(tmp_path):
+  pairs(tmp_path / "a/train", "images", "annotations", "a")
+  pairs(tmp_path / "a/test", "images", "masks", "b")
+  said = "train: there is no mask folder .mask or .* or gt.; there are annotations/, images/"
+  with pytest.raises(FileNotFoundError, match=said):
+    names(tmp_path / "a")
+  for path in (tmp_path / "a/test/masks").iterdir():
+    path.unlink()
+  with pytest.raises(FileNotFoundError, match="test/masks: no image files in this folder"):
+    names(tmp_path / "a", "test")
+  (make_folder(tmp_path / "b") / "masks").rename(tmp_path / "b/annotations")
+  said = "no mask folder .masks or irstd1k_label.; there are annotations/, images/, splits/"
+  with pytest.raises(FileNotFoundError, match=said):
+    names(tmp_path / "b")
+
+
 # Videos.
 
 

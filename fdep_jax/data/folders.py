@@ -359,7 +359,7 @@ def _list_by_split_files(part: Path) -> tuple[dict[str, list[_Pair]], list[_Prob
     folder = _child(part, choices)
     files[kind] = _files(folder) if folder else {}
     if folder is None:
-      text = f"there is no {kind} folder ({' or '.join(choices)})"
+      text = f"there is no {kind} folder ({' or '.join(choices)}); there are {_content(part)}"
       problems.append(_Problem(text, missing=True))
     elif not files[kind]:
       problems.append(_Problem(f"{folder.name}: no {kind} files in this folder", missing=True))
@@ -489,12 +489,17 @@ def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
       problems.append(_Problem(text, split, missing=True))
     if not halves:
       continue
-    folders = {"img": _child(halves[0], _IMAGE_HALVES), "mask": _child(halves[0], _MASK_HALVES)}
-    files[split] = tuple(_files(folder) if folder else {} for folder in folders.values())
-    for kind, found in zip(folders, files[split], strict=True):
-      if not found:
-        text = f"{halves[0].name}/{kind}: no image files in this folder"
+    half, listed = halves[0], []
+    for kind, names in (("image", _IMAGE_HALVES), ("mask", _MASK_HALVES)):
+      folder = _child(half, names)
+      listed.append(_files(folder) if folder else {})
+      if folder is None:
+        text = f"{half.name}: there is no {kind} folder ({' or '.join(names)}); there are "
+        problems.append(_Problem(text + _content(half), split, missing=True))
+      elif not listed[-1]:
+        text = f"{half.name}/{folder.name}: no image files in this folder"
         problems.append(_Problem(text, split, missing=True))
+    files[split] = tuple(listed)
   names = {s: sorted(images, key=_natural) for s, (images, _) in files.items()}
   if names[VAL] and not _is_own(part, names):
     names[VAL], files[VAL] = [], ({}, {})
