@@ -533,6 +533,8 @@ def test_eight_bit_images_in_a_set_with_a_range_are_refused_by_name(tmp_path, to
   config = toy_config(**{"data.root": str(root), "data.range": values})
   with pytest.raises(data.DataError, match=f"{said}--config.data.range is for images of more"):
     build.load_images(config)
+  with pytest.raises(data.DataError, match="cannot be measured:\n  .*has 8 bits"):
+    data.measure_range(root)
 
 
 def test_eight_bit_images_of_the_test_split_are_refused_too(tmp_path):
