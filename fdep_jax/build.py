@@ -54,6 +54,7 @@ def check_inputs(config: ConfigDict) -> None:
   check_network(config)
   missing = []
   root, checkpoint = config.data.root, config.prior.checkpoint
+  data.check_named(root)
   if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
     missing.append(
       f"data.root: there is no folder {_place(root)}. Download the dataset and lay it out as "
@@ -78,13 +79,18 @@ def _place(path: str) -> str:
 
 
 def load_images(config: ConfigDict) -> Images:
-  """Reads both splits; mean and deviation are the train split's, if the network wants any."""
+  """Reads both splits; mean and deviation are the train split's, if the network wants any.
+
+  Raises:
+    ValueError: the data cannot be used, or each train image has one grey level only.
+  """
   if config.data.root == "synthetic":
     size = config.data.synthetic_size
     values, train = "", data.scenes(config.data.synthetic_train, size, seed=1)
   else:
     values = grey_range(config)
     train = data.load(config.data.root, "train", values=values, lazy=config.data.lazy)
+  data.check_contrast(config.data.root, train, values)
   test = load_test(config, values)
   mean, std = 0.0, 1.0
   if network_class(config.model.backbone).standardised:

@@ -10,6 +10,7 @@ import pytest
 from helpers import Bright, detector, make_folder, toy_config
 from PIL import Image
 
+from configs import nuaa_cpu
 from fdep_jax import build, data, predict, score, settings
 from fdep_jax.data import check, frames, samples
 from fdep_jax.metrics import hse, masks
@@ -358,6 +359,22 @@ def test_a_folder_of_another_layout_says_what_was_found_and_what_is_sought(tmp_p
     names(tmp_path / "files")
 
 
+def test_a_mask_folder_of_another_name_says_what_was_sought_and_what_is_there(tmp_path):
+  pairs(tmp_path / "a/train", "images", "annotations", "a")
+  pairs(tmp_path / "a/test", "images", "masks", "b")
+  said = "train: there is no mask folder .mask or .* or gt.; there are annotations/, images/"
+  with pytest.raises(FileNotFoundError, match=said):
+    names(tmp_path / "a")
+  for path in (tmp_path / "a/test/masks").iterdir():
+    path.unlink()
+  with pytest.raises(FileNotFoundError, match="test/masks: no image files in this folder"):
+    names(tmp_path / "a", "test")
+  (make_folder(tmp_path / "b") / "masks").rename(tmp_path / "b/annotations")
+  said = "no mask folder .masks or irstd1k_label.; there are annotations/, images/, splits/"
+  with pytest.raises(FileNotFoundError, match=said):
+    names(tmp_path / "b")
+
+
 # Videos.
 
 
@@ -393,6 +410,36 @@ def test_validate_lists_the_problems_of_a_bad_set(tmp_path):
   with pytest.raises(FileNotFoundError, match="0 has no mask"):
     check.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
   assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_part_of_the_datasets_is_not_the_current_folder(
+  tmp_path, monkeypatch, capsys, toy
+):
+  monkeypatch.chdir(make_folder(tmp_path / "data"))
+  flags = types.SimpleNamespace(range=None, data=["../data", "", " "], out=str(tmp_path / "out"))
+  check.command(flags)
+  assert capsys.readouterr().out.count("no problems") == 1
+  said = "The name of a dataset is empty. .*leave no comma"
+  config = toy_config(**{"data.root": ""})
+  for use in (
+    lambda: check.command(types.SimpleNamespace(range=None, data=[""], out="out")),
+    lambda: data.load("", "test"),
+    lambda: data.read(" ", "test"),
+    lambda: data.measure_range(""),
+    lambda: build.check_inputs(config),
+    lambda: build.load_test(config),
+  ):
+    with pytest.raises(data.DataError, match=said):
+      use()
+
+
+def test_the_config_for_own_frames_on_a_cpu_needs_no_prior(tmp_path):
+  config = nuaa_cpu.get_config()
+  config.data.root, config.data.range = str(make_folder(tmp_path / "data")), "7000,9000"
+  config.prior.checkpoint = str(tmp_path / "absent.pth")
+  build.check_inputs(config)
+  settings.check(config)
+  assert config.mode == "original" and config.data.crop == 128
 
 
 # Cameras.
@@ -439,6 +486,135 @@ def test_the_range_of_a_run_is_fixed_stored_and_used_by_prediction(tmp_path, toy
     for values in (None, (7000.0, 8000.0)):
       predict.run(tmp_path / "data/images", tmp_path / "out", mine, values=values, progress=False)
   assert set(seen) == {images.range, (7000.0, 8000.0)}
+
+
+@pytest.mark.parametrize("values", [(7003.0, 8001.0), "full"])
+def test_prediction_sees_the_levels_of_the_training_bit_for_bit(tmp_path, toy, values):
+  root = deep_set(tmp_path / "data")
+  text = values if isinstance(values, str) else "{:g},{:g}".format(*values)
+  images = build.load_images(toy_config(**{"data.root": str(root), "data.range": text}))
+  assert images.range == values
+  mine = detector(Bright())._replace(range=values)
+  predictor, seen = predict.Predictor(mine), []
+  stream = predict.Predictor.stream
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      predict.Predictor,
+      "stream",
+      lambda self, items: stream(self, (seen.append(item[1]) or item for item in items)),
+    )
+    predict.run(root / "images", tmp_path / "out", mine, progress=False)
+    predictor(np.array(Image.open(root / "images/0.png")))  # by default with the same range
+  trained = [*images.train, *images.val, *images.test]
+  trained = {sample.name: sample.image for sample in trained}
+  for name, levels in zip("01230", seen, strict=True):
+    np.testing.assert_array_equal(np.repeat(levels[..., None], 3, -1), trained[name])
+
+
+def validate(root, out, values=None):
+  check.command(types.SimpleNamespace(range=values, data=[str(root)], out=str(out)))
+
+
+def eight_bit(path):
+  Image.fromarray(np.random.default_rng(1).integers(0, 200, (40, 48), np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("values", ["7000,9000", "full", "auto"])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_eight_bit_images_in_a_set_with_a_range_are_refused_by_name(tmp_path, toy, values, mixed):
+  root = deep_set(tmp_path / "data") if mixed else make_folder(tmp_path / "data")
+  if mixed:
+    eight_bit(root / "images/1.png")
+  place = "problem.*\n  images/1.png" if mixed else "2 of 2 images, the first of them images/0.png"
+  place = place.removeprefix("problem.*") if values == "auto" else place
+  said = f"{place}: has 8 bits per channel, but a range is given. "
+  with pytest.raises(data.DataError, match=f"{said}--range is for images of more than 8 bits"):
+    validate(root, tmp_path / "out", values)
+  config = toy_config(**{"data.root": str(root), "data.range": values})
+  with pytest.raises(data.DataError, match=f"{said}--config.data.range is for images of more"):
+    build.load_images(config)
+  with pytest.raises(data.DataError, match="cannot be measured:\n  .*has 8 bits"):
+    data.measure_range(root)
+
+
+def test_eight_bit_images_of_the_test_split_are_refused_too(tmp_path):
+  root = deep_set(tmp_path / "data")
+  eight_bit(root / "images/3.png")
+  config = toy_config(**{"data.root": str(root), "data.range": "auto"})
+  with pytest.raises(data.DataError, match="split 'test'\n  images/3.png: has 8 bits"):
+    build.load_test(config, (7000.0, 9000.0))
+  with pytest.raises(data.DataError, match="split 'test'\n  images/3.png: has 8 bits"):
+    build.load_images(config)
+
+
+def test_a_run_with_a_range_takes_no_frames_of_eight_bits_unless_a_range_is_named(tmp_path):
+  mine = detector(Bright())._replace(range=(7000.0, 9000.0))
+  images = deep_set(tmp_path / "data") / "images"
+  eight_bit(images / "1.png")
+  found = predict.run(images, tmp_path / "out", mine, progress=False)
+  said = "has 8 bits per channel, but .* with the range 7000,9000. .* --range=auto takes 8 bits as"
+  assert list(found.unreadable) == ["1.png"] and re.search(said, found.unreadable["1.png"])
+  assert not predict.run(images, tmp_path / "out", mine, values="auto", progress=False).unreadable
+  frame = np.array(Image.open(images / "1.png"))
+  with pytest.raises(frames.FrameError, match=said):
+    predict.Predictor(mine)(frame)
+  assert not predict.run(images, tmp_path / "out", detector(Bright()), progress=False).unreadable
+
+
+@pytest.mark.parametrize("values", ["0,255", "9100,9200", "0,7010"])
+def test_a_range_that_blackens_or_whitens_the_images_is_refused(tmp_path, toy, values):
+  root = deep_set(tmp_path / "data")
+  said = "2 of 2 images, the first of them images/0.png: has values from 700. to 89.., of which "
+  said += f"the range {values} makes (99|100) % black or white. "
+  with pytest.raises(data.DataError, match=f"{said}.*: --range=LOW,HIGH"):
+    validate(root, tmp_path / "out", values)
+  config = toy_config(**{"data.root": str(root), "data.range": values})
+  with pytest.raises(data.DataError, match=f"{said}.*: --config.data.range=LOW,HIGH"):
+    build.load_images(config)
+  config.data.lazy = True
+  with pytest.raises(data.DataError, match=said):
+    build.load_images(config)
+
+
+@pytest.mark.parametrize("backbone", ["alcl", "rpcanet"])  # the second needs no deviation
+def test_images_of_one_grey_level_are_refused(tmp_path, backbone):
+  root = deep_set(tmp_path / "deep")
+  said = "each of the 2 train images has one grey level only .128 of 255., their deviation is 0, "
+  config = toy_config(**{"data.root": str(root), "data.range": "-1e8,1e8"})
+  config.mode, config.model.backbone = "original", backbone
+  with pytest.raises(ValueError, match=f"{said}with the range .*--config.data.range=LOW,HIGH"):
+    build.load_images(config)
+  with pytest.raises(ValueError, match=f"{said}with the range .* --range=LOW,HIGH"):
+    validate(root, tmp_path / "out", "-1e8,1e8")
+  config.data.root, config.data.range = str(make_folder(tmp_path / "flat")), ""
+  for path in (tmp_path / "flat/images").iterdir():
+    Image.fromarray(np.full((40, 48), 128, np.uint8)).save(path)
+  with pytest.raises(ValueError, match=f"{said}so they show nothing"):
+    build.load_images(config)
+  with pytest.raises(ValueError, match=f"{said}so they show nothing"):
+    validate(tmp_path / "flat", tmp_path / "out")
+  eight_bit(tmp_path / "flat/images/1.png")  # one that shows something is enough
+  assert build.load_images(config).train
+
+
+def test_images_that_need_a_range_are_one_line_with_the_option_of_the_mode(tmp_path):
+  root = deep_set(tmp_path / "data")
+  for i in range(4, 60):
+    for kind in ("images", "masks"):
+      (root / kind / f"{i}.png").write_bytes((root / kind / "0.png").read_bytes())
+  (root / "splits/train.txt").write_text("\n".join(map(str, [0, *range(4, 60)])))
+  eight_bit(root / "images/7.png")
+  with pytest.raises(data.DataError) as told:
+    validate(root, tmp_path / "out")
+  lines = str(told.value).splitlines()
+  assert lines[1:] == [
+    "  56 of 57 images, the first of them images/0.png: holds more than 8 bits per channel (mode "
+    "I;16). Name the range that becomes black to white: --range=LOW,HIGH in the sensor's counts, "
+    "full, or auto"
+  ]
+  with pytest.raises(data.DataError, match=": --config.data.range=LOW,HIGH") as told:
+    data.read(root, "train")
+  assert len(str(told.value).splitlines()) == 2
 
 
 def test_a_range_that_is_none_is_refused():

@@ -4,12 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fdep_jax.data import frames
-from fdep_jax.data.folders import DataError, MissingDataError, measure_range, parts, read, validate
+from fdep_jax.data.folders import (
+  DataError,
+  MissingDataError,
+  check_named,
+  measure_range,
+  parts,
+  read,
+  validate,
+)
 from fdep_jax.data.pipeline import CropBank, eval_batches, padded_size, train_iterator
 from fdep_jax.data.samples import (
   LazySamples,
   Sample,
   Statistic,
+  check_contrast,
   fingerprint,
   sizes,
   split_validation,
@@ -24,6 +33,8 @@ __all__ = [
   "MissingDataError",
   "Sample",
   "Statistic",
+  "check_contrast",
+  "check_named",
   "eval_batches",
   "fingerprint",
   "load",
@@ -61,11 +72,13 @@ def load(
   manual_dir: str | Path | None = None,
   values: frames.Range = "",
   lazy: bool = False,
+  option: str = frames.OPTION,
 ) -> Sequence[Sample]:
   """Reads a dataset from a folder, or by `read_tfds` if `root` is "tfds:<name>" (tfds:sirst3).
 
-  `values` is the range of a folder's images, as for `read`; `lazy` is as there.
+  `values` is the range of a folder's images, as for `read`; `lazy` and `option` are as there.
   """
+  check_named(root)
   if str(root).startswith("tfds:"):
     return read_tfds(str(root).removeprefix("tfds:"), split, data_dir, manual_dir, lazy)
-  return read(root, split, values, lazy)
+  return read(root, split, values, lazy, option)

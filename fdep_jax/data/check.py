@@ -13,6 +13,7 @@ from fdep_jax.runtime import files
 
 SHOWN = 6  # pairs in a picture
 _SIDE = 240  # pixels of a pair's picture
+_OPTION = "--range"  # of this mode, names the range
 _AMBER = (255, 176, 0)
 
 
@@ -22,9 +23,12 @@ def command(flags) -> None:
   Raises:
     ValueError, FileNotFoundError: the message lists all problems of the first bad dataset.
   """
-  for root in flags.data:
+  roots = [root.strip() for root in flags.data if root.strip()]  # none after a comma at the end
+  if not roots:
+    data.check_named("")
+  for root in roots:
     values = frames.parse_range(flags.range) if flags.range else ""
-    values = data.measure_range(root) if values == "auto" else values
+    values = data.measure_range(root, _OPTION) if values == "auto" else values
     validate(root, flags.out or "validation", values)
 
 
@@ -41,13 +45,16 @@ def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
 
   Raises:
     DataError: lists all problems.
+    ValueError: each train image has one grey level only.
   """
-  splits = {split: data.load(root, split, values=values) for split in ("train", "test")}
-  if not root.startswith("tfds:") and (own := data.load(root, "val", values=values)):
+  about = {"values": values, "option": _OPTION}
+  splits = {split: data.load(root, split, **about) for split in ("train", "test")}
+  if not root.startswith("tfds:") and (own := data.load(root, "val", **about)):
     splits["val"] = own
+  data.check_contrast(root, splits["train"], **about)
   found = {split: facts(samples) for split, samples in splits.items()}
   name = pathlib.Path(root.removeprefix("tfds:")).name
-  print(f"{root}: no problems" + (f", range {values}" if values else ""))
+  print(f"{root}: no problems" + (f", range {frames.show_range(values)}" if values else ""))
   for split, values in found.items():
     print(f"  {split:<6}" + ", ".join(f"{value} {key}" for key, value in values.items()))
   path = pathlib.Path(out).expanduser() / f"{name}.png"

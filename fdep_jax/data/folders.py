@@ -82,24 +82,45 @@ class _Pair(NamedTuple):
   mask: Path
 
 
-def measure_range(root: str | Path) -> tuple[float, float]:
+def check_named(root: str | Path) -> None:
+  """Refuses an empty name of a dataset, which would mean the folder in which the program runs.
+
+  Raises:
+    DataError: it is empty.
+  """
+  if isinstance(root, str) and not root.strip():
+    raise DataError(
+      "The name of a dataset is empty. Name a folder; in --data A,B leave no comma at the end"
+    )
+
+
+def measure_range(root: str | Path, option: str = frames.OPTION) -> tuple[float, float]:
   """Measures the range of a dataset's train images: data.range=auto.
 
   OUR CHOICE: from the lowest 0.1th to the highest 99.99th percentile of an image.
 
+  Args:
+    root: the dataset's folder.
+    option: that names the range, for messages.
+
   Raises:
-    DataError: as `read`.
+    DataError: as `read`; also if an image has 8 bits.
   """
+  check_named(root)
   parts, problems = _survey(Path(root))
   problems = [p for p in problems if p.split in (None, "train")]
   low, high = math.inf, -math.inf
-  for path in (pair.image for pairs in parts.values() for pair in pairs["train"]):
+  paths = [pair.image for pairs in parts.values() for pair in pairs["train"]]
+  errors = []
+  for path in paths:
     try:
       for frame in frames.read(path):
+        frames.check_depth(frame)
         ends = np.percentile(frame, (frames.BLACK, frames.WHITE), method="nearest")
         low, high = min(low, float(ends[0])), max(high, float(ends[1]))
     except ValueError as error:
-      problems.append(_Problem(f"{path.relative_to(root)}: {error}"))
+      errors.append((path, error))
+  problems += _told(errors, Path(root), len(paths), option)
   if problems or not low < high:
     texts = [p.text for p in problems] or [f"all train images hold the one value {low:g}"]
     raise DataError("\n  ".join([f"{root}: the range cannot be measured:", *shorten(texts)]))
@@ -107,7 +128,11 @@ def measure_range(root: str | Path) -> tuple[float, float]:
 
 
 def read(
-  root: str | Path, split: str, values: frames.Range = "", lazy: bool = False
+  root: str | Path,
+  split: str,
+  values: frames.Range = "",
+  lazy: bool = False,
+  option: str = frames.OPTION,
 ) -> Sequence[Sample]:
   """Reads and decodes every pair of a split, in the order of its split file.
 
@@ -120,20 +145,23 @@ def read(
     root: the dataset's folder, see the top of this file.
     split: "train", "test", "all" (train, then test), or "val", which is [] if there is none.
     values: range that becomes the grey levels, see `frames.grey_levels`; "": reads 8 bits only.
+      With a range only images of more than 8 bits are read.
     lazy: decodes every pair once to check it, and again each time it is asked for.
+    option: that names the range, for messages.
 
   Returns:
     A list, or `LazySamples`, which raise a `DataError` if a file has become unreadable.
 
   Raises:
     DataError: a ValueError listing all problems at once: images and masks of different size,
-      undecodable files, masks of 0 and 1, a split of empty masks only, a name listed twice or in
-      both splits.
+      undecodable files, images that do not fit the range, masks of 0 and 1, a split of empty masks
+      only, a name listed twice or in both splits.
     MissingDataError: a DataError and FileNotFoundError, if the only problems are folders, split
       files, images or masks that do not exist.
   """
   if split not in (*SPLITS, VAL, "all"):
     raise ValueError(f"split is {split!r}; it must be 'train', 'test', 'val' or 'all'")
+  check_named(root)
   root = Path(root)
   wanted = SPLITS if split == "all" else (split,)
   parts, problems = _survey(root)
@@ -141,7 +169,7 @@ def read(
   kept: list[Sample | tuple[int, int]] = []  # if lazy, their sizes
   for which in wanted:
     for part, pairs in parts.items():
-      decoded, some_target, found = _decode(pairs[which], root, values, lazy)
+      decoded, some_target, found = _decode(pairs[which], root, values, lazy, option)
       problems += found
       if decoded and not found and not some_target:
         text = f"{_show(part, root)}{which}: all {len(decoded)} masks are empty"
@@ -331,7 +359,7 @@ def _list_by_split_files(part: Path) -> tuple[dict[str, list[_Pair]], list[_Prob
     folder = _child(part, choices)
     files[kind] = _files(folder) if folder else {}
     if folder is None:
-      text = f"there is no {kind} folder ({' or '.join(choices)})"
+      text = f"there is no {kind} folder ({' or '.join(choices)}); there are {_content(part)}"
       problems.append(_Problem(text, missing=True))
     elif not files[kind]:
       problems.append(_Problem(f"{folder.name}: no {kind} files in this folder", missing=True))
@@ -461,12 +489,17 @@ def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
       problems.append(_Problem(text, split, missing=True))
     if not halves:
       continue
-    folders = {"img": _child(halves[0], _IMAGE_HALVES), "mask": _child(halves[0], _MASK_HALVES)}
-    files[split] = tuple(_files(folder) if folder else {} for folder in folders.values())
-    for kind, found in zip(folders, files[split], strict=True):
-      if not found:
-        text = f"{halves[0].name}/{kind}: no image files in this folder"
+    half, listed = halves[0], []
+    for kind, names in (("image", _IMAGE_HALVES), ("mask", _MASK_HALVES)):
+      folder = _child(half, names)
+      listed.append(_files(folder) if folder else {})
+      if folder is None:
+        text = f"{half.name}: there is no {kind} folder ({' or '.join(names)}); there are "
+        problems.append(_Problem(text + _content(half), split, missing=True))
+      elif not listed[-1]:
+        text = f"{half.name}/{folder.name}: no image files in this folder"
         problems.append(_Problem(text, split, missing=True))
+    files[split] = tuple(listed)
   names = {s: sorted(images, key=_natural) for s, (images, _) in files.items()}
   if names[VAL] and not _is_own(part, names):
     names[VAL], files[VAL] = [], ({}, {})
@@ -543,7 +576,7 @@ def _prefix_colliding_names(parts: dict[Path, dict[str, list[_Pair]]]) -> None:
 
 
 def _decode(
-  pairs: list[_Pair], root: Path, values: frames.Range, only_sizes: bool
+  pairs: list[_Pair], root: Path, values: frames.Range, only_sizes: bool, option: str
 ) -> tuple[list, bool, list[_Problem]]:
   """Returns samples, or only their (height, width); whether one has a target; and the problems."""
 
@@ -559,8 +592,36 @@ def _decode(
     results = list(pool.map(one, pairs))
   kept = [sample for sample, _, _ in results if sample is not None]
   found = [problem for _, _, problems in results for problem in problems]
-  problems = [_Problem(f"{path.relative_to(root)}: {text}") for path, text in found]
+  problems = _told(found, root, len(pairs), option)
   return kept, any(target for _, target, _ in results), problems
+
+
+def _told(
+  found: list[tuple[Path, Exception]], root: Path, number: int, option: str
+) -> list[_Problem]:
+  """Returns a problem for each file, but one for all images that one range does not fit.
+
+  Args:
+    found: files and what is wrong with them.
+    root: of the dataset.
+    number: of images that were read.
+    option: that names the range.
+  """
+  alike: dict[str, list[str]] = {}
+  for path, error in found:
+    if isinstance(error, frames.RangeError):
+      alike.setdefault(error.advice, []).append(str(path.relative_to(root)))
+  problems = []
+  for path, error in found:
+    place = str(path.relative_to(root))
+    if not isinstance(error, frames.RangeError):
+      problems.append(_Problem(f"{place}: {error}"))
+    elif place == alike[error.advice][0]:
+      names = alike[error.advice]
+      if len(names) > 1:
+        place = f"{len(names)} of {number} images, the first of them {place}"
+      problems.append(_Problem(f"{place}: {error.told(option)}"))
+  return problems
 
 
 def _decode_again(pair: _Pair, values: frames.Range) -> Sample:
@@ -573,7 +634,7 @@ def _decode_again(pair: _Pair, values: frames.Range) -> Sample:
 
 def _decode_pair(
   pair: _Pair, values: frames.Range
-) -> tuple[Sample | None, list[tuple[Path, str]], str]:
+) -> tuple[Sample | None, list[tuple[Path, Exception]], str]:
   """Returns a pair's sample, its problems, and a warning or ""."""
   problems, image, mask = [], None, None
   try:
@@ -582,21 +643,21 @@ def _decode_pair(
     else:
       image = sample_lib.decode_image(pair.image.read_bytes())
   except (ValueError, OSError) as error:
-    problems.append((pair.image, str(error)))
+    problems.append((pair.image, error))
   try:
     mask, warning = sample_lib.decode_mask(pair.mask.read_bytes(), share=False)
   except (ValueError, OSError) as error:
-    problems.append((pair.mask, str(error)))
+    problems.append((pair.mask, error))
   if problems:
     return None, problems, ""
   if mask.shape != image.shape[:2]:
     (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
     sizes = f"mask is {mask_width}×{mask_height}, its image {pair.image.name} {width}×{height}"
-    return None, [(pair.mask, f"{sizes} (width×height); they must be equal")], ""
+    return None, [(pair.mask, ValueError(f"{sizes} (width×height); they must be equal"))], ""
   try:  # after the sizes, which explain more
     warning = warning or mask_rules.check_share(mask)
   except ValueError as error:
-    return None, [(pair.mask, str(error))], ""
+    return None, [(pair.mask, error)], ""
   return Sample(pair.name, image, mask), [], warning
 
 

@@ -40,6 +40,23 @@ class FrameError(ValueError):
   """An unusable file; the message is the reason."""
 
 
+OPTION = "--config.data.range"  # names the range, except where a mode has an option of its own
+CLIPPED = 0.99  # share of black and white pixels from which a range does not fit an image
+
+
+class RangeError(FrameError):
+  """An image that does not fit the range of a dataset; all images of one kind are told as one."""
+
+  def __init__(self, reason: str, advice: str):
+    """Takes a phrase of the image, and the advice to all of its kind: {option} is the option."""
+    super().__init__(f"{reason}. {advice.format(option=OPTION)}")
+    self.reason, self.advice = reason, advice
+
+  def told(self, option: str) -> str:
+    """Returns the message with the option of the mode in use."""
+    return f"{self.reason}. {self.advice.format(option=option)}"
+
+
 def read(path: str | Path) -> Iterator[np.ndarray]:
   """Yields the frames of a file as they are stored: H×W, or H×W×3 for colour.
 
@@ -192,8 +209,39 @@ def parse_range(text: str) -> Range:
   return low, high
 
 
+def show_range(values: Range) -> str:
+  """Returns a range as it is given on the command line."""
+  return values if isinstance(values, str) else ",".join(f"{value:.10g}" for value in values)
+
+
+def check_depth(frame: np.ndarray) -> None:
+  """Raises RangeError for 8 bits, which are grey levels already, in a dataset with a range."""
+  if frame.dtype == np.uint8:
+    raise RangeError(
+      "has 8 bits per channel, but a range is given",
+      "{option} is for images of more than 8 bits, and is the same for all. Leave it out if all "
+      "images have 8 bits; otherwise save these from the sensor's counts, or take them out. A run "
+      "that was trained with a range takes no images of 8 bits",
+    )
+
+
+def check_clipped(frame: np.ndarray, levels: np.ndarray, values: Range) -> None:
+  """Raises RangeError if nearly all grey levels of a frame are black or white."""
+  share = np.mean((levels == 0) | (levels == 255))
+  if share >= CLIPPED:
+    raise RangeError(
+      f"has values from {frame.min():.10g} to {frame.max():.10g}, of which the range "
+      f"{show_range(values)} makes {int(100 * share)} % black or white",
+      "Name the range of the images' own values: {option}=LOW,HIGH in the sensor's counts, or "
+      "auto, which measures it on the train images",
+    )
+
+
 def grey_levels(frame: np.ndarray, values: Range = "auto") -> np.ndarray:
   """Converts a frame to the grey levels of 8-bit pictures, which networks are trained on.
+
+  Training, evaluation and prediction all call this, so that one file with one range gives one
+  input.
 
   Args:
     frame: H×W or H×W×3, any type.
@@ -207,9 +255,11 @@ def grey_levels(frame: np.ndarray, values: Range = "auto") -> np.ndarray:
       mean temperatures.
 
   Returns:
-    The same shape, float32 in [0, 255]; not rounded.
+    The same shape, float32 in [0, 255]: whole numbers for "full" and (low, high), as training keeps
+    8 bits of them; not rounded for "auto".
   """
   integer = frame.dtype.kind in "iu"
+  whole = values != "auto"
   if frame.dtype == np.uint8 and isinstance(values, str):
     return frame.astype(np.float32)
   if values == "auto":
@@ -233,4 +283,6 @@ def grey_levels(frame: np.ndarray, values: Range = "auto") -> np.ndarray:
     # Halved first: the difference of two finite floats can be infinite.
     part = (line.astype(np.float64) / 2 - low / 2) / (high / 2 - low / 2)
     row[:] = np.clip(part, 0, 1) * 255
+    if whole:
+      np.rint(row, out=row)
   return out

@@ -113,9 +113,10 @@ def _open(content: bytes, deep: bool = False) -> Image.Image:
   if deep and (picture.mode in _EIGHT_BIT and bits <= 8 or picture.mode[0] in "IF"):
     return picture
   if bits == 16 or picture.mode not in _EIGHT_BIT:
-    raise ValueError(
-      f"holds more than 8 bits per channel (mode {picture.mode}). Name the range that becomes "
-      "black to white: --config.data.range=LOW,HIGH in the sensor's counts, full, or auto"
+    raise frames.RangeError(
+      f"holds more than 8 bits per channel (mode {picture.mode})",
+      "Name the range that becomes black to white: {option}=LOW,HIGH in the sensor's counts, full, "
+      "or auto",
     )
   return picture
 
@@ -131,19 +132,22 @@ def decode_image(content: bytes) -> np.ndarray:
 
 
 def read_frame(path: str | os.PathLike, values: frames.Range) -> np.ndarray:
-  """Reads an image of any bit depth as H×W×3 uint8.
+  """Reads an image of more than 8 bits as H×W×3 uint8.
 
   Args:
     path: a file with one frame.
-    values: range that becomes the grey levels, see `frames.grey_levels`.
+    values: range that becomes the grey levels, "full" or (low, high), see `frames.grey_levels`.
 
   Raises:
-    ValueError: it cannot be read, or has several frames.
+    ValueError: it cannot be read, has several frames, has 8 bits, or nearly all of it is black or
+      white (the last two: `frames.RangeError`).
   """
   found = list(frames.read(path))
   if len(found) != 1:
     raise ValueError(f"has {len(found)} frames; save one a file")
-  grey = np.uint8(np.rint(frames.grey_levels(found[0], values)))
+  frames.check_depth(found[0])
+  grey = np.uint8(frames.grey_levels(found[0], values))
+  frames.check_clipped(found[0], grey, values)
   return np.repeat(grey[..., None], 3, -1) if grey.ndim == 2 else grey
 
 
@@ -159,6 +163,38 @@ def decode_mask(content: bytes, share: bool = True) -> tuple[np.ndarray, str]:
   """
   mask, warning = masks.binary(masks.levels(_open(content, deep=True)))
   return mask, warning or (masks.check_share(mask) if share else "")
+
+
+def check_contrast(
+  root: str, samples: Sequence[Sample], values: frames.Range = "", option: str = frames.OPTION
+) -> None:
+  """Checks that an image has two grey levels, without which nothing can be learnt.
+
+  Args:
+    root: of the dataset, for the message.
+    samples: of the train split; decodes them up to the first with two levels.
+    values: range of the grey levels.
+    option: that names it.
+
+  Raises:
+    ValueError: each image has one grey level only.
+  """
+  found = []
+  for sample in samples:
+    if np.ptp(sample.image.reshape(-1, 3), axis=0).any():
+      return
+    found.append(int(sample.image.flat[0]))
+  if not found:
+    return
+  levels = f"{min(found)}" if min(found) == max(found) else f"{min(found)} to {max(found)}"
+  advice = "so they show nothing. Save them again from the sensor's counts"
+  if values:
+    advice = f"with the range {frames.show_range(values)}. Name the range of the images' own values"
+    advice += f": {option}=LOW,HIGH in the sensor's counts, or auto"
+  raise ValueError(
+    f"{root}: each of the {len(found)} train images has one grey level only ({levels} of 255), "
+    f"their deviation is 0, {advice}."
+  )
 
 
 def statistics(samples: Sequence[Sample]) -> tuple[float, float]:

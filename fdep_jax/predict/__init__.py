@@ -26,8 +26,9 @@ from fdep_jax import untrained
 from fdep_jax.data import frames
 from fdep_jax.detector import Detector
 from fdep_jax.metrics import columns
-from fdep_jax.predict.tiling import Predictor
+from fdep_jax.predict.tiling import Predictor, levels_of
 from fdep_jax.runtime import files, mesh
+from fdep_jax.runtime.problems import shorten
 
 load = detector_lib.load
 load_published = detector_lib.load_published
@@ -71,7 +72,7 @@ class Result(NamedTuple):
     """Describes the files that could not be read."""
     lines = [f"{file}: {reason}" for file, reason in self.unreadable.items()]
     title = f"{len(lines)} of {self.files} files could not be read; the others are done:"
-    return "\n  ".join([title, *lines])
+    return "\n  ".join([title, *shorten(lines)])
 
 
 def targets(prob: np.ndarray, threshold: float = 0.5) -> list[Target]:
@@ -166,7 +167,7 @@ def run(
     detector: from `load`, or `untrained.Detector("mpcm")`.
     threshold: pixels of masks and targets are above it.
     values: range that becomes the grey levels, see `data.frames.grey_levels`; default that of the
-      training, else "auto".
+      training, which takes no frames of 8 bits, else "auto".
     progress: show a bar.
 
   Returns:
@@ -177,7 +178,6 @@ def run(
   """
   if not 0 <= threshold < 1:
     raise ValueError(f"threshold is {threshold}; it must be in [0, 1).")
-  values = values or detector.range or "auto"
   source, out = pathlib.Path(source).expanduser(), pathlib.Path(out).expanduser()
   inputs = _inputs(source, out)
   try:
@@ -195,7 +195,7 @@ def run(
   done, unreadable = [], {}
   with tqdm(total=len(inputs), unit="file", disable=None if progress else True) as bar:
     predictor = Predictor(detector) if isinstance(detector, Detector) else detector
-    readable = _read(inputs, values, unreadable, bar, predictor.check_size)
+    readable = _read(inputs, values, detector.range, unreadable, bar, predictor.check_size)
     for (file, page, output, levels), prob in predictor.stream(readable):
       frame = Frame(file, page, output, *prob.shape, targets(prob, threshold))
       _write_pictures(out / output, levels, prob, threshold, frame.targets)
@@ -207,7 +207,7 @@ def run(
     "detector": detector.source,
     "branch": detector.branch,
     "threshold": threshold,
-    "range": values,
+    "range": values or detector.range or "auto",
   }
   _write_targets(out, settings, done, unreadable)
   return Result(out, len(inputs), done, unreadable)
@@ -259,7 +259,7 @@ def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.
   return found
 
 
-def _read(inputs, values, unreadable, bar, check_size) -> Iterator:
+def _read(inputs, values, trained, unreadable, bar, check_size) -> Iterator:
   """Yields ((file, page, output, grey levels), grey levels) of every readable frame."""
   taken = {stem.lower() for _, stem in inputs.values()}
   for file, (path, stem) in inputs.items():
@@ -267,7 +267,7 @@ def _read(inputs, values, unreadable, bar, check_size) -> Iterator:
     count = 0
     try:
       for count, frame in enumerate(frames.read(path), 1):
-        levels = frames.grey_levels(frame, values)
+        levels = levels_of(frame, values, trained)
         check_size(levels.shape[:2])
         if held is not None:
           yield _item(file, count - 2, stem, taken, held)

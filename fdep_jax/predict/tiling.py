@@ -27,12 +27,33 @@ _SETTLED = 1e-6  # change of the frame's statistics between passes, relative to 
 _PENDING = 2**24  # most pixels of small frames that wait for more of their shape
 
 
+def levels_of(frame: np.ndarray, values: frames.Range | None, trained: frames.Range) -> np.ndarray:
+  """Returns the grey levels of a frame, as `frames.grey_levels`.
+
+  Args:
+    frame: H×W or H×W×3.
+    values: range that the caller names, or None.
+    trained: range of the training, which is taken otherwise; "": 8 bits.
+
+  Raises:
+    FrameError: the frame has 8 bits, and the range is that of the training.
+  """
+  if frame.dtype == np.uint8 and trained and not values:
+    raise frames.FrameError(
+      "has 8 bits per channel, but the network was trained on more, with the range "
+      f"{frames.show_range(trained)}. Give the sensor's counts, or name a range: --range=auto "
+      "takes 8 bits as they are"
+    )
+  return frames.grey_levels(frame, values or trained or "auto")
+
+
 class Predictor:
   """Computes probability maps of frames of any size with one branch of a trained run."""
 
   def __init__(self, detector: Detector):
     self._whole, self._part, self._shapes = _forwards(detector)
     network = getattr(detector.model, "backbone", None)
+    self._range = detector.range
     self._fill = 255 * np.asarray(detector.fill, np.float32)
     self._why_whole = network.whole_frame if network else ""
     # Of sizes that the network was not trained for, each told once. The crop of a published
@@ -44,16 +65,18 @@ class Predictor:
       self._network = network.paper_name
       self._largest = min(WHOLE[detector.branch] ** 2, network.max_pixels or math.inf)
 
-  def __call__(self, frame: np.ndarray, values: frames.Range = "auto") -> np.ndarray:
+  def __call__(self, frame: np.ndarray, values: frames.Range | None = None) -> np.ndarray:
     """Returns H×W float32 probabilities of an H×W or H×W×3 array.
 
     Args:
       frame: of any integer or float type.
-      values: as for `frames.grey_levels`.
+      values: as for `frames.grey_levels`; default the range of the training, else "auto".
+
+    Raises:
+      FrameError: the frame has 8 bits, and the range is that of the training.
     """
-    return next(
-      self.stream([(None, frames.grey_levels(frames.checked(np.asarray(frame)), values))])
-    )[1]
+    frame = frames.checked(np.asarray(frame))
+    return next(self.stream([(None, levels_of(frame, values, self._range))]))[1]
 
   def stream(
     self, items: Iterable[tuple[object, np.ndarray]], batch_size: int = 16
