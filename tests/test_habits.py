@@ -115,6 +115,13 @@ def test_results_are_not_written_among_the_data(tmp_path, parse):
     cli._check_places(parse("--mode=predict", f"--input={data}", f"--out={data}"))
 
 
+def test_a_comma_at_the_end_names_no_folder(parse):
+  assert parse("--mode=validate", "--data=a, b,").data == ["a", "b"]
+  assert parse("--mode=eval", "--workdir=r", "--out=o", "--data=a,").data == ["a"]
+  with pytest.raises(ValueError, match="--mode validate needs --data"):
+    cli.check_given("validate", parse("--mode=validate", "--data=,"))
+
+
 def test_an_empty_setting_that_differs_is_shown():
   lines = settings.differing(toy_config(**{"data.range": "1,2"}), toy_config())
   assert lines == ["data.range: 1,2 there, empty here"]

@@ -263,6 +263,9 @@ def parse(argv):
     _WORDS[:] = argv = _config_of_run(find_config(argv))
     left = program_flags()(argv)
     arguments.check_words(left[1:], argv)
+    values = program_flags()
+    if values.data:  # a comma at the end names no folder
+      values.data = [root for root in map(str.strip, values.data) if root]
     settings.check_flags(program_flags(), OF_FILE if program_flags().backbone else OF_RUN)
   except (Exception, flags.Error) as error:  # also whatever somebody's own config raises
     sys.exit(_fail(settings.explain_flags(argv, error), 2))

@@ -285,7 +285,8 @@ def _about(detector: Detector) -> dict:
       },
       "sizes": f"any batch; {multiple}: pad frames with `fill` at the right and the bottom (the "
       f"evaluation pads to multiples of {evaluate.PAD}) and crop the result",
-      "range": detector.range,  # in the unit of the frames, becomes 0 to 1; "": 8 bits
+      # In the unit of the frames, becomes 0 to 1 in steps of 1/255, as in training; "": 8 bits.
+      "range": detector.range,
       "fill": detector.fill,
       "mean": detector.mean,
       "std": detector.std,
