@@ -141,5 +141,5 @@ def _decoder_stats(backbone: Backbone) -> set[str]:
 
   size = 2 * max(backbone.stride, backbone.top_stride)
   shape = (2, size, size, backbone.in_channels)
-  jax.eval_shape(trace, state, jax.ShapeDtypeStruct(shape, jnp.float32))
+  jax.eval_shape(trace, state, jax.ShapeDtypeStruct(shape, jnp.result_type(float)))
   return touched

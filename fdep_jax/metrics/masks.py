@@ -66,7 +66,7 @@ def binary(array: np.ndarray, ones: bool = False) -> tuple[np.ndarray, str]:
     ValueError: it holds class or instance numbers; says how to convert it.
   """
   top = array.max(initial=0)
-  deep = array.dtype == np.uint16 and top > 255
+  half = 127 * 257 if array.dtype == np.uint16 and top > 255 else 127
   if array.dtype == bool:
     mask = array
   elif array.dtype.kind == "f" or (ones and top <= 1):
@@ -77,10 +77,9 @@ def binary(array: np.ndarray, ones: bool = False) -> tuple[np.ndarray, str]:
     numbers = _numbers(array, top)
     if numbers:
       raise ValueError(numbers)
-    mask = array > (127 * 257 if deep else 127)
+    mask = array > half
   if top > 1 and not mask.any():
-    level = 127 * 257 if deep else 127
-    return mask, f"no pixel is > {level} (largest: {top:g}), so it has no target"
+    return mask, f"no pixel is > {half} (largest: {top:g}), so it has no target"
   return mask, ""
 
 

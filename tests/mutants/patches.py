@@ -296,7 +296,7 @@ MUTANTS: list[Mutant] = [
   *_mutants(
     "fdep_jax/metrics/masks.py",
     _tests("data_folders"),
-    ("masks are cut at half", "top > 255 else 127)", "top > 255 else 63)"),
+    ("masks are cut at half", "top > 255 else 127", "top > 255 else 63"),
   ),
   *_mutants(
     "fdep_jax/data/samples.py",
