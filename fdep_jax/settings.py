@@ -25,6 +25,7 @@ _FREE = re.compile(
 _ADDED = {
   "eval.least_steps": 1,
   "eval.select_by": "hse",
+  "model.start_prob": 0.0,
   "data.range": "",
   "data.on_device": False,
   "data.lazy": False,
@@ -276,6 +277,8 @@ def check(config: ConfigDict) -> None:
   if values["train.steps"] <= 0 and values["train.epochs"] <= 0:
     problems.append("train.steps and train.epochs are both 0; one of them must be positive.")
   problems += _data_problems(values)
+  if not 0 <= values["model.start_prob"] < 1:
+    problems.append(f"model.start_prob is {values['model.start_prob']}, not in [0, 1).")
   problems += _ablation_problems(values)
   if values["mode"] == "classical":
     from fdep_jax import classical
