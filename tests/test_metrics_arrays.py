@@ -126,3 +126,12 @@ def test_neither_jax_nor_torch_is_imported():
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+  "kind, way",
+  [(np.uint8, "divide it by 255"), (np.uint16, "the value that means 1"), (bool, "thresholded")],
+)
+def test_maps_of_integers_are_refused_with_a_way_that_gives_the_right_numbers(kind, way):
+  with pytest.raises(ValueError, match=f"the map is {np.dtype(kind).name}.*{way}"):
+    hse.score([np.ones((8, 8), kind)], [np.ones((8, 8), bool)])

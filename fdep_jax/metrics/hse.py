@@ -565,8 +565,10 @@ def check(prob, mask):
       f"the mask is {mask.dtype}, but must be bool; binarise it first (mask > {cut}, by its values)"
     )
   if prob.dtype.kind != "f":
+    way = {"bool": "give the probabilities that were thresholded", "uint8": "divide it by 255"}
+    default = "divide it by the value that means 1, the same for all maps"
     problems.append(
-      f"the map is {prob.dtype}, but must be floats in [0, 1]; divide it by its maximum"
+      f"the map is {prob.dtype}, but must be floats in [0, 1]; {way.get(prob.dtype.name, default)}"
     )
   if prob.ndim != 2 or prob.shape != mask.shape or not prob.size:
     problems.append(
