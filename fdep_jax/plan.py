@@ -87,7 +87,8 @@ def abstract(config: ConfigDict) -> Parts:
 def compile_train(config: ConfigDict, parts: Parts, the_mesh: Mesh) -> Cost:
   """Compiles the train step for a slice."""
   prior, model, state = parts
-  step = step_lib.make_step(config, model, step_lib.make_optimizer(config, 1000), 0.5, 0.25)
+  optimizer = step_lib.make_optimizer(config, 1000)
+  step = step_lib.make_step(config, model, optimizer, 0.5, 0.25, the_mesh)
   batch = _batch(config, prior, the_mesh)
   return _compile(step, _placed(state, the_mesh), _placed_prior(config, prior, the_mesh), batch)
 

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fdep_jax import ablations, forward, losses
 from fdep_jax.layers.basic import NormParam
+from fdep_jax.runtime import mesh
 
 # Values of the forward pass to keep for the backward one, by `train.remat`; others are recomputed.
 REMAT = {
@@ -158,8 +160,12 @@ def make_step(
   optimizer: optax.GradientTransformation,
   mean: float,
   std: float,
+  the_mesh: Mesh | None = None,
 ) -> Callable:
   """Makes the compiled (state, prior, batch) → (state, metrics); `state` is donated.
+
+  With `the_mesh` the new state is whole on each of its devices, as checkpoints need it. Without it
+  the compiler chooses, and splits some of the state if the prior is split.
 
   `batch` has uint8 images, bool masks and, with a prior bank, the levels, all split over the mesh's
   data axis. Batch statistics and hard mining are those of the global batch. The frozen prior is
@@ -203,10 +209,14 @@ def make_step(
     parts = {f"loss_{name}": part for name, part in parts.items()}
     return new, {"loss": value, **parts, "grad_norm": grad_norm}
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0, out_shardings=_whole(the_mesh))
 
 
-def make_steps(step: Callable) -> Callable:
+def _whole(the_mesh: Mesh | None):
+  return mesh.replicated(the_mesh) if the_mesh else None
+
+
+def make_steps(step: Callable, the_mesh: Mesh | None = None) -> Callable:
   """Makes the compiled (state, prior, memory, batches) → (state, metrics) of several steps.
 
   One dispatch computes `step` for each batch in turn (`lax.scan`); metrics are those of the last.
@@ -223,4 +233,4 @@ def make_steps(step: Callable) -> Callable:
     state, metrics = jax.lax.scan(one, state, stacked)
     return state, jax.tree.map(lambda values: values[-1], metrics)
 
-  return jax.jit(steps, donate_argnums=0)
+  return jax.jit(steps, donate_argnums=0, out_shardings=_whole(the_mesh))

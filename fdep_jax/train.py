@@ -143,8 +143,8 @@ class Loop:
     self.start = self.progress.step
     self.state = mesh.put_replicated(state, the_mesh)
     self.prior = prior.placed(the_mesh, config.prior.shard) if prior else None
-    self.take_step = step_lib.make_step(config, model, optimizer, images.mean, images.std)
-    self.take_steps = step_lib.make_steps(self.take_step)
+    self.take_step = step_lib.make_step(config, model, optimizer, images.mean, images.std, the_mesh)
+    self.take_steps = step_lib.make_steps(self.take_step, the_mesh)
     self.forward = forward.make_forward(config, model, images.mean, images.std)
     self.selection = images.val if config.eval.select_on == "val" else images.test
     per_epoch = len(images.train) / config.train.batch_size  # steps

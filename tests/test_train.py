@@ -45,6 +45,15 @@ def test_same_seed_and_an_interruption_give_identical_parameters(toy, tmp_path, 
   assert sorted(losses[2]) == list(range(1, 21))
 
 
+@pytest.mark.parametrize("several", [1, 2])
+def test_a_run_whose_prior_is_divided_among_devices_has_whole_checkpoints(toy, tmp_path, several):
+  about = {"host_devices": 2, "prior.shard": True, "train.steps": 4, "eval.every_epochs": 8.0}
+  config = toy_config(**about, **{"train.steps_per_dispatch": several})
+  train.train(config, tmp_path)  # reads its checkpoint back
+  assert checkpoint.Checkpoints(tmp_path).steps() == [4]
+  assert parameters(tmp_path, config) and not (tmp_path / "damaged").exists()
+
+
 @pytest.mark.parametrize("mode", ["original", "fdep_wo_coisd", "fdep"])
 def test_every_mode_trains_and_reports_its_branches(toy, tmp_path, mode):
   config = toy_config(mode=mode)
