@@ -294,7 +294,8 @@ def check(config: ConfigDict, trains: bool = True) -> None:
 
   Args:
     config: all settings.
-    trains: false for a run that is trained already, whose prior and new data need not fit.
+    trains: false for a run that is trained already. Its prior and new data need not fit, and
+      another version may have written settings that this one does not have.
   """
   adopt(config)
   values = flat(config)

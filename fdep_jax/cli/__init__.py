@@ -195,17 +195,20 @@ def check_given(mode, values):
 
 def _check_places(values):
   """Raises ValueError if results would be written among the data."""
-  data = values.config.data.root if values.mode == "train" and values.config else None
-  given = {"train": ("workdir", "--config.data.root", data), "predict": ("out", "--input", None)}
-  flag, source, folder = given.get(values.mode, (None, None, None))
-  folder, out = folder or values.input, flag and getattr(values, flag)
-  if folder and out and os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(out):
+  if values.mode == "train":
+    flag, source, folder = "workdir", "--config.data.root", values.config.data.root
+  elif values.mode == "predict":
+    flag, source, folder = "out", "--input", values.input
+  else:
+    return
+  out = getattr(values, flag)
+  if out and os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(out):
     raise ValueError(f"--{flag} {out} is the folder of the data, {source}. Name another folder.")
 
 
 def usage(argv):
   """Returns the flags of the mode that a command line names, or of every mode in a line."""
-  mode, found = arguments.mode_of(argv), program_flags()
+  mode = arguments.mode_of(argv)
   if mode not in USES:
     lines = [f"  {name:<9}" + " ".join(f"--{use}" for use in USES[name]) for name in USES]
     return "\n".join(
@@ -215,6 +218,7 @@ def usage(argv):
         "Add --mode MODE to --help to read what the flags mean. Settings: --config.NAME=VALUE.",
       ]
     )
+  found = program_flags()
   lines = [
     f"  --{name:<14}{found[name].help}" + (" (needed)" if name in NEEDS[mode] else "")
     for name in USES[mode]
@@ -254,20 +258,18 @@ def _refuse(flag, values, names, reason):
 
 def parse(argv):
   """Parses the flags; exits with one sentence if a setting does not exist."""
-  from absl import flags
-
   from fdep_jax import settings
 
   try:
     arguments.check(argv[1:], USES, OF_RUN)
     _WORDS[:] = argv = _config_of_run(find_config(argv))
-    left = program_flags()(argv)
-    arguments.check_words(left[1:], argv)
     values = program_flags()
+    left = values(argv)
+    arguments.check_words(left[1:], argv)
     if values.data:  # a comma at the end names no folder
       values.data = [root for root in map(str.strip, values.data) if root]
-    settings.check_flags(program_flags(), OF_FILE if program_flags().backbone else OF_RUN)
-  except (Exception, flags.Error) as error:  # also whatever somebody's own config raises
+    settings.check_flags(values, OF_FILE if values.backbone else OF_RUN)
+  except Exception as error:  # also whatever somebody's own config raises
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
   renamed = settings.old_flags(argv)
   if renamed:
@@ -371,6 +373,9 @@ def start():
     run_main(sys.argv[1:], run_score)
     return
   try:
+    if {"-h", "-help", "--help"} & {*sys.argv[1:]}:
+      print(usage(sys.argv[1:]))
+      return
     from absl import app
 
     program_flags()
@@ -382,8 +387,5 @@ def start():
         2,
       )
     )
-  if {"-h", "-help", "--help"} & {*sys.argv[1:]}:
-    print(usage(sys.argv[1:]))
-    return
   use_huge_pages()
   app.run(run_main, flags_parser=parse)

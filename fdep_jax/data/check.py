@@ -23,10 +23,7 @@ def command(flags) -> None:
   Raises:
     ValueError, FileNotFoundError: the message lists all problems of the first bad dataset.
   """
-  roots = [root.strip() for root in flags.data if root.strip()]  # none after a comma at the end
-  if not roots:
-    data.check_named("")
-  for root in roots:
+  for root in flags.data:
     values = frames.parse_range(flags.range) if flags.range else ""
     values = data.measure_range(root, _OPTION) if values == "auto" else values
     validate(root, flags.out or "validation", values)

@@ -322,6 +322,27 @@ MUTANTS: list[Mutant] = [
     ),
   ),
   Mutant(
+    "prediction does not round the grey levels",
+    "fdep_jax/data/frames.py",
+    "    if whole:\n",
+    "    if False:\n",
+    _tests("habits_files", "test_prediction_sees_the_levels_of_the_training_bit_for_bit"),
+  ),
+  Mutant(
+    "misspelt settings of a config file are accepted",
+    "fdep_jax/settings.py",
+    "_unknown_settings(values) if trains else []",
+    "[]",
+    _tests("habits", "test_misspelt_settings_of_a_config_file_are_refused_before_training"),
+  ),
+  Mutant(
+    "the state of a step lies as the compiler likes",
+    "fdep_jax/step.py",
+    "return mesh.replicated(the_mesh) if the_mesh else None",
+    "return None",
+    _tests("train", "test_a_run_whose_prior_is_divided_among_devices_has_whole_checkpoints"),
+  ),
+  Mutant(
     "UTF-16 without its mark is read as UTF-8",
     "fdep_jax/data/folders.py",
     'if "\\0" in text:',
