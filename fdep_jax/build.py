@@ -1,6 +1,7 @@
 """Builds data, prior and model from a config."""
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -202,9 +203,33 @@ def create_model(config: ConfigDict, prior: Prior | None) -> FDEP:
     # A main branch trained alone shares its decoder with no other branch.
     bn_stats = config.model.bn_stats if config.mode == "fdep" else "shared"
     model = FDEP(*network, bn_stats=bn_stats, rngs=rngs)
+  if config.model.start_prob:
+    _start_heads(model, config.model.start_prob)
   if prior and not prior.frozen:
     model = ablations.Unfrozen(model, prior.model, prior.blocks)
   return model
+
+
+def _start_heads(model: nnx.Module, probability: float) -> None:
+  """Sets the last bias of every head to the log odds of `probability`.
+
+  Source: Lin et al., Focal Loss for Dense Object Detection, §4.1.
+
+  Raises:
+    ValueError: the network has no `head` or `heads` that ends in a bias of one channel.
+  """
+  params = nnx.state(model, nnx.Param)
+  found = 0
+  for path, leaf in nnx.to_flat_state(params):
+    if {"head", "heads"} & set(path) and path[-1] == "bias" and leaf.shape == (1,):
+      leaf.set_value(jnp.full_like(leaf[...], math.log(probability / (1 - probability))))
+      found += 1
+  if not found:
+    raise ValueError(
+      "model.start_prob sets the last bias of what a network calls `head` or `heads`; this one has "
+      "none. Rename it there, or use model.start_prob=0."
+    )
+  nnx.update(model, params)
 
 
 def named_model(checkpoint: str) -> tuple[type[Foundation], dict]:

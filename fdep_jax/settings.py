@@ -26,6 +26,7 @@ _FREE = re.compile(
 _ADDED = {
   "eval.least_steps": 1,
   "eval.select_by": "hse",
+  "model.start_prob": 0.0,
   "data.range": "",
   "data.on_device": False,
   "data.lazy": False,
@@ -313,6 +314,8 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     if values[name] < 0
   ]
   problems += _data_problems(values)
+  if not 0 <= values["model.start_prob"] < 1:
+    problems.append(f"model.start_prob is {values['model.start_prob']}, not in [0, 1).")
   problems += _ablation_problems(values)
   if values["mode"] == "classical":
     from fdep_jax import classical

@@ -241,6 +241,30 @@ def test_a_teacher_is_the_same_wherever_the_work_folder_is(toy, tmp_path, monkey
   assert all(map(sweep.finished, sweep.runs(found, sweeping.config(""), ".")))
 
 
+def test_runs_come_stage_by_stage_and_a_row_has_its_own_seeds(toy, tmp_path):
+  found = sweeping.table()
+  original, alone, both = found.rows
+  found = found._replace(rows=(original._replace(stage=1), alone._replace(seeds=(1,)), both))
+  names = [run.folder.name for run in sweep.runs(found, sweeping.config(""), tmp_path)]
+  first = ["toy-fdep_seed0", "toy-fdep_wo_coisd_seed1", "toy-fdep_seed1"]
+  assert names == [*first, "toy-original_seed0", "toy-original_seed1"]
+  # With fewer seeds on the command line a row may have none left: it is in the table all the same.
+  results = table.collect(found._replace(seeds=(0,)), sweeping.config(""), tmp_path)
+  assert [result.row.name for result in results] == [row.name for row in found.rows]
+  assert not results[1].runs
+
+
+def test_seeds_of_a_row_are_the_tables(tmp_path):
+  path = tmp_path / "table.py"
+  path.write_text(
+    "from fdep_jax.tables.experiments import Row, Table\n"
+    "rows = (Row('a', ('a',), {}, {}, seeds=(0, 7)),)\n"
+    "get_table = lambda: Table('', ('a',), (), rows, (0, 1))\n"
+  )
+  with pytest.raises(ValueError, match=r"row a has seeds \[7\], which the table has not"):
+    experiments.load(path)
+
+
 def test_tasks_share_the_runs_and_keep_students_with_their_teachers(toy, tmp_path):
   everything = six(tmp_path, toy)
   shares = [sweep.part(everything, f"{i}/4") for i in range(4)]

@@ -202,7 +202,8 @@ class Seen:
   def initial(self, config):
     config.mode = "original"
     model = build.create_model(config, None)
-    return float(model.backbone.head.kernel[...].sum())
+    head = model.backbone.head
+    return float(head.kernel[...].sum()), float(head.bias[...].sum())
 
   def blocks(self, config):
     return build.abstract(config)[0].blocks
@@ -420,6 +421,7 @@ EFFECTS = {
   "model.bn_stats": [("shared", "model")],
   "model.share": [("encoder", "model"), ("decoder", "model")],
   "model.on_dino": [("plain", "model"), ("msda", "model")],
+  "model.start_prob": [(0.01, "initial")],
   "data.root": [("another", "root")],
   "data.range": [("0,100", "root")],
   "data.crop": [(16, "batches")],

@@ -27,6 +27,8 @@ class Row(NamedTuple):
   baseline: str = ""  # row to compare with; default the first with its first label and side
   note: str = ""
   uncounted: int = 0  # parameters that the paper counts in P and the model does not have
+  seeds: tuple[int, ...] = ()  # those of the table's that it runs with; () for all of them
+  stage: int = 0  # a sweep begins runs of a higher stage after those of the lower ones
 
 
 class Table(NamedTuple):
@@ -62,6 +64,9 @@ def load(path: str | os.PathLike) -> Table:
     for kind, other in (("teacher", row.teacher), ("baseline", row.baseline)):
       if other and other not in names:
         raise ValueError(f"{path}: the {kind} of row {row.name} is {other}, which is not a row.")
+    strange = sorted(set(row.seeds) - set(table.seeds))
+    if strange:
+      raise ValueError(f"{path}: row {row.name} has seeds {strange}, which the table has not.")
   return table
 
 

@@ -70,7 +70,7 @@ def command(flags) -> None:
 
 
 def runs(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Run]:
-  """Lists the run of every row and seed, ordered by seed."""
+  """Lists the run of every row and seed: stage by stage, in each ordered by seed."""
   for row in table.rows:  # refuses a wrong row before the first run
     settings.check(experiments.resolve(base, row, table.seeds[0], workdir))
   return [
@@ -81,8 +81,10 @@ def runs(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Run
       experiments.folder(workdir, row.name, seed),
       experiments.folder(workdir, row.teacher, seed) if row.teacher else None,
     )
+    for stage in sorted({row.stage for row in table.rows})
     for seed in table.seeds
     for row in table.rows
+    if row.stage == stage and (seed in row.seeds or not row.seeds)
   ]
 
 

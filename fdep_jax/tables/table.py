@@ -128,8 +128,9 @@ def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[
       f"{reason}, seed {', '.join(str(s) for s, r in reasons.items() if r == reason)}"
       for reason in dict.fromkeys(reasons.values())
     )
+    unbuilt = None if done else experiments.resolve(base, row, table.seeds[0], workdir)
     metrics = [found[run.seed] for run in done]
-    results.append(_result(table, row, done, metrics, why, None if done else mine[0].config))
+    results.append(_result(table, row, done, metrics, why, unbuilt))
   return results
 
 
