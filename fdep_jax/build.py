@@ -14,6 +14,7 @@ from fdep_jax import ablations, data, forward, priors, settings
 from fdep_jax.backbones import network_class
 from fdep_jax.data import frames
 from fdep_jax.fdep import FDEP
+from fdep_jax.layers import basic
 from fdep_jax.priors import Foundation, Prior, dinov2
 
 # Small DINOv2 of the quick start, which needs no weight file.
@@ -203,6 +204,10 @@ def create_model(config: ConfigDict, prior: Prior | None) -> FDEP:
     # A main branch trained alone shares its decoder with no other branch.
     bn_stats = config.model.bn_stats if config.mode == "fdep" else "shared"
     model = FDEP(*network, bn_stats=bn_stats, rngs=rngs)
+  if config.model.bn_momentum:
+    for _, module in nnx.iter_graph(model):
+      if isinstance(module, basic.BatchNorm):
+        module.momentum = config.model.bn_momentum
   if config.model.start_prob:
     _start_heads(model, config.model.start_prob)
   if prior and not prior.frozen:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import backbones, build, settings
+from fdep_jax import backbones, build, settings, zoo
 from fdep_jax.data import Statistic
 from fdep_jax.fdep import FDEP
 from fdep_jax.metrics import columns
@@ -49,8 +49,8 @@ def load(
   Args:
     workdir: of the run; None if `which` is a path.
     which: "best" (the default; the newest if none was selected), "last", a step, or the path
-      of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or an exported
-      `light.safetensors`.
+      of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, an exported
+      `light.safetensors`, or `zoo:NAME`.
     branch: "light", or "main", which needs the run's prior weights; default the deployed one.
     config: of the run, if the prior's file is not where its config.json says.
 
@@ -58,7 +58,7 @@ def load(
     ValueError: the run has no such branch or step, or was trained with different prior weights.
     FileNotFoundError: no run, no checkpoint, or no prior weights.
   """
-  if str(which).endswith(".safetensors"):
+  if is_light(which):
     if branch == "main":
       raise ValueError(f"{which} holds the light branch only. Give the --workdir of its run.")
     if workdir is not None:
@@ -129,8 +129,22 @@ def selection_doubt(saved: dict) -> str:
   return ""
 
 
+def is_light(which: str | os.PathLike | None) -> bool:
+  """Tells whether a --checkpoint names a light branch alone: zoo:NAME, or a light.safetensors."""
+  return str(which).startswith(zoo.PREFIX) or str(which).endswith(".safetensors")
+
+
+def place(which: str | os.PathLike) -> pathlib.Path:
+  """Returns the file or folder that a path, or zoo:NAME, means.
+
+  Raises:
+    ValueError: the zoo has no such network.
+  """
+  return zoo.path(str(which)) if str(which).startswith(zoo.PREFIX) else files.expand(which)
+
+
 def load_light(path: str | os.PathLike) -> Detector:
-  """Loads the light branch from a `light.safetensors` of `--mode export`.
+  """Loads the light branch from a `light.safetensors` of `--mode export`, or from zoo:NAME.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -141,6 +155,7 @@ def load_light(path: str | os.PathLike) -> Detector:
   import converters
   from converters import normalisation
 
+  given, path = path, place(path)
   arrays = converters.read_torch(path)
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
@@ -166,10 +181,9 @@ def load_light(path: str | os.PathLike) -> Detector:
     nnx.update(model.backbone, checkpoint.unflatten(arrays, weights))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  source = f"{path} of {about['run']}" + ("" if step is None else f", step {step}")
-  folder = files.expand(path)
+  source = f"{given} of {about['run']}" + ("" if step is None else f", step {step}")
   return Detector(
-    model, "light", config, mean, std, None, source, folder, step, values, fill, options
+    model, "light", config, mean, std, None, source, path, step, values, fill, options
   )
 
 
@@ -287,6 +301,11 @@ def _check_published(path: pathlib.Path) -> None:
     )
   if not path.exists():
     raise FileNotFoundError(f"--checkpoint {path}: there is no such file.")
+
+
+def is_exported(path: pathlib.Path) -> bool:
+  """Tells whether a file is a light.safetensors of `--mode export`, which names its network."""
+  return "config" in _about(path)
 
 
 def _about(path: pathlib.Path) -> dict:

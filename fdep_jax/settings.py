@@ -27,12 +27,17 @@ _ADDED = {
   "eval.least_steps": 1,
   "eval.select_by": "hse",
   "model.start_prob": 0.0,
+  "model.bn_momentum": 0.0,
+  "train.init_from": "",
   "data.range": "",
   "data.on_device": False,
   "data.lazy": False,
   "train.steps_per_dispatch": 1,
   "prior.normalisation": "model",
 }
+
+# Settings that build something else than an `FDEP` around a detector, and their other values.
+_WHOLE_DETECTOR = {"model.share": "both", "model.on_dino": "no", "prior.unfreeze": False}
 
 # Paths: a begun run may be continued with the same files at another place.
 _PLACES = ("data.root", "prior.checkpoint")
@@ -314,8 +319,11 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     if values[name] < 0
   ]
   problems += _data_problems(values)
-  if not 0 <= values["model.start_prob"] < 1:
-    problems.append(f"model.start_prob is {values['model.start_prob']}, not in [0, 1).")
+  problems += [
+    f"{name} is {values[name]}, not in [0, 1)."
+    for name in ("model.start_prob", "model.bn_momentum")
+    if not 0 <= values[name] < 1
+  ]
   problems += _ablation_problems(values)
   if values["mode"] == "classical":
     from fdep_jax import classical
@@ -431,6 +439,12 @@ def _ablation_problems(values: dict) -> list[str]:
     problems.append("prior.bank needs a frozen DINOv2. Set prior.bank=0 or prior.unfreeze=False.")
   if values["prior.unfreeze"] and values["prior.dtype"] != "float32":
     problems.append("prior.unfreeze trains DINOv2, which needs prior.dtype=float32.")
+  other = [name for name, usual in _WHOLE_DETECTOR.items() if values[name] != usual]
+  if values["train.init_from"] and other:
+    problems.append(
+      f"train.init_from starts a whole detector, which {' and '.join(other)} change. Leave out one "
+      "of them."
+    )
   if (values["train.labels"] != "true") != bool(values["train.teacher"]):
     problems.append(
       f"train.labels is {values['train.labels']!r} and train.teacher {values['train.teacher']!r}; "

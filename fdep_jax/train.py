@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fdep_jax import build, data, evaluate, forward, pseudo, settings
+from fdep_jax import build, data, evaluate, forward, pseudo, settings, start
 from fdep_jax import step as step_lib
 from fdep_jax.data import resident
 from fdep_jax.metrics import columns
@@ -57,6 +57,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
   moved = bool(checkpoint.Checkpoints(workdir).steps())  # then `_restore` compares the contents
   settings.check_workdir(workdir, config, moved)
   build.check_inputs(config)
+  source, weights = config.train.init_from, None
+  if source and not moved:
+    weights = start.read(source, config.model.backbone)
   # Refuses wrong arguments before reading data; the number of epochs' steps is not yet known.
   step_lib.check_schedule(config, config.train.steps or 10**6)
   the_mesh = mesh.make(config.host_devices, config.train.batch_size)
@@ -78,6 +81,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
       settings.check_workdir(workdir, config, moved)  # again: now no other process can claim it
       _describe(config, images, prior)
       model = build.create_model(config, prior)
+      if weights:
+        start.fill(model, weights, source)
       loop = Loop(config, workdir, the_mesh, images, prior, crops, levels, model, signals, identity)
       loop.train()
       signals.check()

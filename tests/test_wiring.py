@@ -16,10 +16,11 @@ from plain import BATCH, LEVELS, SIZE, WIDTH, Plain, images, loop_of
 
 import converters
 from configs import base
-from fdep_jax import build, data, detector, evaluate, forward, pseudo, settings, train
+from fdep_jax import build, data, detector, evaluate, forward, pseudo, settings, start, train
 from fdep_jax import step as step_lib
 from fdep_jax.data import augment
 from fdep_jax.fdep import FDEP
+from fdep_jax.layers import basic
 from fdep_jax.priors import bank
 from fdep_jax.runtime import checkpoint, log, mesh, rendezvous
 
@@ -277,6 +278,15 @@ class Seen:
       value.append(float(params["p"]))
     return value
 
+  def start(self, config):
+    self.stopped(start, "read", lambda source, network: (source, network))
+    self.stopped(build, "load_prior", lambda config: "drawn from the seed")
+    return self.until_stop(train.train, config, self.folder / "a_run")
+
+  def momentum(self, config):
+    model = build.create_model(config, None)
+    return {m.momentum for _, m in nnx.iter_graph(model) if isinstance(m, basic.BatchNorm)}
+
   def labels(self, config):
     self.stopped(build, "load_prior", lambda config: "true")
     self.patch.setattr(pseudo, "fingerprint", lambda config: "a teacher")
@@ -422,6 +432,7 @@ EFFECTS = {
   "model.share": [("encoder", "model"), ("decoder", "model")],
   "model.on_dino": [("plain", "model"), ("msda", "model")],
   "model.start_prob": [(0.01, "initial")],
+  "model.bn_momentum": [(0.5, "momentum")],
   "data.root": [("another", "root")],
   "data.range": [("0,100", "root")],
   "data.crop": [(16, "batches")],
@@ -454,6 +465,7 @@ EFFECTS = {
   "train.weight_decay": [(0.5, "update")],
   "train.schedule": [("exponential_decay", "update")],
   "train.schedule_args.value": [(0.5, "update")],
+  "train.init_from": [("elsewhere", "start")],
   "train.labels": [("pseudo", "labels")],
   "train.teacher": [("another", "teacher")],
   "train.nonfinite": [("skip", "nonfinite")],

@@ -150,24 +150,36 @@ class Checkpoints:
 
     Args:
       like: a tree with the shapes and types to read.
-      step: of the checkpoint; default the newest whole one. Logs each damaged one.
-      best: read from `best/`.
+      step, best: as for `read`.
 
     Raises:
       Damaged: no checkpoint is whole.
       ValueError: the checkpoint does not fit `like`.
     """
+    flat, meta = self.read(step, best=best)
+    return unflatten(flat, like), meta
+
+  def read(
+    self, step: int | None = None, *, best: bool = False
+  ) -> tuple[dict[str, np.ndarray], dict]:
+    """Reads every array, by its name, and the JSON object.
+
+    Args:
+      step: of the checkpoint; default the newest whole one. Logs each damaged one.
+      best: read from `best/`.
+
+    Raises:
+      Damaged: no checkpoint is whole.
+    """
     folder = self.workdir / ("best" if best else "checkpoints")
     steps = self.steps(best=best) if step is None else [step]
     for found in reversed(steps):
       try:
-        flat, meta = _read(folder / str(found))
+        return _read(folder / str(found))
       except Damaged as error:
         if step is None and not (folder / str(found)).exists():
-          return self.restore(like, best=best)  # a training in progress has just replaced it
+          return self.read(best=best)  # a training in progress has just replaced it
         logging.warning("%s", error)
-        continue
-      return unflatten(flat, like), meta
     if step is not None:
       raise Damaged(f"{folder / str(step)} is damaged. There are {self.steps(best=best)}.")
     advice = (

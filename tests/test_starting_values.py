@@ -1,4 +1,4 @@
-"""`model.start_prob`: the probability of a target that heads start with."""
+"""How a network starts: the probability of its heads, and the momentum of its norms."""
 
 import json
 
@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import toy_config
 
 from fdep_jax import backbones, build, settings
+from fdep_jax.layers import basic
 
 RUN = "model.start_prob"
 
@@ -49,10 +50,19 @@ def test_a_network_without_heads_is_refused():
     nnx.eval_shape(lambda: build.create_model(config, None))
 
 
+@pytest.mark.parametrize("name", [RUN, "model.bn_momentum"])
 @pytest.mark.parametrize("value", [-0.1, 1.0])
-def test_it_is_a_probability(value):
-  with pytest.raises(ValueError, match=r"start_prob is .* not in \[0, 1\)"):
-    settings.check(toy_config(**{RUN: value}))
+def test_it_is_below_1(name, value):
+  with pytest.raises(ValueError, match=rf"{name} is .* not in \[0, 1\)"):
+    settings.check(toy_config(**{name: value}))
+
+
+@pytest.mark.parametrize("given, expected", [(0.0, {0.1, 0.9}), (0.8, {0.8})])
+def test_all_norms_have_the_momentum_that_is_asked_for(given, expected):
+  config = toy_config(**{"model.backbone": "acm", "mode": "original", "model.bn_momentum": given})
+  model = build.create_model(config, None)
+  norms = [m for _, m in nnx.iter_graph(model) if isinstance(m, basic.BatchNorm)]
+  assert len(norms) > 10 and {norm.momentum for norm in norms} == expected
 
 
 def test_runs_of_before_started_as_drawn(tmp_path):
