@@ -1,7 +1,7 @@
 """Light branches trained by this project, ready to use: `--checkpoint zoo:acm`.
 
-Each is a `NAME.safetensors`, as `--mode export` writes light.safetensors, and a card `NAME.md`: data,
-settings, scores, known weaknesses. `README.md` compares them.
+Each is a `NAME.safetensors`, as `--mode export` writes light.safetensors, and a card `NAME.md`:
+data, settings, scores, known weaknesses.
 """
 
 import pathlib
