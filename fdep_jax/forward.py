@@ -112,8 +112,12 @@ def _options() -> dict[str, str] | None:
 def make_forward(config: ConfigDict, model: FDEP, mean: Statistic, std: Statistic) -> Callable:
   """Makes the jitted (params, stats, rng, prior, image) → {branch: B×H×W float32 probabilities}.
 
-  `image` is B×H×W×3 uint8. Everything is in evaluation mode.
+  `image` is B×H×W×3 uint8. Everything is in evaluation mode. With eval.branches "deployed" the
+  levels of the prior are computed for a deployed main branch only.
   """
+  mode = config.mode
+  if config.eval.branches == "deployed":
+    mode = ALONE[deployed_branch(mode)]
   model = nnx.clone(model)
   model.eval()
   graphdef, _ = nnx.split(model)
@@ -121,7 +125,7 @@ def make_forward(config: ConfigDict, model: FDEP, mean: Statistic, std: Statisti
   @jit
   def forward(params, stats, rng, prior, image):
     model = nnx.merge(graphdef, params, stats, rng)
-    found = logits(model, config.mode, image, prior, mean, std)
+    found = logits(model, mode, image, prior, mean, std)
     return {name: probability(branch) for name, branch in found.items()}
 
   return forward

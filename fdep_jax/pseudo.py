@@ -27,6 +27,7 @@ def relabel(config: ConfigDict, samples: Sequence[data.Sample], the_mesh) -> lis
   """
   teacher = _load(config)
   _, params, stats, rng = nnx.split(teacher.model, nnx.Param, nnx.BatchStat, ...)
+  teacher.config.eval.branches = "all"
   apply = forward.make_forward(teacher.config, teacher.model, teacher.mean, teacher.std)
   prior = teacher.prior.placed(the_mesh, teacher.config.prior.shard)
   state = {"params": params, "stats": stats, "rng": rng}

@@ -17,7 +17,7 @@ from fdep_jax.runtime import files
 # A run may be continued with different values of these: they do not change a step's result.
 _FREE = re.compile(
   r"train\.(steps|epochs|nonfinite|remat)|(log|checkpoint)\..*|host_devices|distributed"
-  r"|profile_steps|prior\.(bank_folder|shard)|eval\.(batch_size|save_probs|least_steps)"
+  r"|profile_steps|prior\.(bank_folder|shard)|eval\.(batch_size|branches|save_probs|least_steps)"
   r"|data\.(threads|on_device|lazy)"
 )
 
@@ -26,6 +26,7 @@ _FREE = re.compile(
 _ADDED = {
   "eval.least_steps": 1,
   "eval.select_by": "hse",
+  "eval.branches": "all",
   "model.start_prob": 0.0,
   "model.bn_momentum": 0.0,
   "train.init_from": "",
@@ -60,6 +61,7 @@ _CHOICES = {
   "loss.edge_mode": ("intended", "released"),
   "eval.select_on": ("val", "test"),
   "eval.select_by": ("hse", "iou"),
+  "eval.branches": ("all", "deployed"),
 }
 _POSITIVE = (
   "data.crop", "data.threads", "train.batch_size", "train.learning_rate", "eval.batch_size",

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import toy_config
+from helpers import parts, toy_config
 from PIL import Image
 from plain import BATCH, LEVELS, SIZE, WIDTH, Plain, images, loop_of
 
@@ -22,7 +22,7 @@ from fdep_jax.data import augment
 from fdep_jax.fdep import FDEP
 from fdep_jax.layers import basic
 from fdep_jax.priors import bank
-from fdep_jax.runtime import checkpoint, log, mesh, rendezvous
+from fdep_jax.runtime import checkpoint, hlo, log, mesh, rendezvous
 
 # Data.
 
@@ -329,6 +329,13 @@ class Seen:
     self.stopped(evaluate, "probabilities", lambda *arguments: arguments[4])
     return self.until_stop(self.loop(config)._select)
 
+  def scored_branches(self, config):
+    loop = self.loop(config)
+    maps = evaluate.probabilities(
+      loop.forward, loop.state, loop.prior, loop.selection[:1], 1, loop.mesh
+    )
+    return sorted(next(maps)[1])
+
   def saved_maps(self, config):
 
     class Fake(contextlib.nullcontext):
@@ -476,6 +483,7 @@ EFFECTS = {
   "eval.least_steps": [(50, "every_eval")],
   "eval.select_on": [("test", "selection"), ("test", "loaded")],
   "eval.select_by": [("iou", "selected_by")],
+  "eval.branches": [("deployed", "scored_branches")],
   "eval.batch_size": [(3, "eval_batch")],
   "eval.save_probs": [(True, "saved_maps")],
   "checkpoint.every_steps": [(2, "saves")],
@@ -492,6 +500,22 @@ BESIDE = {
   "prior.bank_refresh_epochs": {"prior.bank": 2},
   "train.labels": {"train.teacher": "one"},
 }
+
+
+def test_the_deployed_branch_alone_is_scored_alike_and_without_the_prior(toy):
+  config = toy_config()
+  prior, model, _, state = parts(config)
+  image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+  maps, flops = {}, {}
+  for which, mode in (("all", "fdep"), ("deployed", "fdep"), ("alone", "original")):
+    config.eval.branches, config.mode = which.replace("alone", "all"), mode
+    apply = forward.make_forward(config, model, 0.5, 0.2)
+    inputs = state["params"], state["stats"], state["rng"], prior, image
+    maps[which] = apply(*inputs)
+    flops[which] = sum(hlo.flops(apply.lower(*inputs).compile().as_text(), "none").values())
+  assert maps["all"].keys() == {"light", "main"} and maps["deployed"].keys() == {"light"}
+  np.testing.assert_allclose(maps["deployed"]["light"], maps["all"]["light"], atol=1e-6)
+  assert flops["deployed"] == flops["alone"] < flops["all"] / 2
 
 
 def test_every_setting_is_in_the_table_of_effects():

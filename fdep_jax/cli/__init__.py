@@ -41,8 +41,8 @@ TAKES = {  # mode: the flags that it may have besides; it refuses all others
 OF_PUBLISHED = {"eval": ("data", "out"), "predict": ("input",), "export": ("out",)}
 USES = {mode: (*NEEDS[mode], *TAKES[mode]) for mode in NEEDS}
 OF_RUN = {  # mode: the settings of a trained run that it may change, as a pattern
-  "eval": r"data\.(root|synthetic_\w+)|eval\.(batch_size|save_probs)|prior\.(checkpoint|shard)"
-  r"|host_devices|distributed|log\.compile_cache",
+  "eval": r"data\.(root|synthetic_\w+)|eval\.(batch_size|branches|save_probs)"
+  r"|prior\.(checkpoint|shard)|host_devices|distributed|log\.compile_cache",
   "predict": r"prior\.checkpoint|log\.compile_cache",
 }
 OF_FILE = {  # mode: the settings that it takes for a published network (--backbone)
