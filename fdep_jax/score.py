@@ -186,7 +186,7 @@ def _pairs(predictions, masks, split):
     split = split or "test"
     truth, part_of = _of_split(root, split)
     maps, _ = _without_affixes(maps, truth, masks_too=False)
-    others = sorted(maps.keys() & _of_split(root, "all")[0].keys() - truth.keys())
+    others = sorted(maps.keys() & _of_other_splits(root, split) - truth.keys())
     more, source = [], f"split {split} of {root}"
   else:
     truth, more = _by_stem(masks, MASKS, "_pixels0")
@@ -232,6 +232,15 @@ def _of_split(root, split):
       stem = name.replace("/", "_")
       masks[stem], part_of[stem] = path, part
   return masks, part_of
+
+
+def _of_other_splits(root, split):
+  """Returns the stems of the splits that are not scored, as far as these can be listed."""
+  stems = set()
+  for other in {"train", "test", datasets.VAL} - {split}:
+    with contextlib.suppress(datasets.DataError):
+      stems |= _of_split(root, other)[0].keys()
+  return stems
 
 
 def _without_affixes(maps, truth, masks_too=True):

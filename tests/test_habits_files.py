@@ -412,6 +412,32 @@ def test_validate_lists_the_problems_of_a_bad_set(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("layout", ["split files", "folders"])
+def test_validate_takes_a_set_without_a_train_split_but_not_with_a_bad_one(
+  tmp_path, capsys, layout
+):
+  root = make_folder(tmp_path / "data")
+  if layout == "split files":
+    train = root / "splits/train.txt"
+    train.unlink()
+  else:
+    (root / "test").mkdir()
+    for half in ("images", "masks"):
+      (root / half).rename(root / "test" / half)
+    train = root / "train/pictures"
+  flags = types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out"))
+  check.command(flags)
+  said = capsys.readouterr().out
+  assert "test  " in said and "train none: the set can be evaluated, but not trained on" in said
+  assert (tmp_path / "out/data.png").is_file()
+  if layout == "split files":
+    train.write_text("")
+  else:
+    train.mkdir(parents=True)
+  with pytest.raises(data.DataError, match="lists no names|no folder for split 'train'"):
+    check.command(flags)
+
+
 def test_an_empty_name_of_a_dataset_is_not_the_current_folder(tmp_path, monkeypatch, toy):
   monkeypatch.chdir(make_folder(tmp_path / "data"))
   said = "The name of a dataset is empty. .*leave no comma"

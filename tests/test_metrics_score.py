@@ -275,6 +275,16 @@ def test_a_datasets_split_is_scored_with_its_parts(union, caplog, capsys):
     score.run(maps, root)
 
 
+def test_only_the_split_that_is_scored_must_exist(union):
+  root, maps, arrays = union
+  for part in ("One", "Two"):
+    (root / part / "splits/train.txt").unlink()
+  got = score.run(maps, root, resamples=0, split="test")["predictions"]
+  assert got["images"] == 4
+  with pytest.raises(ValueError, match="no split file for 'train'"):
+    score.run(maps, root, split="all")
+
+
 def test_one_dataset_is_named_by_its_folder_or_by_its_masks(union):
   root, _, arrays = union
   maps = root.parent / "alone"

@@ -74,6 +74,7 @@ class _Problem(NamedTuple):
   text: str
   split: str | None = None  # None: concerns both
   missing: bool = False  # whether the problem is only that something does not exist
+  whole: bool = False  # whether there is no such split at all
 
 
 class _Pair(NamedTuple):
@@ -199,6 +200,12 @@ def parts(root: str | Path, split: str) -> dict[str, int]:
   return {part.name: len(pairs[split]) for part, pairs in found.items()}
 
 
+def has_split(root: str | Path, split: str) -> bool:
+  """Returns whether any part of a dataset has a file or a folder of the split."""
+  parts, problems = _survey(Path(root))
+  return sum(p.whole and p.split == split for p in problems) < len(parts)
+
+
 def is_dataset(folder: str | Path) -> bool:
   """Returns whether a folder has images beside masks, or is a union of such folders."""
   folder = Path(folder)
@@ -218,7 +225,7 @@ def masks(root: str | Path, split: str) -> dict[str, dict[str, Path]]:
 
   Args:
     root: the dataset's folder.
-    split: "train", "test" or "all".
+    split: "train", "test", "val" or "all".
 
   Returns:
     {folder's name: {name: mask}} for each part of a union, or of the dataset alone; order and names
@@ -424,7 +431,7 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
     others = sorted(p.relative_to(part).as_posix() for p in part.glob("**/*.txt"))[:10]
     text = f"no split file for {split!r}; looked for {tried} in {part}"
     text += f"; there are {', '.join(others)}" if others else "; there are no .txt files"
-    problems.append(_Problem(text, split, missing=True))
+    problems.append(_Problem(text, split, missing=True, whole=True))
     return []
   listed = []
   for path in found:
@@ -486,7 +493,8 @@ def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
       tried = " or ".join(f"{c}/img, {c}/images" for c in choices)
       text = f"no folder for split {split!r}; looked for {tried} in {part}; there are "
       text += _content(part)
-      problems.append(_Problem(text, split, missing=True))
+      whole = not any(_child(part, [c]) for c in choices)
+      problems.append(_Problem(text, split, missing=True, whole=whole))
     if not halves:
       continue
     half, listed = halves[0], []
