@@ -6,6 +6,7 @@ Needs numpy, scipy and pillow only, and matplotlib for `pr.png`.
 import argparse
 import contextlib
 import csv
+import hashlib
 import itertools
 import logging
 import math
@@ -18,6 +19,7 @@ import numpy as np
 from fdep_jax.data import folders as datasets
 from fdep_jax.metrics import bootstrap, columns, hse
 from fdep_jax.metrics import masks as masks_lib
+from fdep_jax.report import folder as results
 from fdep_jax.report import plots
 from fdep_jax.runtime import files
 from fdep_jax.runtime.problems import listing
@@ -84,19 +86,27 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
 
   Returns:
     The content of `metrics.json`: {"predictions": metrics as fractions, with "intervals"}, and with
-    `compare` also "compared" and "comparison". The metrics of a union, such as SIRST3, have
-    "parts": {name: metrics with "images", their number}. If all maps of a folder are binary, the
-    metrics that need a curve are None and "hse_refused" says why.
+    `compare` also "compared" and "comparison". "inputs" are the folders and the split, "options"
+    those of the metric, "files" the number of maps and a SHA-256 of their names and sizes.
+    The metrics of a union, such as SIRST3, have "parts": {name: metrics with "images", their
+    number}. If all maps of a folder are binary, the metrics that need a curve are None and
+    "hse_refused" says why.
 
   Raises:
     ValueError: listing every file that is missing, extra, unreadable, of the wrong size or range;
-      or `out` is the folder of a run.
+      or `out` is the folder of a run, is read, or holds results of other inputs or options.
     FileNotFoundError: a folder does not exist.
   """
   options = hse.Options(**options)
   if out is not None and (pathlib.Path(out) / "config.json").exists():
     raise ValueError(f"--out {out} is the folder of a run, with its own results. Name another.")
   folders = {"predictions": predictions} | ({"compared": compare} if compare is not None else {})
+  for folder in (*folders.values(), masks):
+    if not pathlib.Path(folder).is_dir():
+      raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
+  record = {"inputs": _inputs(folders, masks, split), "options": vars(options)}
+  if out is not None:
+    results.check(out, record, (*folders.values(), masks))
   problems, sets = [], {}
   for name, folder in folders.items():
     sets[name], found = _accumulate(folder, masks, split, options)
@@ -112,7 +122,7 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
       for name, result in bootstrap.compare(*totals, resamples).items()
       if not (refused and name in _NEEDS_A_CURVE)
     }
-  metrics["options"] = vars(options)
+  metrics |= record | {"files": {name: found["files"] for name, found in sets.items()}}
   print(_table(metrics, folders, {name: found["score"] for name, found in sets.items()}))
   if out is not None:
     _write(pathlib.Path(out), metrics, sets["predictions"])
@@ -120,8 +130,15 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
   return metrics
 
 
+def _inputs(folders, masks, split):
+  """Returns what is scored: absolute paths, and the split if the masks are a dataset's."""
+  places = {name: os.path.abspath(path) for name, path in {**folders, "masks": masks}.items()}
+  root = _dataset(pathlib.Path(masks), split)
+  return {**places, "split": (split or "test") if root else None}
+
+
 def _accumulate(folder, masks, split, options):
-  """Reads a folder once. Returns ({"total", "parts", "rows", "refused"}, problems)."""
+  """Reads a folder once. Returns ({"total", "parts", "rows", "refused", "files"}, problems)."""
   pairs, parts, problems = _pairs(pathlib.Path(folder), pathlib.Path(masks), split)
   found, values = _Counts(parts, options), np.zeros(0, np.float32)
   for stem, (prob_path, mask_path) in pairs.items():
@@ -146,7 +163,15 @@ def _accumulate(folder, masks, split, options):
     "parts": found.parts if len(found.parts) > 1 else {},
     "rows": found.rows,
     "refused": refused,
+    "files": _files([prob for prob, _ in pairs.values()]),
   }, problems
+
+
+def _files(paths):
+  """Returns the number of files and a SHA-256 of their names and sizes, which opens none."""
+  listed = "".join(f"{path.name} {path.stat().st_size}\n" for path in paths)
+  digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape"))
+  return {"number": len(paths), "sha256": digest.hexdigest()}
 
 
 class _Counts:
@@ -176,9 +201,6 @@ def _pairs(predictions, masks, split):
     {stem: (map, mask)}, {stem: name of the dataset's part}, and a list of the files without a
     partner.
   """
-  for folder in (predictions, masks):
-    if not folder.is_dir():
-      raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
   root = _dataset(masks, split)
   problems, part_of, others = [], {}, []
   maps, found = _by_stem(predictions, READABLE, "_prob", only_with_suffix=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -104,7 +105,8 @@ def test_the_same_map_scores_the_same_in_every_format(folders, tmp_path, kind):
       eight = (level >> 8).astype(np.uint8)
       save(np.stack([eight] * 3, axis=-1), other / f"{stem}.png")
       save(eight, maps / f"{stem}.png")
-  assert score.run(other, masks, resamples=0) == score.run(maps, masks, resamples=0)
+  found = [score.run(folder, masks, resamples=0)["predictions"] for folder in (other, maps)]
+  assert found[0] == found[1]
 
 
 def test_masks_with_nuaas_suffix_are_found(folders):
@@ -187,6 +189,47 @@ def test_the_results_of_a_run_are_not_overwritten(folders, tmp_path):
   with pytest.raises(ValueError, match="is the folder of a run, with its own results"):
     score.run(maps, masks, out=tmp_path)
   assert (tmp_path / "metrics.json").read_text() == "{}"
+
+
+def test_results_of_other_inputs_are_not_replaced(folders, tmp_path):
+  maps, masks, *_ = folders
+  out, copy = tmp_path / "out", tmp_path / "copy"
+  shutil.copytree(maps, copy)
+  first = score.run(maps, masks, out=out, resamples=0)
+  before = (out / "metrics.json").read_text()
+  for refused in (
+    lambda: score.run(copy, masks, out=out, resamples=0),
+    lambda: score.run(maps, masks, out=out, compare=copy, resamples=0),
+    lambda: score.run(maps, masks, out=out, resamples=0, false_alarm="area"),
+  ):
+    with pytest.raises(ValueError, match="holds results of .*Name a different folder"):
+      refused()
+  with pytest.raises(ValueError, match=f"holds results of predictions {maps}, which these"):
+    score.run(copy, masks, out=out)
+  assert (out / "metrics.json").read_text() == before
+  assert first["inputs"] == {"predictions": str(maps), "masks": str(masks), "split": None}
+  (maps / "a.png").write_bytes((maps / "a.png").read_bytes() + b" ")  # new maps of the same inputs
+  again = score.run(maps, masks, out=out, resamples=0)
+  assert first["files"]["predictions"]["number"] == again["files"]["predictions"]["number"] == 3
+  assert first["files"] != again["files"] and first["predictions"] == again["predictions"]
+  (out / "metrics.json").write_text("{}")  # of an earlier version
+  with pytest.raises(ValueError, match="holds results of other inputs"):
+    score.run(maps, masks, out=out)
+
+
+def test_a_place_that_cannot_hold_results_is_refused_before_a_map_is_read(folders, tmp_path):
+  maps, masks, *_ = folders
+  (maps / "a.png").write_text("no picture")
+  for out, said in (
+    (tmp_path / "maps/a.png", "a.png is a file. Name a folder"),
+    (tmp_path / "maps/a.png/out", "a.png is a file. Name a folder"),
+    (maps, "is a folder that is read"),
+    (masks / "../masks", "is a folder that is read"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      score.run(maps, masks, out=out)
+  with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+    score.run(maps, masks, compare=tmp_path / "nowhere")
 
 
 def test_two_folders_are_compared_image_by_image(folders, tmp_path, capsys):
