@@ -223,6 +223,7 @@ def command(flags, config: ConfigDict) -> None:
         raise ValueError(
           f"--out {flags.out}: {folder} is the folder of a run. Name a different --out."
         )
+  data.check_all(flags.data or [])
   if flags.backbone:
     network = detector.load_published(
       flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation

@@ -64,6 +64,7 @@ def command(flags) -> None:
   if twice:
     raise ValueError(f"--data names {', '.join(twice)} twice; their results would share a folder.")
   classical.parse(flags.method)
+  data.check_all(roots)
   rows = {}
   for name, root in zip(names, roots, strict=True):
     config = config_of(flags.method, root)

@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, make_folder, toy_backbone, toy_config, written_run
 
 from configs import base
-from fdep_jax import build, cli, evaluate, export, losses, report, score, settings, train
+from fdep_jax import build, cli, evaluate, export, losses, report, score, settings, train, untrained
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.cli import arguments
@@ -657,6 +657,21 @@ def test_a_table_of_datasets_has_a_row_and_its_intervals_for_each_branch():
   ]  # fmt: skip
   ends = "95 % 40.00–61.00 40.00–61.00 40.00–61.00 400000.00–610000.00 40.00–61.00 40.00–61.00 -"
   assert [row.split() for row in rows[1::2]] == [ends.split()] * 3
+
+
+def test_all_datasets_are_looked_for_before_one_is_scored(begun, parse, tmp_path, monkeypatch):
+  run, _, other = begun
+  monkeypatch.setattr(evaluate, "evaluate", None)  # would fail
+  monkeypatch.setattr(untrained, "evaluate", None)
+  (tmp_path / "empty").mkdir()
+  words = f"--data={other},nope,{tmp_path / 'empty'}", f"--out={tmp_path / 'out'}"
+  said = r"^--data nope: there is no such folder.*\n--data .*empty: this folder is empty"
+  with pytest.raises(FileNotFoundError, match=said) as error:
+    evaluate.command(*eval_flags(parse, run, *words))
+  assert "--config" not in str(error.value)
+  with pytest.raises(FileNotFoundError, match=said):
+    untrained.command(parse("--mode=eval", "--method=mpcm", *words))
+  assert not (tmp_path / "out").exists()
 
 
 def test_data_is_given_once(begun, parse):

@@ -438,6 +438,16 @@ def test_validate_takes_a_set_without_a_train_split_but_not_with_a_bad_one(
     check.command(flags)
 
 
+def test_validate_lists_the_problems_of_all_sets(tmp_path, capsys):
+  roots = [str(make_folder(tmp_path / name)) for name in "abc"]
+  (tmp_path / "a/masks/0.png").unlink()
+  (tmp_path / "c/masks/1.png").write_text("no picture")
+  with pytest.raises(data.DataError) as error:
+    check.command(types.SimpleNamespace(range=None, data=roots, out=str(tmp_path / "out")))
+  assert "0 has no mask" in str(error.value) and "1.png" in str(error.value)
+  assert f"{roots[1]}: no problems" in capsys.readouterr().out
+
+
 def test_an_empty_name_of_a_dataset_is_not_the_current_folder(tmp_path, monkeypatch, toy):
   monkeypatch.chdir(make_folder(tmp_path / "data"))
   said = "The name of a dataset is empty. .*leave no comma"

@@ -7,6 +7,7 @@ from fdep_jax.data import frames
 from fdep_jax.data.folders import (
   DataError,
   MissingDataError,
+  check_all,
   check_named,
   has_split,
   measure_range,
@@ -34,6 +35,7 @@ __all__ = [
   "MissingDataError",
   "Sample",
   "Statistic",
+  "check_all",
   "check_contrast",
   "check_named",
   "eval_batches",

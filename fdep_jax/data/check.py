@@ -21,12 +21,19 @@ def command(flags) -> None:
   """Runs `--mode validate`.
 
   Raises:
-    ValueError, FileNotFoundError: the message lists all problems of the first bad dataset.
+    ValueError, FileNotFoundError: the message lists all problems of all datasets.
   """
+  values, errors = frames.parse_range(flags.range) if flags.range else "", []
   for root in flags.data:
-    values = frames.parse_range(flags.range) if flags.range else ""
-    values = data.measure_range(root, _OPTION) if values == "auto" else values
-    validate(root, flags.out or "validation", values)
+    try:
+      own = data.measure_range(root, _OPTION) if values == "auto" else values
+      validate(root, flags.out or "validation", own)
+    except data.DataError as error:
+      errors.append(error)
+  if errors:
+    missing = all(isinstance(error, data.MissingDataError) for error in errors)
+    kind = data.MissingDataError if missing else data.DataError
+    raise kind("\n".join(map(str, errors)))
 
 
 def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:

@@ -200,6 +200,30 @@ def parts(root: str | Path, split: str) -> dict[str, int]:
   return {part.name: len(pairs[split]) for part, pairs in found.items()}
 
 
+def check_all(roots: Sequence[str | Path], option: str = "--data", split: str = "test") -> None:
+  """Refuses datasets whose files are missing, all in one error, without opening an image.
+
+  Args:
+    roots: folders; others ("synthetic", "tfds:…") are not looked at.
+    option: that names them, for the message.
+    split: that must be there.
+
+  Raises:
+    MissingDataError: a folder, or files of its split, do not exist.
+  """
+  lines = []
+  for root in roots:
+    check_named(root)
+    if str(root) == "synthetic" or str(root).startswith("tfds:"):
+      continue
+    try:
+      masks(root, split)
+    except MissingDataError as error:
+      lines.append(f"{option} {error}")
+  if lines:
+    raise MissingDataError("\n".join(lines))
+
+
 def has_split(root: str | Path, split: str) -> bool:
   """Returns whether any part of a dataset has a file or a folder of the split."""
   parts, problems = _survey(Path(root))
