@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from fdep_jax import backbones, build, data, detector, forward, report, settings
 from fdep_jax.metrics import columns, hse, jitted, per_image
 from fdep_jax.priors import Prior
+from fdep_jax.report import folder as folder_lib
 from fdep_jax.runtime import checkpoint, files, hlo, mesh
 
 PAD = 32  # pixels; images are zero-padded to multiples of it, as in the reference
@@ -228,7 +229,10 @@ def command(flags, config: ConfigDict) -> None:
     network = detector.load_published(
       flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
     )
-    _each(flags, config, network.source, lambda config, out: evaluate_file(network, config, out))
+    _each(
+      flags, config, network.source, lambda config: _inputs_of_file(network, config),
+      lambda config, out: evaluate_file(network, config, out),
+    )  # fmt: skip
     return
   workdir = files.expand(flags.workdir)
   own, values = settings.flat(settings.load(workdir)), settings.flat(config)
@@ -247,20 +251,24 @@ def command(flags, config: ConfigDict) -> None:
     evaluate(workdir, config, which=flags.checkpoint, out=flags.out)
     return
   _each(
-    flags, config, workdir,
+    flags, config, workdir, lambda config: _inputs_of_run(workdir, flags.checkpoint, config),
     lambda config, out: evaluate(workdir, config, which=flags.checkpoint, out=out),
   )  # fmt: skip
 
 
-def _each(flags, config: ConfigDict, source, score_one: Callable[..., dict]) -> None:
+def _each(flags, config: ConfigDict, source, inputs_of, score_one: Callable[..., dict]) -> None:
   """Scores the datasets of --data, each into its folder below --out, and prints one table."""
-  found = {}
+  out, configs, found = files.expand(flags.out), {}, {}
   for name, root in _named(flags.data).items():
-    config = config.copy_and_resolve_references()
-    config.data.root = root
-    found[name] = score_one(config, files.expand(flags.out) / name)
+    configs[name] = config.copy_and_resolve_references()
+    configs[name].data.root = root
+  folder_lib.check_table(out, configs)
+  for name, own in configs.items():
+    folder_lib.check(out / name, {"inputs": inputs_of(own)}, [own.data.root])
+  for name, own in configs.items():
+    found[name] = score_one(own, out / name)
   if mesh.writes():
-    files.write_json(files.expand(flags.out) / "metrics.json", found)
+    files.write_json(out / "metrics.json", found)
     print(f"{source} on {len(found)} dataset{'s' * (len(found) > 1)}:")
     print(parts_table(found))
 
@@ -271,6 +279,30 @@ def _named(roots: Sequence[str]) -> dict[str, str]:
   if len(set(names)) < len(names):
     names = [f"{i}_{name}" for i, name in enumerate(names, 1)]
   return dict(zip(names, roots, strict=True))
+
+
+def _inputs_of_run(workdir: pathlib.Path, which: str | int | None, config: ConfigDict) -> dict:
+  """Returns what is scored, for `metrics.json` outside of the run's folder."""
+  return {"run": os.path.abspath(workdir), "checkpoint": str(which or "best"), **_place(config)}
+
+
+def _inputs_of_file(network: detector.Detector, config: ConfigDict) -> dict:
+  return {
+    "network": network.source,
+    "mean": network.mean,
+    "std": network.std,
+    "range": config.data.range,
+    **_place(config),
+  }
+
+
+def _place(config: ConfigDict) -> dict[str, str]:
+  root = config.data.root
+  if root == "synthetic":
+    root = f"{config.data.synthetic_test} scenes of {config.data.synthetic_size} pixels"
+  elif not root.startswith("tfds:"):
+    root = os.path.abspath(root)
+  return {"data": root}
 
 
 def evaluate(
@@ -297,12 +329,17 @@ def evaluate(
 
   Raises:
     FileNotFoundError: the run, its checkpoint, its data or its weights do not exist.
-    ValueError: there is no such checkpoint, or the prior's weights are not those of the training.
+    ValueError: there is no such checkpoint, the prior's weights are not those of the training, or
+      `out` holds results of other inputs.
   """
   workdir = files.expand(workdir)
   out = workdir if out is None else files.expand(out)
   config = config or settings.load(workdir)
   settings.adopt(config)
+  record = {}
+  if out != workdir:
+    record["inputs"] = _inputs_of_run(workdir, which, config)
+    folder_lib.check(out, record, [config.data.root])
   images = None
   if loaded is None:
     _check_checkpoint(workdir, which, config)
@@ -327,6 +364,7 @@ def evaluate(
     **_facts(config, images, model, prior, scored),
     "selected_on": config.eval.select_on if which in (None, "best") else None,
     "steps": last.get("steps"),
+    **record,
   }
   if which is None:
     chosen = {name: metrics[name] for name in (*scored.totals, "checkpoint")}
@@ -357,9 +395,11 @@ def evaluate_file(
 
   Raises:
     FileNotFoundError: the data do not exist.
-    ValueError: the data cannot be used.
+    ValueError: the data cannot be used, or `out` holds results of other inputs.
   """
   out = files.expand(out)
+  record = {"inputs": _inputs_of_file(network, config)}
+  folder_lib.check(out, record, [config.data.root])
   build.check_inputs(config)
   values = build.grey_range(config) or network.range
   test = build.load_test(config, values)
@@ -379,6 +419,7 @@ def evaluate_file(
     "options": dict(network.options),
     "mean": network.mean,
     "std": network.std,
+    **record,
   }
   if mesh.writes():
     words = f"{network.folder.name}, {config.model.backbone}"

@@ -674,6 +674,36 @@ def test_all_datasets_are_looked_for_before_one_is_scored(begun, parse, tmp_path
   assert not (tmp_path / "out").exists()
 
 
+def test_eval_does_not_replace_the_results_of_other_inputs(begun, parse, tmp_path, monkeypatch):
+  run, data, other = begun
+  cost = {"flops": 1.0, "seconds_per_image": 0.1, "seconds_median": 0.1}
+  monkeypatch.setattr(evaluate, "cost", lambda *_: cost)
+  out = tmp_path / "out"
+  first = (f"--config.data.root={other}", f"--out={out}")
+  evaluate.command(*eval_flags(parse, run, *first))
+  before = (out / "metrics.json").read_bytes()
+  for words, said in (
+    ((f"--config.data.root={data}",), f"holds results of data {other}, which"),
+    ((*first, "--checkpoint=last"), "holds results of checkpoint best, which"),
+    ((f"--data={data}",), "which these results would replace"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      evaluate.command(*eval_flags(parse, run, *words, f"--out={out}"))
+  assert (out / "metrics.json").read_bytes() == before
+  evaluate.command(*eval_flags(parse, run, *first))  # the same again
+  assert (out / "metrics.json").read_bytes() == before
+  assert json.loads(before)["inputs"] == {
+    "run": str(run), "checkpoint": "best", "data": str(other),
+  }  # fmt: skip
+  table = tmp_path / "table"
+  evaluate.command(*eval_flags(parse, run, f"--data={other}", f"--out={table}"))
+  with pytest.raises(ValueError, match="metrics.json holds other, which these results"):
+    evaluate.command(*eval_flags(parse, run, f"--data={data}", f"--out={table}"))
+  for folder, root in ((other.parent, other), (data / "images/0.png", other)):
+    with pytest.raises(ValueError, match="other is a folder that is read|0.png is a file"):
+      evaluate.command(*eval_flags(parse, run, f"--data={root}", f"--out={folder}"))
+
+
 def test_data_is_given_once(begun, parse):
   run, _, other = begun
   words = (f"--data={other}", f"--config.data.root={other}", "--out=x")

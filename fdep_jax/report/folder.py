@@ -46,6 +46,20 @@ def check(
   )
 
 
+def check_table(out: str | os.PathLike, names: Iterable[str]) -> None:
+  """Refuses a folder whose `metrics.json` is not a table of some of these names.
+
+  Raises:
+    ValueError: says to name another folder.
+  """
+  path = pathlib.Path(out).expanduser() / "metrics.json"
+  lost = sorted((_read(path) or {}).keys() - set(names))
+  if lost:
+    raise ValueError(
+      f"{path} holds {', '.join(lost)}, which these results would replace. Name a different --out."
+    )
+
+
 def _plain(value):
   """Returns a value as JSON gives it back."""
   return json.loads(json.dumps(value))
@@ -55,7 +69,7 @@ def _read(path: pathlib.Path) -> dict | None:
   """Returns the content of a JSON file, {} if it is of another form, None if there is none."""
   try:
     found = json.loads(path.read_text())
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return None
   except ValueError:
     return {}
