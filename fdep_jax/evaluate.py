@@ -538,15 +538,16 @@ def parts_table(parts: dict[str, dict]) -> str:
   In percent, Fa in 10⁻⁶.
   """
   shown = columns.METRICS.values()
-  lines = [f"{'':<28}" + "".join(f" {c.heading:>15}" for c in shown)]
+  width = max(20, *map(len, parts)) + 1
+  lines = [f"{'':<{width + 7}}" + "".join(f" {c.heading:>15}" for c in shown)]
   for part, found in parts.items():
     for branch in ("main", "light"):
       if branch in found:
         values, spans = found[branch], found[branch]["intervals"]
         cells = [c.shown(values[c.key]) for c in shown]
-        lines.append(f"{part[:20]:<21}{branch:<7}" + "".join(f" {cell:>15}" for cell in cells))
+        lines.append(f"{part:<{width}}{branch:<7}" + "".join(f" {cell:>15}" for cell in cells))
         cells = [c.interval(spans.get(c.key)) for c in shown]
-        lines.append(f"{'  95 %':<28}" + "".join(f" {cell:>15}" for cell in cells))
+        lines.append(f"{'  95 %':<{width + 7}}" + "".join(f" {cell:>15}" for cell in cells))
   return "\n".join(lines)
 
 

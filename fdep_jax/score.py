@@ -16,6 +16,7 @@ import zipfile
 
 import numpy as np
 
+from fdep_jax import report
 from fdep_jax.data import folders as datasets
 from fdep_jax.metrics import bootstrap, columns, hse
 from fdep_jax.metrics import masks as masks_lib
@@ -78,7 +79,8 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
       or the folder of a dataset (`data.folders`). A beginning or ending that all files of a folder
       share, such as `_pred`, is dropped if the stems agree then.
     out: folder for `metrics.json`, `curves.npz`, `images.csv` and `pr.png`; None writes nothing.
-    compare: a second folder of maps, for a paired comparison.
+    compare: a second folder of maps, for a paired comparison. `pr.png` shows both; the other
+      files of the second are `curves_compared.npz` and `images_compared.csv`.
     resamples: number of bootstrap resamples; 0 leaves the intervals out.
     split: of a dataset: "train", "test" or "all"; None takes "test". Masks of the other split are
       not read.
@@ -104,6 +106,8 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
   for folder in (*folders.values(), masks):
     if not pathlib.Path(folder).is_dir():
       raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
+  if compare is not None and os.path.samefile(predictions, compare):
+    raise ValueError(f"{predictions} and {compare} are the same folder. Name two to compare.")
   record = {"inputs": _inputs(folders, masks, split), "options": vars(options)}
   if out is not None:
     results.check(out, record, (*folders.values(), masks))
@@ -123,9 +127,12 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
       if not (refused and name in _NEEDS_A_CURVE)
     }
   metrics |= record | {"files": {name: found["files"] for name, found in sets.items()}}
-  print(_table(metrics, folders, {name: found["score"] for name, found in sets.items()}))
+  titles = report.names([pathlib.Path(folder) for folder in folders.values()])
+  for found, title in zip(sets.values(), titles, strict=True):
+    found["title"] = title
+  print(_table(metrics, sets))
   if out is not None:
-    _write(pathlib.Path(out), metrics, sets["predictions"])
+    _write(pathlib.Path(out), metrics, sets)
     print(f"wrote {out}")
   return metrics
 
@@ -502,27 +509,31 @@ def _json(value):
   return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _table(metrics, folders, scores):
+def _table(metrics, sets):
   """Formats the paper's columns, in percent (Fa × 10⁶), with the 95 % intervals below."""
+  rows = {}
+  for name, of_set in sets.items():
+    parts = {f"  {part}": found for part, found in metrics[name].get("parts", {}).items()}
+    rows[name] = {of_set["title"]: metrics[name]} | parts
+  width = max(24, *(len(title) + 1 for titles in rows.values() for title in titles))
 
   def line(name, cells):
-    return f"{name:<24}" + "".join(f" {cell:>15}" for cell in cells)
+    return f"{name:<{width}}" + "".join(f" {cell:>15}" for cell in cells)
 
   lines = [line("", [c.heading for c in columns.METRICS.values()])]
-  for name, folder in folders.items():
+  for name, titles in rows.items():
     values = metrics[name]
-    parts = {f"  {part}": found for part, found in values.get("parts", {}).items()}
-    for title, found in ({pathlib.Path(folder).name: values} | parts).items():
+    for title, found in titles.items():
       shown = [c.shown(found[c.key]) for c in columns.METRICS.values()]
-      lines.append(line(title[:23], shown))
+      lines.append(line(title, shown))
       spans = found.get("intervals", {})
       if spans:
         cells = [c.interval(spans.get(c.key)) for c in columns.METRICS.values()]
         lines.append(line("  95 %", cells))
     if "hse_refused" in values:
       lines.append(values["hse_refused"])
-    elif warning := hse.warning_of_merging(scores[name]):
-      lines.append(f"Warning: {pathlib.Path(folder).name}: {warning}")
+    elif warning := hse.warning_of_merging(sets[name]["score"]):
+      lines.append(f"Warning: {sets[name]['title']}: {warning}")
   if "comparison" in metrics:
     compared = metrics["comparison"]
     chances = [compared.get(c.key, {}).get("a_is_better") for c in columns.METRICS.values()]
@@ -532,19 +543,23 @@ def _table(metrics, folders, scores):
   return "\n".join(lines)
 
 
-def _write(out, metrics, found):
+def _write(out, metrics, sets):
   out.mkdir(parents=True, exist_ok=True)
   files.write_json(out / "metrics.json", metrics)
-  np.savez_compressed(out / "curves.npz", **found["score"].curves)
-  with open(out / "images.csv", "w", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(found["rows"][0]))
-    writer.writeheader()
-    writer.writerows(found["rows"])
-  if not found["refused"]:
+  for name, found in sets.items():
+    ending = "_compared" if name == "compared" else ""
+    np.savez_compressed(out / f"curves{ending}.npz", **found["score"].curves)
+    with open(out / f"images{ending}.csv", "w", newline="") as file:
+      writer = csv.DictWriter(file, fieldnames=list(found["rows"][0]))
+      writer.writeheader()
+      writer.writerows(found["rows"])
+  drawn = [found for found in sets.values() if not found["refused"]]
+  if drawn:
     try:
       figure, axes = plots.figure(1, 2, (9, 4))
     except ModuleNotFoundError as error:
       print(f"pr.png is left out, because {error.name.split('.')[0]} is not installed.")
       return
-    plots.precision_recall(axes, found["score"])
+    for found in drawn:
+      plots.precision_recall(axes, found["score"], found["title"] if len(sets) > 1 else "")
     plots.save(figure, out / "pr.png", dpi=120)

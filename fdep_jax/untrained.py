@@ -171,11 +171,12 @@ def evaluate(
 def table(rows: dict[str, dict]) -> str:
   """Formats the paper's columns, a row a dataset; percent, Fa in 10⁻⁶."""
   shown = {**columns.METRICS, "time_s": columns.COSTS["time_s"]}
-  lines = [f"{'':<16}" + "".join(f"{column.heading:>10}" for column in shown.values())]
+  width = max(15, *map(len, rows)) + 1
+  lines = [f"{'':<{width}}" + "".join(f"{column.heading:>10}" for column in shown.values())]
   for name, metrics in rows.items():
     values = metrics[_BRANCH] | {"seconds_per_image": metrics["seconds_per_image"]}
     cells = [column.shown(values[column.key]) for column in shown.values()]
-    lines.append(f"{name[:15]:<16}" + "".join(f"{cell:>10}" for cell in cells))
+    lines.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
   return "\n".join(lines)
 
 

@@ -657,6 +657,9 @@ def test_a_table_of_datasets_has_a_row_and_its_intervals_for_each_branch():
   ]  # fmt: skip
   ends = "95 % 40.00–61.00 40.00–61.00 40.00–61.00 400000.00–610000.00 40.00–61.00 40.00–61.00 -"
   assert [row.split() for row in rows[1::2]] == [ends.split()] * 3
+  names = [f"a_dataset_with_a_long_name_{i}" for i in (1, 2)]
+  rows = evaluate.parts_table(dict.fromkeys(names, both)).splitlines()[1::4]
+  assert [row.split()[0] for row in rows] == names
 
 
 def test_all_datasets_are_looked_for_before_one_is_scored(begun, parse, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdep_jax import score
+from fdep_jax import report, score
 from fdep_jax.metrics import hse
 from fdep_jax.runtime import problems
 
@@ -245,6 +245,51 @@ def test_two_folders_are_compared_image_by_image(folders, tmp_path, capsys):
     got["predictions"]["iou"] - got["compared"]["iou"]
   )
   assert "first is better" in capsys.readouterr().out
+
+
+def test_both_detectors_are_in_every_file_and_can_be_told_apart(
+  folders, tmp_path, capsys, monkeypatch
+):
+  maps, masks, levels, _ = folders
+  (tmp_path / "b").mkdir()
+  long = tmp_path / "b" / "maps"
+  for stem, level in levels.items():
+    save(level // 2, long / f"{stem}.png")
+  legends = []
+  keep = lambda figure, path, dpi: legends.extend(  # noqa: E731
+    [text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes
+  )
+  monkeypatch.setattr(score.plots, "save", keep)
+  out = tmp_path / "out"
+  got = score.run(long, masks, compare=maps, out=out, resamples=0)
+  of_pixels = [f"{name}: {100 * got[key]['hse_p']:.2f}"
+               for name, key in (("b/maps", "predictions"), ("maps", "compared"))]  # fmt: skip
+  assert legends[0] == of_pixels and len(legends[1]) == 2
+  printed = capsys.readouterr().out
+  shown = [line.split()[0] for line in printed.splitlines()[1:]]
+  assert [n for n in shown if n not in ("Warning:", "wrote")] == ["b/maps", "maps"]
+  assert report.names([maps, maps / "maps"]) == ["maps", "maps/maps"]
+  for name, ending in (("predictions", ""), ("compared", "_compared")):
+    rows = list(csv.DictReader(open(out / f"images{ending}.csv")))
+    assert [row["file"] for row in rows] == sorted(levels)
+    assert sum(int(row["hits"]) for row in rows) == got[name]["hits"]
+    curves = np.load(out / f"curves{ending}.npz")
+    assert curves["pixel_score"].max() == max(
+      np.float32(level.max() // (2 if name == "predictions" else 1)) / np.float32(65535)
+      for level in levels.values()
+    )
+  with pytest.raises(ValueError, match="are the same folder. Name two to compare"):
+    score.run(maps, masks, compare=masks / "../maps")
+
+
+def test_long_names_are_shown_whole(folders, tmp_path, capsys):
+  maps, masks, *_ = folders
+  copies = [tmp_path / f"predictions_of_the_detector_{i}" for i in (1, 2)]
+  for copy in copies:
+    shutil.copytree(maps, copy)
+  score.run(copies[0], masks, compare=copies[1], resamples=0)
+  printed = capsys.readouterr().out
+  assert all(f"\n{copy.name} " in printed for copy in copies)
 
 
 def test_options_reach_the_metric(folders):
