@@ -169,6 +169,14 @@ def test_diagonal_neighbours_are_one_component_unless_connectivity_is_4():
   assert hse.score([mask.astype(np.float32)], [mask], connectivity=4).targets == 2
 
 
+def test_options_in_one_object_are_refused_with_the_way_to_give_them():
+  options, prob = hse.Options(connectivity=4), CORNER.astype(np.float32)
+  for call in (lambda: hse.score([prob], [CORNER], options), lambda: hse.Accumulator(options)):
+    with pytest.raises(ValueError, match=r"by name: .*\*\*vars\(options\)"):
+      call()
+  assert hse.score([prob], [CORNER], **vars(options)).hse == 1
+
+
 def test_an_empty_image_counts_0_1_or_not_at_all_in_niou():
   empty = np.zeros_like(CORNER)
   maps = [CORNER.astype(np.float32), empty.astype(np.float32)]

@@ -53,6 +53,11 @@ class Options:
   false_alarm: str = "unclaimed"
 
   def __post_init__(self):
+    if isinstance(self.thresholds, Options):  # the first argument that is not by name
+      raise ValueError(
+        'Options are given by name: hse.score(probs, masks, matching="nearest"). All fields of an '
+        "hse.Options at once are **vars(options)."
+      )
     problems = []
     try:
       values = np.unique(np.asarray(self.thresholds, np.float32))
@@ -153,7 +158,7 @@ def score(probs, masks, thresholds=THRESHOLDS, max_distance=3.0, **options):
     masks: bools, the same.
     thresholds: thresholds of HSE-T, in [0, 1).
     max_distance: pixels between centroids, exclusive.
-    **options: see `Options`.
+    **options: see `Options`; all fields of one are `**vars(options)`.
 
   Returns:
     A `Score`; exact, HSE-P included.
