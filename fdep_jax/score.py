@@ -147,7 +147,7 @@ def _inputs(folders, masks, split):
 def _accumulate(folder, masks, split, options):
   """Reads a folder once. Returns ({"total", "parts", "rows", "refused", "files"}, problems)."""
   pairs, parts, problems = _pairs(pathlib.Path(folder), pathlib.Path(masks), split)
-  found, values = _Counts(parts, options), np.zeros(0, np.float32)
+  found, values, means = _Counts(parts, options), np.zeros(0, np.float32), _Means()
   for stem, (prob_path, mask_path) in pairs.items():
     prob, mask, problem = _read_pair(prob_path, mask_path)
     problems += problem
@@ -156,6 +156,7 @@ def _accumulate(folder, masks, split, options):
     if len(values) <= 2:
       values = np.union1d(values, np.unique(prob)[:3])
     found.add(stem, prob, mask)
+    means.add(prob, mask)
   refused = None
   if not problems and len(values) <= 2 and values.max() > 0:
     refused = _BINARY.format(folder, " and ".join(f"{v:g}" for v in values))
@@ -170,6 +171,7 @@ def _accumulate(folder, masks, split, options):
     "parts": found.parts if len(found.parts) > 1 else {},
     "rows": found.rows,
     "refused": refused,
+    "warning": means.warning(),
     "files": _files([prob for prob, _ in pairs.values()]),
   }, problems
 
@@ -179,6 +181,28 @@ def _files(paths):
   listed = "".join(f"{path.name} {path.stat().st_size}\n" for path in paths)
   digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape"))
   return {"number": len(paths), "sha256": digest.hexdigest()}
+
+
+class _Means:
+  """Collects the mean probability of the targets' pixels and of all others."""
+
+  def __init__(self):
+    self.sums, self.numbers = np.zeros(2), np.zeros(2)  # others, targets
+
+  def add(self, prob, mask):
+    for i, chosen in enumerate((~mask, mask)):
+      self.sums[i] += prob[chosen].sum(dtype=np.float64)
+      self.numbers[i] += chosen.sum()
+
+  def warning(self):
+    """Says that the maps look inverted; "" if they do not."""
+    others, targets = self.sums / np.maximum(self.numbers, 1)
+    if not self.numbers.all() or targets >= others:
+      return ""
+    return (
+      f"the maps are lower on targets (mean {targets:.3g}) than elsewhere (mean {others:.3g}). If "
+      "they are inverted, save 1 − map; if not, they may be of other images than the masks."
+    )
 
 
 class _Counts:
@@ -530,6 +554,8 @@ def _table(metrics, sets):
       if spans:
         cells = [c.interval(spans.get(c.key)) for c in columns.METRICS.values()]
         lines.append(line("  95 %", cells))
+    if sets[name]["warning"]:
+      lines.append(f"Warning: {sets[name]['title']}: {sets[name]['warning']}")
     if "hse_refused" in values:
       lines.append(values["hse_refused"])
     elif warning := hse.warning_of_merging(sets[name]["score"]):

@@ -424,6 +424,24 @@ def test_a_background_above_a_threshold_is_warned_of(tmp_path, capsys):
     assert ("Warning: maps: at prob > 0.05 " in capsys.readouterr().out) == warned
 
 
+def test_maps_that_are_lower_on_targets_are_warned_of(folders, tmp_path, capsys):
+  maps, masks, levels, truth = folders
+  score.run(maps, masks, resamples=0)
+  assert "lower on targets" not in capsys.readouterr().out
+  for stem, level in levels.items():
+    save(65535 - level, tmp_path / "inverted" / f"{stem}.png")
+    save(np.uint8(255 * ~truth[stem]), tmp_path / "binary" / f"{stem}.png")
+  score.run(tmp_path / "inverted", masks, compare=maps, resamples=0)
+  said = "the maps are lower on targets (mean "
+  printed = capsys.readouterr().out
+  assert f"Warning: inverted: {said}" in printed and f"Warning: maps: {said}" not in printed
+  targets = [65535 - levels[stem][truth[stem]] for stem in levels]
+  mean = np.concatenate(targets).mean() / 65535
+  assert f"(mean {mean:.3g}) than elsewhere" in printed and "save 1 − map" in printed
+  score.run(tmp_path / "binary", masks, resamples=0)
+  assert f"binary: {said}0) than elsewhere (mean 1)" in capsys.readouterr().out
+
+
 def test_names_of_letters_do_not_make_kinds():
   found = problems.shorten([f"train: {name} has no mask" for name in ("car", "ship", "tree")], 2)
   assert found == [
