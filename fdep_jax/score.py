@@ -248,6 +248,10 @@ def _pairs(predictions, masks, split):
   problems += found + more
   if not maps:
     problems.append(f"{predictions}: no file ends in {', '.join(READABLE)}")
+  both = [stem for stem in (truth if root else sorted(truth)) if stem in maps]
+  if len(both) < len(truth) and (fits := _split_of(maps, root or masks.parent, split)):
+    advice = f"Write --masks {root or masks.parent} --split {fits}"
+    return {}, {}, [f"{predictions} holds the maps of the split {fits}. {advice}"]
   if others:
     # Not as info, which nobody sees here: without absl no level of logging is set.
     logging.warning("maps of %s that are not of %s: %d, left out", predictions, source, len(others))
@@ -256,11 +260,11 @@ def _pairs(predictions, masks, split):
   unused = sorted(truth.keys() - maps.keys())
   problems += [f"{truth[stem]}: no prediction {stem}.* in {predictions}" for stem in unused]
   if unused and not root and datasets.is_dataset(masks.parent):
-    problems.append(
+    problems.insert(
+      0,
       f"{masks.parent} is a dataset. If the maps are of one split, write --masks {masks.parent} "
-      "--split test"
+      "--split test",
     )
-  both = [stem for stem in (truth if root else sorted(truth)) if stem in maps]
   return {s: (maps[s], truth[s]) for s in both}, {s: part_of.get(s, "") for s in both}, problems
 
 
@@ -285,6 +289,18 @@ def _of_split(root, split):
       stem = name.replace("/", "_")
       masks[stem], part_of[stem] = path, part
   return masks, part_of
+
+
+def _split_of(maps, root, scored):
+  """Returns the split of a dataset whose images the maps are of, all and no others; "" if none."""
+  if datasets.is_dataset(root):
+    for split in ("test", "train", "all"):
+      with contextlib.suppress(datasets.DataError):
+        truth, _ = _of_split(root, split)
+        own, _ = _without_affixes(maps, truth, masks_too=False)
+        if split != scored and own.keys() == truth.keys():
+          return split
+  return ""
 
 
 def _of_other_splits(root, split):

@@ -382,8 +382,24 @@ def test_one_dataset_is_named_by_its_folder_or_by_its_masks(union):
   assert score.run(maps, root / "One", resamples=0)["predictions"] == expected
   got = score.run(maps, root / "One/masks", resamples=0, split="test")
   assert got["predictions"] == expected
-  with pytest.raises(ValueError, match="is a dataset. If the maps are of one split, write --masks"):
+  for masks in (root / "One/masks", root / "One"):  # the split is found, and named alone
+    wrong = {"split": "all"} if masks.name == "One" else {}
+    with pytest.raises(ValueError) as error:
+      score.run(maps, masks, **wrong)
+    title, line = str(error.value).splitlines()
+    assert line.strip() == (
+      f"{maps} holds the maps of the split test. Write --masks {root / 'One'} --split test"
+    )
+  for path in list(maps.iterdir()):
+    path.rename(path.with_name(f"{path.stem}_pred.png"))
+  with pytest.raises(ValueError, match="holds the maps of the split test"):
     score.run(maps, root / "One/masks")
+  (maps / "b_pred.png").unlink()
+  (maps / "a_pred.png").rename(maps / "a.png")
+  with pytest.raises(ValueError) as error:
+    score.run(maps, root / "One/masks")
+  _, first, *rest = str(error.value).splitlines()
+  assert "is a dataset. If the maps are of one split, write --masks" in first and len(rest) == 2
   with pytest.raises(ValueError, match="--split test: .*alone is no dataset"):
     score.run(maps, maps, split="test")
 
