@@ -67,7 +67,7 @@ def check_inputs(config: ConfigDict) -> None:
       f"prior.checkpoint: there is no file {_place(checkpoint)}. Download "
       "dinov2_vitl14_pretrain.pth from the facebookresearch/dinov2 repository, or another prior "
       "(docs/priors.md), or convert your own file with `python -m converters IN OUT` and set "
-      "--config.prior.checkpoint=OUT."
+      "--config.prior.checkpoint=OUT. --config.mode=original trains the network alone, without one."
     )
   if missing:
     raise FileNotFoundError("\n".join(missing))
