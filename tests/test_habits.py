@@ -352,6 +352,9 @@ def test_a_start_that_fails_before_its_first_step_does_not_claim(
   monkeypatch.setattr(train, "Minutes", functools.partial(log.Minutes, every=0))
   with caplog.at_level(logging.INFO):
     train.train(other, tmp_path / "run")  # the folder is free
+  _, best = checkpoint.Checkpoints(tmp_path / "run").restore({}, best=True)
+  scored = [text for text in caplog.messages if "val HSE" in text]  # the last is of the last step
+  assert re.fullmatch(rf"val HSE \d+.\d\d at step 3; the best is step {best['step']}", scored[-1])
   # Redirected output gets its lines however many steps lie between two of metrics.jsonl.
   for step in (1, 2, 3):
     assert re.search(rf"step {step} of 3, loss \d.* images/s, .* left", caplog.text)
