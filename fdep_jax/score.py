@@ -6,6 +6,7 @@ Needs numpy, scipy and pillow only, and matplotlib for `pr.png`.
 import argparse
 import contextlib
 import csv
+import difflib
 import hashlib
 import itertools
 import logging
@@ -53,7 +54,23 @@ def parse(argv) -> argparse.Namespace:
     "--split", choices=["train", "test", "all"], help="of a dataset in --masks; default test"
   )
   parser.add_argument("--out", help="folder for metrics.json, curves.npz, images.csv and pr.png")
-  return parser.parse_args(argv)
+  values, left = parser.parse_known_args(argv)
+  if left:
+    names = ("predictions", "masks", "split", "out")
+    raise ValueError(f"--mode score: {_unknown(left, [f'--{name}' for name in names])}")
+  return values
+
+
+def _unknown(words, flags):
+  """Says what is wrong with the first of the words that the parser left over."""
+  wrong = next((word for word in words if word.startswith("-")), None)
+  if wrong is None:
+    return f"the word {words[0]!r} belongs to no flag. Two folders of maps are --predictions A,B."
+  name = wrong.partition("=")[0]
+  near = difflib.get_close_matches(name, flags, 1, 0.7)
+  return f"there is no flag {name}. " + (
+    f"The nearest is {near[0]}." if near else f"There are {', '.join(flags)}."
+  )
 
 
 class _Parser(argparse.ArgumentParser):

@@ -176,6 +176,20 @@ def test_score_refuses_what_it_does_not_use(words):
     cli.run_score(words)
 
 
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--prediction", "a", "--masks", "b"], "no flag --prediction. The nearest is --predictions."),
+    (["--predictions=a", "--mask=b"], "no flag --mask. The nearest is --masks."),
+    (["--predictions", "a", "b", "--masks=c"], "'b' belongs to no flag. .*--predictions A,B"),
+    (["--quiet"], "no flag --quiet. There are --predictions, --masks, --split, --out."),
+  ],
+)
+def test_score_names_the_flag_that_is_meant(words, said):
+  with pytest.raises(ValueError, match=said):
+    cli.run_score(["--mode", "score", *words])
+
+
 def test_flags_that_exclude_each_other_are_refused(parse):
   plan = parse("--mode=plan", "--config=quickstart", "--topology=cpu:1", "--out=a", "--workdir=b")
   with pytest.raises(ValueError, match="Give one"):
