@@ -3,11 +3,13 @@
 import io
 import logging
 import re
+import shutil
+import subprocess
 import types
 
 import numpy as np
 import pytest
-from helpers import Bright, detector, make_folder, toy_config
+from helpers import ROOT, Bright, detector, make_folder, toy_config
 from PIL import Image
 
 from configs import nuaa_cpu
@@ -436,6 +438,26 @@ def test_validate_takes_a_set_without_a_train_split_but_not_with_a_bad_one(
     train.mkdir(parents=True)
   with pytest.raises(data.DataError, match="lists no names|no folder for split 'train'"):
     check.command(flags)
+
+
+@pytest.mark.parametrize(("alone", "test"), [(False, 2), (True, 1)])
+def test_the_documented_commands_write_splits(tmp_path, alone, test):
+  text = (ROOT / "docs/data.md").read_text()
+  lines = re.search(r"```\n( *mkdir -p data/mine/splits\n.*?)```", text, re.DOTALL)[1]
+  if alone:
+    ways = iter(re.findall(r"`(awk '[^`]+')`", text))
+    lines = re.sub(r"grep .*?'\S+'", lambda _: next(ways), lines)
+  root = make_folder(tmp_path / "data/mine", 6)
+  for kind in ("images", "masks"):
+    for path in list((root / kind).iterdir()):
+      path.rename(path.with_name(f"flight_0{6 + (int(path.stem) > 3)}_{path.name}"))
+  shutil.rmtree(root / "splits")
+  with pytest.raises(FileNotFoundError, match="docs/data.md has commands that write it"):
+    data.validate(root)
+  subprocess.run(lines, shell=True, check=True, cwd=tmp_path)
+  assert data.validate(root) == {"train": 6 - test, "test": test}
+  if not alone:
+    assert all("flight_07" in sample.name for sample in data.read(root, "test"))
 
 
 def test_validate_lists_the_problems_of_all_sets(tmp_path, capsys):
