@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fdep_jax import backbones, build, data, detector, forward, report, settings
-from fdep_jax.metrics import columns, hse, jitted, per_image
+from fdep_jax.metrics import bootstrap, columns, hse, jitted, per_image
 from fdep_jax.priors import Prior
 from fdep_jax.report import folder as folder_lib
 from fdep_jax.runtime import checkpoint, files, hlo, mesh
@@ -539,6 +539,7 @@ def parts_table(parts: dict[str, dict]) -> str:
   """
   shown = columns.METRICS.values()
   width = max(20, *map(len, parts)) + 1
+  notes = []
   lines = [f"{'':<{width + 7}}" + "".join(f" {c.heading:>15}" for c in shown)]
   for part, found in parts.items():
     for branch in ("main", "light"):
@@ -548,7 +549,9 @@ def parts_table(parts: dict[str, dict]) -> str:
         lines.append(f"{part:<{width}}{branch:<7}" + "".join(f" {cell:>15}" for cell in cells))
         cells = [c.interval(spans.get(c.key)) for c in shown]
         lines.append(f"{'  95 %':<{width + 7}}" + "".join(f" {cell:>15}" for cell in cells))
-  return "\n".join(lines)
+        if note := bootstrap.note(spans, {c.key: c.heading for c in shown}):
+          notes.append(f"Note: {part}, {branch}: {note}")
+  return "\n".join([*lines, *notes])
 
 
 def _check_checkpoint(workdir: pathlib.Path, which: str | int | None, config: ConfigDict) -> None:

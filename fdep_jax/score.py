@@ -587,6 +587,9 @@ def _table(metrics, sets):
       if spans:
         cells = [c.interval(spans.get(c.key)) for c in columns.METRICS.values()]
         lines.append(line("  95 %", cells))
+    headings = {c.key: c.heading for c in columns.METRICS.values()}
+    if note := bootstrap.note(values.get("intervals", {}), headings):
+      lines.append(f"Note: {sets[name]['title']}: {note}")
     if sets[name]["warning"]:
       lines.append(f"Warning: {sets[name]['title']}: {sets[name]['warning']}")
     if "hse_refused" in values:

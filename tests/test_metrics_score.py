@@ -292,6 +292,15 @@ def test_long_names_are_shown_whole(folders, tmp_path, capsys):
   assert all(f"\n{copy.name} " in printed for copy in copies)
 
 
+def test_an_interval_of_one_point_is_noted(folders, capsys):
+  maps, masks, *_ = folders
+  score.run(maps, masks, resamples=50)
+  printed = capsys.readouterr().out
+  assert "100.00–100.00" in printed and "Note: maps: an interval of one point (" in printed
+  score.run(maps, masks, resamples=0)
+  assert "Note" not in capsys.readouterr().out
+
+
 def test_options_reach_the_metric(folders):
   maps, masks, levels, truth = folders
   got = score.run(maps, masks, resamples=0, connectivity=4, thresholds=[0.25, 0.75])

@@ -455,7 +455,7 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
     others = sorted(p.relative_to(part).as_posix() for p in part.glob("**/*.txt"))[:10]
     text = f"no split file for {split!r}; looked for {tried} in {part}"
     text += f"; there are {', '.join(others)}" if others else "; there are no .txt files"
-    text += ". Such a file lists names of images, one a line: docs/data.md has commands that write it"
+    text += ". Such a file lists names of images: docs/data.md has commands that write it"
     problems.append(_Problem(text, split, missing=True, whole=True))
     return []
   listed = []
