@@ -4,6 +4,7 @@ Needs numpy, scipy and pillow only, and matplotlib for `pr.png`.
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import difflib
@@ -251,6 +252,9 @@ def _pairs(predictions, masks, split):
   """
   root = _dataset(masks, split)
   problems, part_of, others = [], {}, []
+  unread = [_unread(predictions, READABLE), "" if root else _unread(masks, MASKS)]
+  if any(unread):
+    return {}, {}, list(filter(None, unread))
   maps, found = _by_stem(predictions, READABLE, "_prob", only_with_suffix=True)
   if root:
     split = split or "test"
@@ -263,8 +267,6 @@ def _pairs(predictions, masks, split):
     maps, truth = _without_affixes(maps, truth)
     source = masks
   problems += found + more
-  if not maps:
-    problems.append(f"{predictions}: no file ends in {', '.join(READABLE)}")
   both = [stem for stem in (truth if root else sorted(truth)) if stem in maps]
   if len(both) < len(truth) and (fits := _split_of(maps, root or masks.parent, split)):
     advice = f"Write --masks {root or masks.parent} --split {fits}"
@@ -283,6 +285,21 @@ def _pairs(predictions, masks, split):
       "--split test",
     )
   return {s: (maps[s], truth[s]) for s in both}, {s: part_of.get(s, "") for s in both}, problems
+
+
+def _unread(folder, kinds):
+  """Says which files a folder without any readable one holds; "" if it has one."""
+  suffixes = collections.Counter(p.suffix.lower() for p in folder.iterdir() if p.is_file())
+  if any(kind in suffixes for kind in kinds):
+    return ""
+  held = ", ".join(f"{n} {s or 'without an ending'}" for s, n in suffixes.most_common(5))
+  said = f"{folder}: no file ends in {', '.join(kinds)}; there are {held or 'no files'}"
+  if ".mat" in suffixes:
+    said += (
+      ". Convert every .mat file: np.save('a.npy', scipy.io.loadmat('a.mat')[NAME]); NAME is that "
+      "of the array (of version 7.3: np.transpose(h5py.File('a.mat')[NAME]))"
+    )
+  return said
 
 
 def _dataset(masks, split):

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 from fdep_jax import report, score
@@ -299,6 +301,26 @@ def test_an_interval_of_one_point_is_noted(folders, capsys):
   assert "100.00–100.00" in printed and "Note: maps: an interval of one point (" in printed
   score.run(maps, masks, resamples=0)
   assert "Note" not in capsys.readouterr().out
+
+
+def test_mat_files_are_one_problem_with_the_way_to_convert_them(folders, tmp_path):
+  maps, masks, levels, truth = folders
+  for stem, level in levels.items():
+    for kind, array in (("maps", level / np.float32(65535)), ("masks", truth[stem])):
+      (tmp_path / "mat" / kind).mkdir(parents=True, exist_ok=True)
+      scipy.io.savemat(tmp_path / "mat" / kind / f"{stem}.mat", {"x": array})
+  for pair in ((tmp_path / "mat/maps", masks), (maps, tmp_path / "mat/masks")):
+    with pytest.raises(ValueError) as error:
+      score.run(*pair)
+    title, line = str(error.value).splitlines()
+    assert title.startswith("1 problem ") and "there are 3 .mat. Convert every .mat file" in line
+  call = re.search(r"np.save\('a.npy', (scipy.io.loadmat\('a.mat'\)\[NAME\])\)", line)[1]
+  for kind in ("maps", "masks"):
+    for path in (tmp_path / "mat" / kind).glob("*.mat"):
+      own = call.replace("'a.mat'", "path").replace("NAME", "'x'")
+      np.save(path.with_suffix(".npy"), eval(own, {"scipy": scipy, "path": path}))
+  converted = score.run(tmp_path / "mat/maps", tmp_path / "mat/masks", resamples=0)
+  assert converted["predictions"] == score.run(maps, masks, resamples=0)["predictions"]
 
 
 def test_options_reach_the_metric(folders):
