@@ -14,6 +14,7 @@ from fdep_jax import ablations, data, forward, priors, settings
 from fdep_jax.backbones import network_class
 from fdep_jax.data import frames
 from fdep_jax.fdep import FDEP
+from fdep_jax.metrics import columns
 from fdep_jax.priors import Foundation, Prior, dinov2
 
 # Small DINOv2 of the quick start, which needs no weight file.
@@ -111,7 +112,8 @@ def load_validation(config: ConfigDict, values: frames.Range = "") -> Sequence[d
     return []
   val = data.load(root, "val", values=values, lazy=config.data.lazy)
   if val:
-    logging.info("%d images of the dataset's own split val select the checkpoint", len(val))
+    number = columns.counted(len(val), "image")
+    logging.info("the checkpoint is selected on the dataset's own split val, %s", number)
   return val
 
 

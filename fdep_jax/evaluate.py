@@ -269,7 +269,7 @@ def _each(flags, config: ConfigDict, source, inputs_of, score_one: Callable[...,
     found[name] = score_one(own, out / name)
   if mesh.writes():
     files.write_json(out / "metrics.json", found)
-    print(f"{source} on {len(found)} dataset{'s' * (len(found) > 1)}:")
+    print(f"{source} on {columns.counted(len(found), 'dataset')}:")
     print(parts_table(found))
 
 
@@ -299,7 +299,8 @@ def _inputs_of_file(network: detector.Detector, config: ConfigDict) -> dict:
 def _place(config: ConfigDict) -> dict[str, str]:
   root = config.data.root
   if root == "synthetic":
-    root = f"{config.data.synthetic_test} scenes of {config.data.synthetic_size} pixels"
+    scenes = columns.counted(config.data.synthetic_test, "scene")
+    root = f"{scenes} of {config.data.synthetic_size} pixels"
   elif not root.startswith("tfds:"):
     root = os.path.abspath(root)
   return {"data": root}
@@ -475,7 +476,7 @@ def _warn_of_sizes(config: ConfigDict, images: build.Images) -> None:
 
 def _print(config: ConfigDict, metrics: dict, words: str, newest: dict | None, warnings) -> None:
   """Prints the tables, and the newest checkpoint's if the selection is in doubt."""
-  print(f"{metrics['images']} test images of {config.data.root}, {words}")
+  print(f"{columns.counted(metrics['images'], 'test image')} of {config.data.root}, {words}")
   print(table(metrics))
   if "parts" in metrics:
     print(f"The parts of {config.data.root}:")
@@ -617,7 +618,7 @@ def _about(config: ConfigDict, images: build.Images, state: dict, words: str) ->
     "checkpoint": words,
     "its parameters and statistics, SHA-256": fingerprint(state),
     "normalisation": f"mean {mean}, standard deviation {std}",
-    "data": f"{config.data.root}, {len(images.test)} test images",
+    "data": f"{config.data.root}, {columns.counted(len(images.test), 'test image')}",
   }
 
 

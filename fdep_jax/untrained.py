@@ -159,7 +159,7 @@ def evaluate(
   files.write_json(workdir / "metrics.json", metrics)
   about = {
     "method": f"{method}, without training; each map divided by its maximum, 8 bits",
-    "data": f"{config.data.root}, {len(samples)} test images",
+    "data": f"{config.data.root}, {columns.counted(len(samples), 'test image')}",
   }
   totals, flat = {_BRANCH: total}, settings.flat(config)
   name = workdir.resolve().name

@@ -266,7 +266,7 @@ def test_every_bad_pair_is_listed_in_one_error():
   for _, _, pattern in bad:
     assert re.search(pattern, str(error.value)), pattern
   assert "image 6" not in str(error.value) and "6 problems" in str(error.value)
-  with pytest.raises(ValueError, match="2 probability maps and 1 masks"):
+  with pytest.raises(ValueError, match="2 probability maps and 1 mask were"):
     hse.score([good, good], [mask])
   with pytest.raises(ValueError, match="0 probability maps"):
     hse.score([], [])

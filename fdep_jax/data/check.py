@@ -67,7 +67,7 @@ def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
   name = pathlib.Path(root.removeprefix("tfds:")).name
   print(f"{root}: no problems" + (f", range {frames.show_range(values)}" if values else ""))
   for split, values in found.items():
-    print(f"  {split:<6}" + ", ".join(f"{value} {key}" for key, value in values.items()))
+    print(f"  {split:<6}" + ", ".join(map(_said, values.items())))
   if not trains:
     print("  train none: the set can be evaluated, but not trained on")
   path = pathlib.Path(out).expanduser() / f"{name}.png"
@@ -79,6 +79,12 @@ def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
     raise ValueError(f"{path} cannot be written ({error.strerror}). Choose a --out.") from None
   logging.info("wrote %s: the first pairs; outlines are the masks'", path)
   return found
+
+
+def _said(fact: tuple[str, object]) -> str:
+  name, value = fact
+  one = value == 1 and name in ("images", "targets")
+  return f"{value} {name.removesuffix('s') if one else name}"
 
 
 def facts(samples: Sequence[data.Sample]) -> dict[str, object]:

@@ -173,7 +173,9 @@ def read(
       decoded, some_target, found = _decode(pairs[which], root, values, lazy, option)
       problems += found
       if decoded and not found and not some_target:
-        text = f"{_show(part, root)}{which}: all {len(decoded)} masks are empty"
+        number = len(decoded)
+        every = f"all {number} masks are" if number > 1 else "the only mask is"
+        text = f"{_show(part, root)}{which}: {every} empty"
         problems.append(_Problem(f"{text}; a target pixel must be > 127, usually 255"))
       kept += decoded
   if problems:
