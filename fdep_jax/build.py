@@ -15,6 +15,7 @@ from fdep_jax.backbones import network_class
 from fdep_jax.data import frames
 from fdep_jax.fdep import FDEP
 from fdep_jax.layers import basic
+from fdep_jax.metrics import columns
 from fdep_jax.priors import Foundation, Prior, dinov2
 
 # Small DINOv2 of the quick start, which needs no weight file.
@@ -68,7 +69,7 @@ def check_inputs(config: ConfigDict) -> None:
       f"prior.checkpoint: there is no file {_place(checkpoint)}. Download "
       "dinov2_vitl14_pretrain.pth from the facebookresearch/dinov2 repository, or another prior "
       "(docs/priors.md), or convert your own file with `python -m converters IN OUT` and set "
-      "--config.prior.checkpoint=OUT."
+      "--config.prior.checkpoint=OUT. --config.mode=original trains the network alone, without one."
     )
   if missing:
     raise FileNotFoundError("\n".join(missing))
@@ -112,7 +113,8 @@ def load_validation(config: ConfigDict, values: frames.Range = "") -> Sequence[d
     return []
   val = data.load(root, "val", values=values, lazy=config.data.lazy)
   if val:
-    logging.info("%d images of the dataset's own split val select the checkpoint", len(val))
+    number = columns.counted(len(val), "image")
+    logging.info("the checkpoint is selected on the dataset's own split val, %s", number)
   return val
 
 

@@ -17,8 +17,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fdep_jax import backbones, build, data, detector, forward, report, settings
-from fdep_jax.metrics import columns, hse, jitted, per_image
+from fdep_jax.metrics import bootstrap, columns, hse, jitted, per_image
 from fdep_jax.priors import Prior
+from fdep_jax.report import folder as folder_lib
 from fdep_jax.runtime import checkpoint, files, hlo, mesh
 
 PAD = 32  # pixels; images are zero-padded to multiples of it, as in the reference
@@ -223,11 +224,15 @@ def command(flags, config: ConfigDict) -> None:
         raise ValueError(
           f"--out {flags.out}: {folder} is the folder of a run. Name a different --out."
         )
+  data.check_all(flags.data or [])
   if flags.backbone:
     network = detector.load_published(
       flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
     )
-    _each(flags, config, network.source, lambda config, out: evaluate_file(network, config, out))
+    _each(
+      flags, config, network.source, lambda config: _inputs_of_file(network, config),
+      lambda config, out: evaluate_file(network, config, out),
+    )  # fmt: skip
     return
   workdir = files.expand(flags.workdir)
   own, values = settings.flat(settings.load(workdir)), settings.flat(config)
@@ -246,21 +251,25 @@ def command(flags, config: ConfigDict) -> None:
     evaluate(workdir, config, which=flags.checkpoint, out=flags.out)
     return
   _each(
-    flags, config, workdir,
+    flags, config, workdir, lambda config: _inputs_of_run(workdir, flags.checkpoint, config),
     lambda config, out: evaluate(workdir, config, which=flags.checkpoint, out=out),
   )  # fmt: skip
 
 
-def _each(flags, config: ConfigDict, source, score_one: Callable[..., dict]) -> None:
+def _each(flags, config: ConfigDict, source, inputs_of, score_one: Callable[..., dict]) -> None:
   """Scores the datasets of --data, each into its folder below --out, and prints one table."""
-  found = {}
+  out, configs, found = files.expand(flags.out), {}, {}
   for name, root in _named(flags.data).items():
-    config = config.copy_and_resolve_references()
-    config.data.root = root
-    found[name] = score_one(config, files.expand(flags.out) / name)
+    configs[name] = config.copy_and_resolve_references()
+    configs[name].data.root = root
+  folder_lib.check_table(out, configs)
+  for name, own in configs.items():
+    folder_lib.check(out / name, {"inputs": inputs_of(own)}, [own.data.root])
+  for name, own in configs.items():
+    found[name] = score_one(own, out / name)
   if mesh.writes():
-    files.write_json(files.expand(flags.out) / "metrics.json", found)
-    print(f"{source} on {len(found)} dataset{'s' * (len(found) > 1)}:")
+    files.write_json(out / "metrics.json", found)
+    print(f"{source} on {columns.counted(len(found), 'dataset')}:")
     print(parts_table(found))
 
 
@@ -270,6 +279,31 @@ def _named(roots: Sequence[str]) -> dict[str, str]:
   if len(set(names)) < len(names):
     names = [f"{i}_{name}" for i, name in enumerate(names, 1)]
   return dict(zip(names, roots, strict=True))
+
+
+def _inputs_of_run(workdir: pathlib.Path, which: str | int | None, config: ConfigDict) -> dict:
+  """Returns what is scored, for `metrics.json` outside of the run's folder."""
+  return {"run": os.path.abspath(workdir), "checkpoint": str(which or "best"), **_place(config)}
+
+
+def _inputs_of_file(network: detector.Detector, config: ConfigDict) -> dict:
+  return {
+    "network": network.source,
+    "mean": network.mean,
+    "std": network.std,
+    "range": config.data.range,
+    **_place(config),
+  }
+
+
+def _place(config: ConfigDict) -> dict[str, str]:
+  root = config.data.root
+  if root == "synthetic":
+    scenes = columns.counted(config.data.synthetic_test, "scene")
+    root = f"{scenes} of {config.data.synthetic_size} pixels"
+  elif not root.startswith("tfds:"):
+    root = os.path.abspath(root)
+  return {"data": root}
 
 
 def evaluate(
@@ -296,12 +330,17 @@ def evaluate(
 
   Raises:
     FileNotFoundError: the run, its checkpoint, its data or its weights do not exist.
-    ValueError: there is no such checkpoint, or the prior's weights are not those of the training.
+    ValueError: there is no such checkpoint, the prior's weights are not those of the training, or
+      `out` holds results of other inputs.
   """
   workdir = files.expand(workdir)
   out = workdir if out is None else files.expand(out)
   config = config or settings.load(workdir)
   settings.adopt(config)
+  record = {}
+  if out != workdir:
+    record["inputs"] = _inputs_of_run(workdir, which, config)
+    folder_lib.check(out, record, [config.data.root])
   images = None
   if loaded is None:
     _check_checkpoint(workdir, which, config)
@@ -326,6 +365,7 @@ def evaluate(
     **_facts(config, images, model, prior, scored),
     "selected_on": config.eval.select_on if which in (None, "best") else None,
     "steps": last.get("steps"),
+    **record,
   }
   if which is None:
     chosen = {name: metrics[name] for name in (*scored.totals, "checkpoint")}
@@ -356,9 +396,11 @@ def evaluate_file(
 
   Raises:
     FileNotFoundError: the data do not exist.
-    ValueError: the data cannot be used.
+    ValueError: the data cannot be used, or `out` holds results of other inputs.
   """
   out = files.expand(out)
+  record = {"inputs": _inputs_of_file(network, config)}
+  folder_lib.check(out, record, [config.data.root])
   build.check_inputs(config)
   values = build.grey_range(config) or network.range
   test = build.load_test(config, values)
@@ -378,6 +420,7 @@ def evaluate_file(
     "options": dict(network.options),
     "mean": network.mean,
     "std": network.std,
+    **record,
   }
   if mesh.writes():
     words = f"{network.folder.name}, {config.model.backbone}"
@@ -433,7 +476,7 @@ def _warn_of_sizes(config: ConfigDict, images: build.Images) -> None:
 
 def _print(config: ConfigDict, metrics: dict, words: str, newest: dict | None, warnings) -> None:
   """Prints the tables, and the newest checkpoint's if the selection is in doubt."""
-  print(f"{metrics['images']} test images of {config.data.root}, {words}")
+  print(f"{columns.counted(metrics['images'], 'test image')} of {config.data.root}, {words}")
   print(table(metrics))
   if "parts" in metrics:
     print(f"The parts of {config.data.root}:")
@@ -496,16 +539,20 @@ def parts_table(parts: dict[str, dict]) -> str:
   In percent, Fa in 10⁻⁶.
   """
   shown = columns.METRICS.values()
-  lines = [f"{'':<28}" + "".join(f" {c.heading:>15}" for c in shown)]
+  width = max(20, *map(len, parts)) + 1
+  notes = []
+  lines = [f"{'':<{width + 7}}" + "".join(f" {c.heading:>15}" for c in shown)]
   for part, found in parts.items():
     for branch in ("main", "light"):
       if branch in found:
         values, spans = found[branch], found[branch]["intervals"]
         cells = [c.shown(values[c.key]) for c in shown]
-        lines.append(f"{part[:20]:<21}{branch:<7}" + "".join(f" {cell:>15}" for cell in cells))
+        lines.append(f"{part:<{width}}{branch:<7}" + "".join(f" {cell:>15}" for cell in cells))
         cells = [c.interval(spans.get(c.key)) for c in shown]
-        lines.append(f"{'  95 %':<28}" + "".join(f" {cell:>15}" for cell in cells))
-  return "\n".join(lines)
+        lines.append(f"{'  95 %':<{width + 7}}" + "".join(f" {cell:>15}" for cell in cells))
+        if note := bootstrap.note(spans, {c.key: c.heading for c in shown}):
+          notes.append(f"Note: {part}, {branch}: {note}")
+  return "\n".join([*lines, *notes])
 
 
 def _check_checkpoint(workdir: pathlib.Path, which: str | int | None, config: ConfigDict) -> None:
@@ -571,7 +618,7 @@ def _about(config: ConfigDict, images: build.Images, state: dict, words: str) ->
     "checkpoint": words,
     "its parameters and statistics, SHA-256": fingerprint(state),
     "normalisation": f"mean {mean}, standard deviation {std}",
-    "data": f"{config.data.root}, {len(images.test)} test images",
+    "data": f"{config.data.root}, {columns.counted(len(images.test), 'test image')}",
   }
 
 

@@ -4,8 +4,11 @@ Needs numpy, scipy and pillow only, and matplotlib for `pr.png`.
 """
 
 import argparse
+import collections
 import contextlib
 import csv
+import difflib
+import hashlib
 import itertools
 import logging
 import math
@@ -15,9 +18,11 @@ import zipfile
 
 import numpy as np
 
+from fdep_jax import report
 from fdep_jax.data import folders as datasets
 from fdep_jax.metrics import bootstrap, columns, hse
 from fdep_jax.metrics import masks as masks_lib
+from fdep_jax.report import folder as results
 from fdep_jax.report import plots
 from fdep_jax.runtime import files
 from fdep_jax.runtime.problems import listing
@@ -50,7 +55,23 @@ def parse(argv) -> argparse.Namespace:
     "--split", choices=["train", "test", "all"], help="of a dataset in --masks; default test"
   )
   parser.add_argument("--out", help="folder for metrics.json, curves.npz, images.csv and pr.png")
-  return parser.parse_args(argv)
+  values, left = parser.parse_known_args(argv)
+  if left:
+    names = ("predictions", "masks", "split", "out")
+    raise ValueError(f"--mode score: {_unknown(left, [f'--{name}' for name in names])}")
+  return values
+
+
+def _unknown(words, flags):
+  """Says what is wrong with the first of the words that the parser left over."""
+  wrong = next((word for word in words if word.startswith("-")), None)
+  if wrong is None:
+    return f"the word {words[0]!r} belongs to no flag. Two folders of maps are --predictions A,B."
+  name = wrong.partition("=")[0]
+  near = difflib.get_close_matches(name, flags, 1, 0.7)
+  return f"there is no flag {name}. " + (
+    f"The nearest is {near[0]}." if near else f"There are {', '.join(flags)}."
+  )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,7 +97,8 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
       or the folder of a dataset (`data.folders`). A beginning or ending that all files of a folder
       share, such as `_pred`, is dropped if the stems agree then.
     out: folder for `metrics.json`, `curves.npz`, `images.csv` and `pr.png`; None writes nothing.
-    compare: a second folder of maps, for a paired comparison.
+    compare: a second folder of maps, for a paired comparison. `pr.png` shows both; the other
+      files of the second are `curves_compared.npz` and `images_compared.csv`.
     resamples: number of bootstrap resamples; 0 leaves the intervals out.
     split: of a dataset: "train", "test" or "all"; None takes "test". Masks of the other split are
       not read.
@@ -84,19 +106,29 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
 
   Returns:
     The content of `metrics.json`: {"predictions": metrics as fractions, with "intervals"}, and with
-    `compare` also "compared" and "comparison". The metrics of a union, such as SIRST3, have
-    "parts": {name: metrics with "images", their number}. If all maps of a folder are binary, the
-    metrics that need a curve are None and "hse_refused" says why.
+    `compare` also "compared" and "comparison". "inputs" are the folders and the split, "options"
+    those of the metric, "files" the number of maps and a SHA-256 of their names and sizes.
+    The metrics of a union, such as SIRST3, have "parts": {name: metrics with "images", their
+    number}. If all maps of a folder are binary, the metrics that need a curve are None and
+    "hse_refused" says why.
 
   Raises:
     ValueError: listing every file that is missing, extra, unreadable, of the wrong size or range;
-      or `out` is the folder of a run.
+      or `out` is the folder of a run, is read, or holds results of other inputs or options.
     FileNotFoundError: a folder does not exist.
   """
   options = hse.Options(**options)
   if out is not None and (pathlib.Path(out) / "config.json").exists():
     raise ValueError(f"--out {out} is the folder of a run, with its own results. Name another.")
   folders = {"predictions": predictions} | ({"compared": compare} if compare is not None else {})
+  for folder in (*folders.values(), masks):
+    if not pathlib.Path(folder).is_dir():
+      raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
+  if compare is not None and os.path.samefile(predictions, compare):
+    raise ValueError(f"{predictions} and {compare} are the same folder. Name two to compare.")
+  record = {"inputs": _inputs(folders, masks, split), "options": vars(options)}
+  if out is not None:
+    results.check(out, record, (*folders.values(), masks))
   problems, sets = [], {}
   for name, folder in folders.items():
     sets[name], found = _accumulate(folder, masks, split, options)
@@ -112,18 +144,28 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
       for name, result in bootstrap.compare(*totals, resamples).items()
       if not (refused and name in _NEEDS_A_CURVE)
     }
-  metrics["options"] = vars(options)
-  print(_table(metrics, folders, {name: found["score"] for name, found in sets.items()}))
+  metrics |= record | {"files": {name: found["files"] for name, found in sets.items()}}
+  titles = report.names([pathlib.Path(folder) for folder in folders.values()])
+  for found, title in zip(sets.values(), titles, strict=True):
+    found["title"] = title
+  print(_table(metrics, sets))
   if out is not None:
-    _write(pathlib.Path(out), metrics, sets["predictions"])
+    _write(pathlib.Path(out), metrics, sets)
     print(f"wrote {out}")
   return metrics
 
 
+def _inputs(folders, masks, split):
+  """Returns what is scored: absolute paths, and the split if the masks are a dataset's."""
+  places = {name: os.path.abspath(path) for name, path in {**folders, "masks": masks}.items()}
+  root = _dataset(pathlib.Path(masks), split)
+  return {**places, "split": (split or "test") if root else None}
+
+
 def _accumulate(folder, masks, split, options):
-  """Reads a folder once. Returns ({"total", "parts", "rows", "refused"}, problems)."""
+  """Reads a folder once. Returns ({"total", "parts", "rows", "refused", "files"}, problems)."""
   pairs, parts, problems = _pairs(pathlib.Path(folder), pathlib.Path(masks), split)
-  found, values = _Counts(parts, options), np.zeros(0, np.float32)
+  found, values, means = _Counts(parts, options), np.zeros(0, np.float32), _Means()
   for stem, (prob_path, mask_path) in pairs.items():
     prob, mask, problem = _read_pair(prob_path, mask_path)
     problems += problem
@@ -132,6 +174,7 @@ def _accumulate(folder, masks, split, options):
     if len(values) <= 2:
       values = np.union1d(values, np.unique(prob)[:3])
     found.add(stem, prob, mask)
+    means.add(prob, mask)
   refused = None
   if not problems and len(values) <= 2 and values.max() > 0:
     refused = _BINARY.format(folder, " and ".join(f"{v:g}" for v in values))
@@ -146,7 +189,38 @@ def _accumulate(folder, masks, split, options):
     "parts": found.parts if len(found.parts) > 1 else {},
     "rows": found.rows,
     "refused": refused,
+    "warning": means.warning(),
+    "files": _files([prob for prob, _ in pairs.values()]),
   }, problems
+
+
+def _files(paths):
+  """Returns the number of files and a SHA-256 of their names and sizes, which opens none."""
+  listed = "".join(f"{path.name} {path.stat().st_size}\n" for path in paths)
+  digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape"))
+  return {"number": len(paths), "sha256": digest.hexdigest()}
+
+
+class _Means:
+  """Collects the mean probability of the targets' pixels and of all others."""
+
+  def __init__(self):
+    self.sums, self.numbers = np.zeros(2), np.zeros(2)  # others, targets
+
+  def add(self, prob, mask):
+    for i, chosen in enumerate((~mask, mask)):
+      self.sums[i] += prob[chosen].sum(dtype=np.float64)
+      self.numbers[i] += chosen.sum()
+
+  def warning(self):
+    """Says that the maps look inverted; "" if they do not."""
+    others, targets = self.sums / np.maximum(self.numbers, 1)
+    if not self.numbers.all() or targets >= others:
+      return ""
+    return (
+      f"the maps are lower on targets (mean {targets:.3g}) than elsewhere (mean {others:.3g}). If "
+      "they are inverted, save 1 − map; if not, they may be of other images than the masks."
+    )
 
 
 class _Counts:
@@ -176,25 +250,27 @@ def _pairs(predictions, masks, split):
     {stem: (map, mask)}, {stem: name of the dataset's part}, and a list of the files without a
     partner.
   """
-  for folder in (predictions, masks):
-    if not folder.is_dir():
-      raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
   root = _dataset(masks, split)
   problems, part_of, others = [], {}, []
+  unread = [_unread(predictions, READABLE), "" if root else _unread(masks, MASKS)]
+  if any(unread):
+    return {}, {}, list(filter(None, unread))
   maps, found = _by_stem(predictions, READABLE, "_prob", only_with_suffix=True)
   if root:
     split = split or "test"
     truth, part_of = _of_split(root, split)
     maps, _ = _without_affixes(maps, truth, masks_too=False)
-    others = sorted(maps.keys() & _of_split(root, "all")[0].keys() - truth.keys())
+    others = sorted(maps.keys() & _of_other_splits(root, split) - truth.keys())
     more, source = [], f"split {split} of {root}"
   else:
     truth, more = _by_stem(masks, MASKS, "_pixels0")
     maps, truth = _without_affixes(maps, truth)
     source = masks
   problems += found + more
-  if not maps:
-    problems.append(f"{predictions}: no file ends in {', '.join(READABLE)}")
+  both = [stem for stem in (truth if root else sorted(truth)) if stem in maps]
+  if len(both) < len(truth) and (fits := _split_of(maps, root or masks.parent, split)):
+    advice = f"Write --masks {root or masks.parent} --split {fits}"
+    return {}, {}, [f"{predictions} holds the maps of the split {fits}. {advice}"]
   if others:
     # Not as info, which nobody sees here: without absl no level of logging is set.
     logging.warning("maps of %s that are not of %s: %d, left out", predictions, source, len(others))
@@ -203,12 +279,27 @@ def _pairs(predictions, masks, split):
   unused = sorted(truth.keys() - maps.keys())
   problems += [f"{truth[stem]}: no prediction {stem}.* in {predictions}" for stem in unused]
   if unused and not root and datasets.is_dataset(masks.parent):
-    problems.append(
+    problems.insert(
+      0,
       f"{masks.parent} is a dataset. If the maps are of one split, write --masks {masks.parent} "
-      "--split test"
+      "--split test",
     )
-  both = [stem for stem in (truth if root else sorted(truth)) if stem in maps]
   return {s: (maps[s], truth[s]) for s in both}, {s: part_of.get(s, "") for s in both}, problems
+
+
+def _unread(folder, kinds):
+  """Says which files a folder without any readable one holds; "" if it has one."""
+  suffixes = collections.Counter(p.suffix.lower() for p in folder.iterdir() if p.is_file())
+  if any(kind in suffixes for kind in kinds):
+    return ""
+  held = ", ".join(f"{n} {s or 'without an ending'}" for s, n in suffixes.most_common(5))
+  said = f"{folder}: no file ends in {', '.join(kinds)}; there are {held or 'no files'}"
+  if ".mat" in suffixes:
+    said += (
+      ". Convert every .mat file: np.save('a.npy', scipy.io.loadmat('a.mat')[NAME]); NAME is that "
+      "of the array (of version 7.3: np.transpose(h5py.File('a.mat')[NAME]))"
+    )
+  return said
 
 
 def _dataset(masks, split):
@@ -232,6 +323,27 @@ def _of_split(root, split):
       stem = name.replace("/", "_")
       masks[stem], part_of[stem] = path, part
   return masks, part_of
+
+
+def _split_of(maps, root, scored):
+  """Returns the split of a dataset whose images the maps are of, all and no others; "" if none."""
+  if datasets.is_dataset(root):
+    for split in ("test", "train", "all"):
+      with contextlib.suppress(datasets.DataError):
+        truth, _ = _of_split(root, split)
+        own, _ = _without_affixes(maps, truth, masks_too=False)
+        if split != scored and own.keys() == truth.keys():
+          return split
+  return ""
+
+
+def _of_other_splits(root, split):
+  """Returns the stems of the splits that are not scored, as far as these can be listed."""
+  stems = set()
+  for other in {"train", "test", datasets.VAL} - {split}:
+    with contextlib.suppress(datasets.DataError):
+      stems |= _of_split(root, other)[0].keys()
+  return stems
 
 
 def _without_affixes(maps, truth, masks_too=True):
@@ -471,27 +583,36 @@ def _json(value):
   return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _table(metrics, folders, scores):
+def _table(metrics, sets):
   """Formats the paper's columns, in percent (Fa × 10⁶), with the 95 % intervals below."""
+  rows = {}
+  for name, of_set in sets.items():
+    parts = {f"  {part}": found for part, found in metrics[name].get("parts", {}).items()}
+    rows[name] = {of_set["title"]: metrics[name]} | parts
+  width = max(24, *(len(title) + 1 for titles in rows.values() for title in titles))
 
   def line(name, cells):
-    return f"{name:<24}" + "".join(f" {cell:>15}" for cell in cells)
+    return f"{name:<{width}}" + "".join(f" {cell:>15}" for cell in cells)
 
   lines = [line("", [c.heading for c in columns.METRICS.values()])]
-  for name, folder in folders.items():
+  for name, titles in rows.items():
     values = metrics[name]
-    parts = {f"  {part}": found for part, found in values.get("parts", {}).items()}
-    for title, found in ({pathlib.Path(folder).name: values} | parts).items():
+    for title, found in titles.items():
       shown = [c.shown(found[c.key]) for c in columns.METRICS.values()]
-      lines.append(line(title[:23], shown))
+      lines.append(line(title, shown))
       spans = found.get("intervals", {})
       if spans:
         cells = [c.interval(spans.get(c.key)) for c in columns.METRICS.values()]
         lines.append(line("  95 %", cells))
+    headings = {c.key: c.heading for c in columns.METRICS.values()}
+    if note := bootstrap.note(values.get("intervals", {}), headings):
+      lines.append(f"Note: {sets[name]['title']}: {note}")
+    if sets[name]["warning"]:
+      lines.append(f"Warning: {sets[name]['title']}: {sets[name]['warning']}")
     if "hse_refused" in values:
       lines.append(values["hse_refused"])
-    elif warning := hse.warning_of_merging(scores[name]):
-      lines.append(f"Warning: {pathlib.Path(folder).name}: {warning}")
+    elif warning := hse.warning_of_merging(sets[name]["score"]):
+      lines.append(f"Warning: {sets[name]['title']}: {warning}")
   if "comparison" in metrics:
     compared = metrics["comparison"]
     chances = [compared.get(c.key, {}).get("a_is_better") for c in columns.METRICS.values()]
@@ -501,19 +622,23 @@ def _table(metrics, folders, scores):
   return "\n".join(lines)
 
 
-def _write(out, metrics, found):
+def _write(out, metrics, sets):
   out.mkdir(parents=True, exist_ok=True)
   files.write_json(out / "metrics.json", metrics)
-  np.savez_compressed(out / "curves.npz", **found["score"].curves)
-  with open(out / "images.csv", "w", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(found["rows"][0]))
-    writer.writeheader()
-    writer.writerows(found["rows"])
-  if not found["refused"]:
+  for name, found in sets.items():
+    ending = "_compared" if name == "compared" else ""
+    np.savez_compressed(out / f"curves{ending}.npz", **found["score"].curves)
+    with open(out / f"images{ending}.csv", "w", newline="") as file:
+      writer = csv.DictWriter(file, fieldnames=list(found["rows"][0]))
+      writer.writeheader()
+      writer.writerows(found["rows"])
+  drawn = [found for found in sets.values() if not found["refused"]]
+  if drawn:
     try:
       figure, axes = plots.figure(1, 2, (9, 4))
     except ModuleNotFoundError as error:
       print(f"pr.png is left out, because {error.name.split('.')[0]} is not installed.")
       return
-    plots.precision_recall(axes, found["score"])
+    for found in drawn:
+      plots.precision_recall(axes, found["score"], found["title"] if len(sets) > 1 else "")
     plots.save(figure, out / "pr.png", dpi=120)

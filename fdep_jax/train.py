@@ -338,6 +338,8 @@ class Loop:
     if (step % self.every_eval == 0 or last) and self.progress.evaluated != step:
       self._check_finite()
       log.write(step, {"eval": self._select(), "eval_split": config.eval.select_on})
+      if last and mesh.writes():  # the last line of the minutes is of an earlier score
+        logging.info("%s; the best is step %s", self.score, self.progress.best_step)
       clock.restart(step)
     if step > self.start and (step % config.checkpoint.every_steps == 0 or last):
       self._check_finite()

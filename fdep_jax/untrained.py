@@ -64,6 +64,7 @@ def command(flags) -> None:
   if twice:
     raise ValueError(f"--data names {', '.join(twice)} twice; their results would share a folder.")
   classical.parse(flags.method)
+  data.check_all(roots)
   rows = {}
   for name, root in zip(names, roots, strict=True):
     config = config_of(flags.method, root)
@@ -158,7 +159,7 @@ def evaluate(
   files.write_json(workdir / "metrics.json", metrics)
   about = {
     "method": f"{method}, without training; each map divided by its maximum, 8 bits",
-    "data": f"{config.data.root}, {len(samples)} test images",
+    "data": f"{config.data.root}, {columns.counted(len(samples), 'test image')}",
   }
   totals, flat = {_BRANCH: total}, settings.flat(config)
   name = workdir.resolve().name
@@ -170,11 +171,12 @@ def evaluate(
 def table(rows: dict[str, dict]) -> str:
   """Formats the paper's columns, a row a dataset; percent, Fa in 10⁻⁶."""
   shown = {**columns.METRICS, "time_s": columns.COSTS["time_s"]}
-  lines = [f"{'':<16}" + "".join(f"{column.heading:>10}" for column in shown.values())]
+  width = max(15, *map(len, rows)) + 1
+  lines = [f"{'':<{width}}" + "".join(f"{column.heading:>10}" for column in shown.values())]
   for name, metrics in rows.items():
     values = metrics[_BRANCH] | {"seconds_per_image": metrics["seconds_per_image"]}
     cells = [column.shown(values[column.key]) for column in shown.values()]
-    lines.append(f"{name[:15]:<16}" + "".join(f"{cell:>10}" for cell in cells))
+    lines.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
   return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, make_folder, toy_backbone, toy_config, written_run
 
 from configs import base
-from fdep_jax import build, cli, evaluate, export, losses, report, score, settings, train
+from fdep_jax import build, cli, evaluate, export, losses, report, score, settings, train, untrained
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.cli import arguments
@@ -174,6 +174,20 @@ def test_score_refuses_what_it_does_not_use(words):
   words = ["--mode", "score", "--predictions", "a", "--masks", "b", *words]
   with pytest.raises(ValueError, match="--mode score"):
     cli.run_score(words)
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--prediction", "a", "--masks", "b"], "no flag --prediction. The nearest is --predictions."),
+    (["--predictions=a", "--mask=b"], "no flag --mask. The nearest is --masks."),
+    (["--predictions", "a", "b", "--masks=c"], "'b' belongs to no flag. .*--predictions A,B"),
+    (["--quiet"], "no flag --quiet. There are --predictions, --masks, --split, --out."),
+  ],
+)
+def test_score_names_the_flag_that_is_meant(words, said):
+  with pytest.raises(ValueError, match=said):
+    cli.run_score(["--mode", "score", *words])
 
 
 def test_flags_that_exclude_each_other_are_refused(parse):
@@ -352,6 +366,9 @@ def test_a_start_that_fails_before_its_first_step_does_not_claim(
   monkeypatch.setattr(train, "Minutes", functools.partial(log.Minutes, every=0))
   with caplog.at_level(logging.INFO):
     train.train(other, tmp_path / "run")  # the folder is free
+  _, best = checkpoint.Checkpoints(tmp_path / "run").restore({}, best=True)
+  scored = [text for text in caplog.messages if "val HSE" in text]  # the last is of the last step
+  assert re.fullmatch(rf"val HSE \d+.\d\d at step 3; the best is step {best['step']}", scored[-1])
   # Redirected output gets its lines however many steps lie between two of metrics.jsonl.
   for step in (1, 2, 3):
     assert re.search(rf"step {step} of 3, loss \d.* images/s, .* left", caplog.text)
@@ -657,6 +674,54 @@ def test_a_table_of_datasets_has_a_row_and_its_intervals_for_each_branch():
   ]  # fmt: skip
   ends = "95 % 40.00–61.00 40.00–61.00 40.00–61.00 400000.00–610000.00 40.00–61.00 40.00–61.00 -"
   assert [row.split() for row in rows[1::2]] == [ends.split()] * 3
+  names = [f"a_dataset_with_a_long_name_{i}" for i in (1, 2)]
+  rows = evaluate.parts_table(dict.fromkeys(names, both)).splitlines()[1::4]
+  assert [row.split()[0] for row in rows] == names
+
+
+def test_all_datasets_are_looked_for_before_one_is_scored(begun, parse, tmp_path, monkeypatch):
+  run, _, other = begun
+  monkeypatch.setattr(evaluate, "evaluate", None)  # would fail
+  monkeypatch.setattr(untrained, "evaluate", None)
+  (tmp_path / "empty").mkdir()
+  words = f"--data={other},nope,{tmp_path / 'empty'}", f"--out={tmp_path / 'out'}"
+  said = r"^--data nope: there is no such folder.*\n--data .*empty: this folder is empty"
+  with pytest.raises(FileNotFoundError, match=said) as error:
+    evaluate.command(*eval_flags(parse, run, *words))
+  assert "--config" not in str(error.value)
+  with pytest.raises(FileNotFoundError, match=said):
+    untrained.command(parse("--mode=eval", "--method=mpcm", *words))
+  assert not (tmp_path / "out").exists()
+
+
+def test_eval_does_not_replace_the_results_of_other_inputs(begun, parse, tmp_path, monkeypatch):
+  run, data, other = begun
+  cost = {"flops": 1.0, "seconds_per_image": 0.1, "seconds_median": 0.1}
+  monkeypatch.setattr(evaluate, "cost", lambda *_: cost)
+  out = tmp_path / "out"
+  first = (f"--config.data.root={other}", f"--out={out}")
+  evaluate.command(*eval_flags(parse, run, *first))
+  before = (out / "metrics.json").read_bytes()
+  for words, said in (
+    ((f"--config.data.root={data}",), f"holds results of data {other}, which"),
+    ((*first, "--checkpoint=last"), "holds results of checkpoint best, which"),
+    ((f"--data={data}",), "which these results would replace"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      evaluate.command(*eval_flags(parse, run, *words, f"--out={out}"))
+  assert (out / "metrics.json").read_bytes() == before
+  evaluate.command(*eval_flags(parse, run, *first))  # the same again
+  assert (out / "metrics.json").read_bytes() == before
+  assert json.loads(before)["inputs"] == {
+    "run": str(run), "checkpoint": "best", "data": str(other),
+  }  # fmt: skip
+  table = tmp_path / "table"
+  evaluate.command(*eval_flags(parse, run, f"--data={other}", f"--out={table}"))
+  with pytest.raises(ValueError, match="metrics.json holds other, which these results"):
+    evaluate.command(*eval_flags(parse, run, f"--data={data}", f"--out={table}"))
+  for folder, root in ((other.parent, other), (data / "images/0.png", other)):
+    with pytest.raises(ValueError, match="other is a folder that is read|0.png is a file"):
+      evaluate.command(*eval_flags(parse, run, f"--data={root}", f"--out={folder}"))
 
 
 def test_data_is_given_once(begun, parse):

@@ -3,11 +3,13 @@
 import io
 import logging
 import re
+import shutil
+import subprocess
 import types
 
 import numpy as np
 import pytest
-from helpers import Bright, detector, make_folder, toy_config
+from helpers import ROOT, Bright, detector, make_folder, toy_config
 from PIL import Image
 
 from configs import nuaa_cpu
@@ -410,6 +412,62 @@ def test_validate_lists_the_problems_of_a_bad_set(tmp_path):
   with pytest.raises(FileNotFoundError, match="0 has no mask"):
     check.command(types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out")))
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["split files", "folders"])
+def test_validate_takes_a_set_without_a_train_split_but_not_with_a_bad_one(
+  tmp_path, capsys, layout
+):
+  root = make_folder(tmp_path / "data")
+  if layout == "split files":
+    train = root / "splits/train.txt"
+    train.unlink()
+  else:
+    (root / "test").mkdir()
+    for half in ("images", "masks"):
+      (root / half).rename(root / "test" / half)
+    train = root / "train/pictures"
+  flags = types.SimpleNamespace(range=None, data=[str(root)], out=str(tmp_path / "out"))
+  check.command(flags)
+  said = capsys.readouterr().out
+  assert "test  " in said and "train none: the set can be evaluated, but not trained on" in said
+  assert (tmp_path / "out/data.png").is_file()
+  if layout == "split files":
+    train.write_text("")
+  else:
+    train.mkdir(parents=True)
+  with pytest.raises(data.DataError, match="lists no names|no folder for split 'train'"):
+    check.command(flags)
+
+
+@pytest.mark.parametrize(("alone", "test"), [(False, 2), (True, 1)])
+def test_the_documented_commands_write_splits(tmp_path, alone, test):
+  text = (ROOT / "docs/data.md").read_text()
+  lines = re.search(r"```\n( *mkdir -p data/mine/splits\n.*?)```", text, re.DOTALL)[1]
+  if alone:
+    ways = iter(re.findall(r"`(awk '[^`]+')`", text))
+    lines = re.sub(r"grep .*?'\S+'", lambda _: next(ways), lines)
+  root = make_folder(tmp_path / "data/mine", 6)
+  for kind in ("images", "masks"):
+    for path in list((root / kind).iterdir()):
+      path.rename(path.with_name(f"flight_0{6 + (int(path.stem) > 3)}_{path.name}"))
+  shutil.rmtree(root / "splits")
+  with pytest.raises(FileNotFoundError, match="docs/data.md has commands that write it"):
+    data.validate(root)
+  subprocess.run(lines, shell=True, check=True, cwd=tmp_path)
+  assert data.validate(root) == {"train": 6 - test, "test": test}
+  if not alone:
+    assert all("flight_07" in sample.name for sample in data.read(root, "test"))
+
+
+def test_validate_lists_the_problems_of_all_sets(tmp_path, capsys):
+  roots = [str(make_folder(tmp_path / name)) for name in "abc"]
+  (tmp_path / "a/masks/0.png").unlink()
+  (tmp_path / "c/masks/1.png").write_text("no picture")
+  with pytest.raises(data.DataError) as error:
+    check.command(types.SimpleNamespace(range=None, data=roots, out=str(tmp_path / "out")))
+  assert "0 has no mask" in str(error.value) and "1.png" in str(error.value)
+  assert f"{roots[1]}: no problems" in capsys.readouterr().out
 
 
 def test_an_empty_name_of_a_dataset_is_not_the_current_folder(tmp_path, monkeypatch, toy):

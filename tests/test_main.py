@@ -76,6 +76,11 @@ def test_missing_data_and_weights_are_named_together():
   message = str(info.value)
   assert "nowhere/SIRST3" in message and "nowhere/dinov2.pth" in message
   assert "python -m converters IN OUT" in message and "--config.data.root" in message
+  assert "--config.mode=original trains the network alone" in message
+  config.mode = "original"
+  with pytest.raises(FileNotFoundError) as info:
+    build.check_inputs(config)
+  assert "prior" not in str(info.value)
 
 
 def test_the_papers_config_does_not_fall_back_on_anything(tmp_path):

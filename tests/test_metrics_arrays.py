@@ -95,7 +95,7 @@ def test_lists_hold_images_or_batches_of_any_sizes(kind):
 def test_a_batch_with_a_bad_image_is_refused_whole():
   total, probs = hse.Accumulator(), PROBS.copy()
   probs[1, 0, 0] = np.nan
-  with pytest.raises(ValueError, match="image 1: the map has 1 values that are NaN"):
+  with pytest.raises(ValueError, match="image 1: the map has 1 value NaN"):
     total.update(probs, MASKS)
   assert not len(total)
   with pytest.raises(ValueError, match="3 probability maps and 2 masks"):

@@ -1,7 +1,10 @@
 """Bootstrap intervals against re-scoring the drawn images, and the paired comparison."""
 
+import re
+
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from fdep_jax.metrics import bootstrap, hse, per_image
 
@@ -91,3 +94,24 @@ def test_without_targets_the_intervals_of_hse_are_nan():
   prob, mask = np.full((4, 4), 0.7, np.float32), np.zeros((4, 4), bool)
   got = bootstrap.intervals(accumulated([prob] * 3, [mask] * 3), resamples=10)
   assert np.isnan(got["hse"]).all() and got["fa"] == (1, 1)
+
+
+def test_the_documented_example_runs(capsys):
+  text = (ROOT / "docs/metric.md").read_text().partition("## Intervals")[2]
+  probs, masks = scenes(np.random.default_rng(2))
+  other_probs, _ = scenes(np.random.default_rng(2), quality=0.4)
+  names = {"probs": probs, "other_probs": other_probs, "masks": masks}
+  exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+  total = accumulated(probs, masks)
+  low, high = bootstrap.intervals(total)["hse"]
+  gap = total.result().hse - accumulated(other_probs, masks).result().hse
+  first, second = capsys.readouterr().out.splitlines()
+  assert first == f"HSE {total.result().hse:.4f}, 95 % interval {low:.4f} to {high:.4f}"
+  assert second.startswith(f"difference {gap:.4f}, ")
+
+
+def test_an_interval_of_one_point_is_said_to_be_no_certainty():
+  headings = {"pd": "Pd", "hse": "HSE", "fa": "Fa"}
+  assert bootstrap.note({"pd": (0.9, 1.0), "hse": (None, None)}, headings) == ""
+  said = bootstrap.note({"pd": (1.0, 1.0), "fa": [0.0, 0.0], "hse": (np.nan, np.nan)}, headings)
+  assert said.startswith("an interval of one point (Pd, Fa) says that all images agree")

@@ -169,6 +169,14 @@ def test_diagonal_neighbours_are_one_component_unless_connectivity_is_4():
   assert hse.score([mask.astype(np.float32)], [mask], connectivity=4).targets == 2
 
 
+def test_options_in_one_object_are_refused_with_the_way_to_give_them():
+  options, prob = hse.Options(connectivity=4), CORNER.astype(np.float32)
+  for call in (lambda: hse.score([prob], [CORNER], options), lambda: hse.Accumulator(options)):
+    with pytest.raises(ValueError, match=r"by name: .*\*\*vars\(options\)"):
+      call()
+  assert hse.score([prob], [CORNER], **vars(options)).hse == 1
+
+
 def test_an_empty_image_counts_0_1_or_not_at_all_in_niou():
   empty = np.zeros_like(CORNER)
   maps = [CORNER.astype(np.float32), empty.astype(np.float32)]
@@ -258,7 +266,7 @@ def test_every_bad_pair_is_listed_in_one_error():
   for _, _, pattern in bad:
     assert re.search(pattern, str(error.value)), pattern
   assert "image 6" not in str(error.value) and "6 problems" in str(error.value)
-  with pytest.raises(ValueError, match="2 probability maps and 1 masks"):
+  with pytest.raises(ValueError, match="2 probability maps and 1 mask were"):
     hse.score([good, good], [mask])
   with pytest.raises(ValueError, match="0 probability maps"):
     hse.score([], [])

@@ -2,14 +2,17 @@
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
-from fdep_jax import score
+from fdep_jax import report, score
 from fdep_jax.metrics import hse
 from fdep_jax.runtime import problems
 
@@ -104,7 +107,8 @@ def test_the_same_map_scores_the_same_in_every_format(folders, tmp_path, kind):
       eight = (level >> 8).astype(np.uint8)
       save(np.stack([eight] * 3, axis=-1), other / f"{stem}.png")
       save(eight, maps / f"{stem}.png")
-  assert score.run(other, masks, resamples=0) == score.run(maps, masks, resamples=0)
+  found = [score.run(folder, masks, resamples=0)["predictions"] for folder in (other, maps)]
+  assert found[0] == found[1]
 
 
 def test_masks_with_nuaas_suffix_are_found(folders):
@@ -189,6 +193,47 @@ def test_the_results_of_a_run_are_not_overwritten(folders, tmp_path):
   assert (tmp_path / "metrics.json").read_text() == "{}"
 
 
+def test_results_of_other_inputs_are_not_replaced(folders, tmp_path):
+  maps, masks, *_ = folders
+  out, copy = tmp_path / "out", tmp_path / "copy"
+  shutil.copytree(maps, copy)
+  first = score.run(maps, masks, out=out, resamples=0)
+  before = (out / "metrics.json").read_text()
+  for refused in (
+    lambda: score.run(copy, masks, out=out, resamples=0),
+    lambda: score.run(maps, masks, out=out, compare=copy, resamples=0),
+    lambda: score.run(maps, masks, out=out, resamples=0, false_alarm="area"),
+  ):
+    with pytest.raises(ValueError, match="holds results of .*Name a different folder"):
+      refused()
+  with pytest.raises(ValueError, match=f"holds results of predictions {maps}, which these"):
+    score.run(copy, masks, out=out)
+  assert (out / "metrics.json").read_text() == before
+  assert first["inputs"] == {"predictions": str(maps), "masks": str(masks), "split": None}
+  (maps / "a.png").write_bytes((maps / "a.png").read_bytes() + b" ")  # new maps of the same inputs
+  again = score.run(maps, masks, out=out, resamples=0)
+  assert first["files"]["predictions"]["number"] == again["files"]["predictions"]["number"] == 3
+  assert first["files"] != again["files"] and first["predictions"] == again["predictions"]
+  (out / "metrics.json").write_text("{}")  # of an earlier version
+  with pytest.raises(ValueError, match="holds results of other inputs"):
+    score.run(maps, masks, out=out)
+
+
+def test_a_place_that_cannot_hold_results_is_refused_before_a_map_is_read(folders, tmp_path):
+  maps, masks, *_ = folders
+  (maps / "a.png").write_text("no picture")
+  for out, said in (
+    (tmp_path / "maps/a.png", "a.png is a file. Name a folder"),
+    (tmp_path / "maps/a.png/out", "a.png is a file. Name a folder"),
+    (maps, "is a folder that is read"),
+    (masks / "../masks", "is a folder that is read"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      score.run(maps, masks, out=out)
+  with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+    score.run(maps, masks, compare=tmp_path / "nowhere")
+
+
 def test_two_folders_are_compared_image_by_image(folders, tmp_path, capsys):
   maps, masks, levels, _ = folders
   for stem, level in levels.items():
@@ -202,6 +247,80 @@ def test_two_folders_are_compared_image_by_image(folders, tmp_path, capsys):
     got["predictions"]["iou"] - got["compared"]["iou"]
   )
   assert "first is better" in capsys.readouterr().out
+
+
+def test_both_detectors_are_in_every_file_and_can_be_told_apart(
+  folders, tmp_path, capsys, monkeypatch
+):
+  maps, masks, levels, _ = folders
+  (tmp_path / "b").mkdir()
+  long = tmp_path / "b" / "maps"
+  for stem, level in levels.items():
+    save(level // 2, long / f"{stem}.png")
+  legends = []
+  keep = lambda figure, path, dpi: legends.extend(  # noqa: E731
+    [text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes
+  )
+  monkeypatch.setattr(score.plots, "save", keep)
+  out = tmp_path / "out"
+  got = score.run(long, masks, compare=maps, out=out, resamples=0)
+  of_pixels = [f"{name}: {100 * got[key]['hse_p']:.2f}"
+               for name, key in (("b/maps", "predictions"), ("maps", "compared"))]  # fmt: skip
+  assert legends[0] == of_pixels and len(legends[1]) == 2
+  printed = capsys.readouterr().out
+  shown = [line.split()[0] for line in printed.splitlines()[1:]]
+  assert [n for n in shown if n not in ("Warning:", "wrote")] == ["b/maps", "maps"]
+  assert report.names([maps, maps / "maps"]) == ["maps", "maps/maps"]
+  for name, ending in (("predictions", ""), ("compared", "_compared")):
+    rows = list(csv.DictReader(open(out / f"images{ending}.csv")))
+    assert [row["file"] for row in rows] == sorted(levels)
+    assert sum(int(row["hits"]) for row in rows) == got[name]["hits"]
+    curves = np.load(out / f"curves{ending}.npz")
+    assert curves["pixel_score"].max() == max(
+      np.float32(level.max() // (2 if name == "predictions" else 1)) / np.float32(65535)
+      for level in levels.values()
+    )
+  with pytest.raises(ValueError, match="are the same folder. Name two to compare"):
+    score.run(maps, masks, compare=masks / "../maps")
+
+
+def test_long_names_are_shown_whole(folders, tmp_path, capsys):
+  maps, masks, *_ = folders
+  copies = [tmp_path / f"predictions_of_the_detector_{i}" for i in (1, 2)]
+  for copy in copies:
+    shutil.copytree(maps, copy)
+  score.run(copies[0], masks, compare=copies[1], resamples=0)
+  printed = capsys.readouterr().out
+  assert all(f"\n{copy.name} " in printed for copy in copies)
+
+
+def test_an_interval_of_one_point_is_noted(folders, capsys):
+  maps, masks, *_ = folders
+  score.run(maps, masks, resamples=50)
+  printed = capsys.readouterr().out
+  assert "100.00–100.00" in printed and "Note: maps: an interval of one point (" in printed
+  score.run(maps, masks, resamples=0)
+  assert "Note" not in capsys.readouterr().out
+
+
+def test_mat_files_are_one_problem_with_the_way_to_convert_them(folders, tmp_path):
+  maps, masks, levels, truth = folders
+  for stem, level in levels.items():
+    for kind, array in (("maps", level / np.float32(65535)), ("masks", truth[stem])):
+      (tmp_path / "mat" / kind).mkdir(parents=True, exist_ok=True)
+      scipy.io.savemat(tmp_path / "mat" / kind / f"{stem}.mat", {"x": array})
+  for pair in ((tmp_path / "mat/maps", masks), (maps, tmp_path / "mat/masks")):
+    with pytest.raises(ValueError) as error:
+      score.run(*pair)
+    title, line = str(error.value).splitlines()
+    assert title.startswith("1 problem ") and "there are 3 .mat. Convert every .mat file" in line
+  call = re.search(r"np.save\('a.npy', (scipy.io.loadmat\('a.mat'\)\[NAME\])\)", line)[1]
+  for kind in ("maps", "masks"):
+    for path in (tmp_path / "mat" / kind).glob("*.mat"):
+      own = call.replace("'a.mat'", "path").replace("NAME", "'x'")
+      np.save(path.with_suffix(".npy"), eval(own, {"scipy": scipy, "path": path}))
+  converted = score.run(tmp_path / "mat/maps", tmp_path / "mat/masks", resamples=0)
+  assert converted["predictions"] == score.run(maps, masks, resamples=0)["predictions"]
 
 
 def test_options_reach_the_metric(folders):
@@ -275,6 +394,16 @@ def test_a_datasets_split_is_scored_with_its_parts(union, caplog, capsys):
     score.run(maps, root)
 
 
+def test_only_the_split_that_is_scored_must_exist(union):
+  root, maps, arrays = union
+  for part in ("One", "Two"):
+    (root / part / "splits/train.txt").unlink()
+  got = score.run(maps, root, resamples=0, split="test")["predictions"]
+  assert got["images"] == 4
+  with pytest.raises(ValueError, match="no split file for 'train'"):
+    score.run(maps, root, split="all")
+
+
 def test_one_dataset_is_named_by_its_folder_or_by_its_masks(union):
   root, _, arrays = union
   maps = root.parent / "alone"
@@ -284,8 +413,24 @@ def test_one_dataset_is_named_by_its_folder_or_by_its_masks(union):
   assert score.run(maps, root / "One", resamples=0)["predictions"] == expected
   got = score.run(maps, root / "One/masks", resamples=0, split="test")
   assert got["predictions"] == expected
-  with pytest.raises(ValueError, match="is a dataset. If the maps are of one split, write --masks"):
+  for masks in (root / "One/masks", root / "One"):  # the split is found, and named alone
+    wrong = {"split": "all"} if masks.name == "One" else {}
+    with pytest.raises(ValueError) as error:
+      score.run(maps, masks, **wrong)
+    title, line = str(error.value).splitlines()
+    assert line.strip() == (
+      f"{maps} holds the maps of the split test. Write --masks {root / 'One'} --split test"
+    )
+  for path in list(maps.iterdir()):
+    path.rename(path.with_name(f"{path.stem}_pred.png"))
+  with pytest.raises(ValueError, match="holds the maps of the split test"):
     score.run(maps, root / "One/masks")
+  (maps / "b_pred.png").unlink()
+  (maps / "a_pred.png").rename(maps / "a.png")
+  with pytest.raises(ValueError) as error:
+    score.run(maps, root / "One/masks")
+  _, first, *rest = str(error.value).splitlines()
+  assert "is a dataset. If the maps are of one split, write --masks" in first and len(rest) == 2
   with pytest.raises(ValueError, match="--split test: .*alone is no dataset"):
     score.run(maps, maps, split="test")
 
@@ -324,6 +469,24 @@ def test_a_background_above_a_threshold_is_warned_of(tmp_path, capsys):
     np.save(tmp_path / "maps/a.npy", prob)
     score.run(tmp_path / "maps", tmp_path / "masks", resamples=0)
     assert ("Warning: maps: at prob > 0.05 " in capsys.readouterr().out) == warned
+
+
+def test_maps_that_are_lower_on_targets_are_warned_of(folders, tmp_path, capsys):
+  maps, masks, levels, truth = folders
+  score.run(maps, masks, resamples=0)
+  assert "lower on targets" not in capsys.readouterr().out
+  for stem, level in levels.items():
+    save(65535 - level, tmp_path / "inverted" / f"{stem}.png")
+    save(np.uint8(255 * ~truth[stem]), tmp_path / "binary" / f"{stem}.png")
+  score.run(tmp_path / "inverted", masks, compare=maps, resamples=0)
+  said = "the maps are lower on targets (mean "
+  printed = capsys.readouterr().out
+  assert f"Warning: inverted: {said}" in printed and f"Warning: maps: {said}" not in printed
+  targets = [65535 - levels[stem][truth[stem]] for stem in levels]
+  mean = np.concatenate(targets).mean() / 65535
+  assert f"(mean {mean:.3g}) than elsewhere" in printed and "save 1 − map" in printed
+  score.run(tmp_path / "binary", masks, resamples=0)
+  assert f"binary: {said}0) than elsewhere (mean 1)" in capsys.readouterr().out
 
 
 def test_names_of_letters_do_not_make_kinds():

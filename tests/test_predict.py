@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import struct
+import types
 import zlib
 
 import jax
@@ -12,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Bright, detector, scene, toy_backbone, toy_config
+from helpers import ROOT, Bright, detector, make_folder, scene, toy_backbone, toy_config
 from PIL import Image
 
 from fdep_jax import build, evaluate, predict, settings, train
 from fdep_jax.backbones import Backbone, Logits
-from fdep_jax.data import frames
+from fdep_jax.data import check, frames
 from fdep_jax.layers import basic, blocks, ops, windows
 from fdep_jax.predict import tiling
 
@@ -198,7 +199,7 @@ def test_arrays_are_frames_or_stacks_of_them(tmp_path, shape, dtype, number, eac
     (np.zeros((0, 5)), "0×5"),
     (np.zeros(5), "shape 5"),
     (np.zeros((4, 5, 3), complex), "complex128"),
-    (np.full((4, 5), np.nan), "20 values that are not finite"),
+    (np.full((4, 5), np.nan), "20 values not finite"),
     (np.array([["a"]]), "<U1"),
     (np.array([[{}]]), "Python objects"),
     (np.zeros((4, 5), [("a", "f4")]), "holds"),
@@ -303,12 +304,40 @@ def test_a_folder_with_every_kind_of_file_is_predicted(tmp_path):
   np.testing.assert_array_equal(prob > 32767, scene() == 250)
 
 
+def test_one_of_a_thing_is_not_written_as_several(tmp_path, capsys):
+  Image.fromarray(scene()).save(tmp_path / "a.png")
+  found = predict.run(tmp_path / "a.png", tmp_path / "out", detector(Bright()))
+  assert str(found).startswith("1 target in 1 frame; see")
+  (tmp_path / "b").mkdir()
+  for name in "ab":
+    Image.fromarray(scene()).save(tmp_path / f"b/{name}.png")
+  found = predict.run(tmp_path / "b", tmp_path / "out", detector(Bright()))
+  assert str(found).startswith("2 targets in 2 frames; see")
+  check.validate(str(make_folder(tmp_path / "set", 2)), str(tmp_path / "out"))
+  assert "1 image, 0 without a target, 1 target, 9 pixels" in capsys.readouterr().out
+
+
+def test_a_file_as_the_folder_to_write_is_refused_before_a_detector_is_loaded(tmp_path):
+  Image.fromarray(scene()).save(tmp_path / "a.png")
+  flags = types.SimpleNamespace(
+    range=None, out=str(tmp_path / "a.png"), workdir="never", input=str(tmp_path / "a.png")
+  )
+  with pytest.raises(ValueError, match="a.png is a file. Name a folder"):
+    predict.command(flags)
+
+
 def test_targets_are_described():
   prob = np.zeros((9, 9), np.float32)
   prob[1, 1:3], prob[2, 3], prob[6, 6] = (0.6, 0.8), 1, 0.5
   [target] = predict.targets(prob)
   assert target.row == pytest.approx(4 / 3) and target.col == pytest.approx(2)
   assert target.area == 3 and target.peak == 1 and target.box == (1, 1, 3, 4)
+  top, left, bottom, right = target.box  # as the README says
+  assert prob[top:bottom, left:right].sum() == prob[prob > 0.5].sum()
+  assert (
+    "the last two exclusive, as in `frame[top:bottom, left:right]`"
+    in (ROOT / "README.md").read_text()
+  )
   assert target.confidence == pytest.approx(0.8)
   assert len(predict.targets(prob, 0.4)) == 2 and predict.targets(prob * 0) == []
 

@@ -26,7 +26,7 @@ from fdep_jax import data, report
 from fdep_jax.metrics import hse
 
 # One image alone may have no target.
-pytestmark = pytest.mark.filterwarnings("ignore:None of the")
+pytestmark = pytest.mark.filterwarnings("ignore:No mask of")
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 RATES = ("iou", "niou", "pd", "fa", "precision", "recall", "f1")

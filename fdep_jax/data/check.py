@@ -21,16 +21,25 @@ def command(flags) -> None:
   """Runs `--mode validate`.
 
   Raises:
-    ValueError, FileNotFoundError: the message lists all problems of the first bad dataset.
+    ValueError, FileNotFoundError: the message lists all problems of all datasets.
   """
+  values, errors = frames.parse_range(flags.range) if flags.range else "", []
   for root in flags.data:
-    values = frames.parse_range(flags.range) if flags.range else ""
-    values = data.measure_range(root, _OPTION) if values == "auto" else values
-    validate(root, flags.out or "validation", values)
+    try:
+      own = data.measure_range(root, _OPTION) if values == "auto" else values
+      validate(root, flags.out or "validation", own)
+    except data.DataError as error:
+      errors.append(error)
+  if errors:
+    missing = all(isinstance(error, data.MissingDataError) for error in errors)
+    kind = data.MissingDataError if missing else data.DataError
+    raise kind("\n".join(map(str, errors)))
 
 
 def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
   """Reads all splits, prints what is in them, and writes `<out>/<name>.png`.
+
+  A folder may have no train split, as evaluation needs none.
 
   Args:
     root: folder of a dataset, or "tfds:<name>".
@@ -41,28 +50,41 @@ def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
     {split: facts}, see `facts`.
 
   Raises:
-    DataError: lists all problems.
+    DataError: lists all problems, among them an absent test split.
     ValueError: each train image has one grey level only.
   """
   about = {"values": values, "option": _OPTION}
-  splits = {split: data.load(root, split, **about) for split in ("train", "test")}
-  if not root.startswith("tfds:") and (own := data.load(root, "val", **about)):
+  data.check_named(root)
+  folder = not root.startswith("tfds:")
+  trains = not folder or data.has_split(root, "train")
+  splits = {name: data.load(root, name, **about) for name in ("train", "test")[not trains :]}
+  if folder and (own := data.load(root, "val", **about)):
     splits["val"] = own
-  data.check_contrast(root, splits["train"], **about)
+  first = next(iter(splits.values()))
+  if trains:
+    data.check_contrast(root, first, **about)
   found = {split: facts(samples) for split, samples in splits.items()}
   name = pathlib.Path(root.removeprefix("tfds:")).name
   print(f"{root}: no problems" + (f", range {frames.show_range(values)}" if values else ""))
   for split, values in found.items():
-    print(f"  {split:<6}" + ", ".join(f"{value} {key}" for key, value in values.items()))
+    print(f"  {split:<6}" + ", ".join(map(_said, values.items())))
+  if not trains:
+    print("  train none: the set can be evaluated, but not trained on")
   path = pathlib.Path(out).expanduser() / f"{name}.png"
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as partial:
-      picture(splits["train"][:SHOWN]).save(partial, "PNG")
+      picture(first[:SHOWN]).save(partial, "PNG")
   except OSError as error:
     raise ValueError(f"{path} cannot be written ({error.strerror}). Choose a --out.") from None
   logging.info("wrote %s: the first pairs; outlines are the masks'", path)
   return found
+
+
+def _said(fact: tuple[str, object]) -> str:
+  name, value = fact
+  one = value == 1 and name in ("images", "targets")
+  return f"{value} {name.removesuffix('s') if one else name}"
 
 
 def facts(samples: Sequence[data.Sample]) -> dict[str, object]:

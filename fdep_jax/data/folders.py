@@ -74,6 +74,7 @@ class _Problem(NamedTuple):
   text: str
   split: str | None = None  # None: concerns both
   missing: bool = False  # whether the problem is only that something does not exist
+  whole: bool = False  # whether there is no such split at all
 
 
 class _Pair(NamedTuple):
@@ -172,7 +173,9 @@ def read(
       decoded, some_target, found = _decode(pairs[which], root, values, lazy, option)
       problems += found
       if decoded and not found and not some_target:
-        text = f"{_show(part, root)}{which}: all {len(decoded)} masks are empty"
+        number = len(decoded)
+        every = f"all {number} masks are" if number > 1 else "the only mask is"
+        text = f"{_show(part, root)}{which}: {every} empty"
         problems.append(_Problem(f"{text}; a target pixel must be > 127, usually 255"))
       kept += decoded
   if problems:
@@ -199,6 +202,36 @@ def parts(root: str | Path, split: str) -> dict[str, int]:
   return {part.name: len(pairs[split]) for part, pairs in found.items()}
 
 
+def check_all(roots: Sequence[str | Path], option: str = "--data", split: str = "test") -> None:
+  """Refuses datasets whose files are missing, all in one error, without opening an image.
+
+  Args:
+    roots: folders; others ("synthetic", "tfds:…") are not looked at.
+    option: that names them, for the message.
+    split: that must be there.
+
+  Raises:
+    MissingDataError: a folder, or files of its split, do not exist.
+  """
+  lines = []
+  for root in roots:
+    check_named(root)
+    if str(root) == "synthetic" or str(root).startswith("tfds:"):
+      continue
+    try:
+      masks(root, split)
+    except MissingDataError as error:
+      lines.append(f"{option} {error}")
+  if lines:
+    raise MissingDataError("\n".join(lines))
+
+
+def has_split(root: str | Path, split: str) -> bool:
+  """Returns whether any part of a dataset has a file or a folder of the split."""
+  parts, problems = _survey(Path(root))
+  return sum(p.whole and p.split == split for p in problems) < len(parts)
+
+
 def is_dataset(folder: str | Path) -> bool:
   """Returns whether a folder has images beside masks, or is a union of such folders."""
   folder = Path(folder)
@@ -218,7 +251,7 @@ def masks(root: str | Path, split: str) -> dict[str, dict[str, Path]]:
 
   Args:
     root: the dataset's folder.
-    split: "train", "test" or "all".
+    split: "train", "test", "val" or "all".
 
   Returns:
     {folder's name: {name: mask}} for each part of a union, or of the dataset alone; order and names
@@ -424,7 +457,8 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
     others = sorted(p.relative_to(part).as_posix() for p in part.glob("**/*.txt"))[:10]
     text = f"no split file for {split!r}; looked for {tried} in {part}"
     text += f"; there are {', '.join(others)}" if others else "; there are no .txt files"
-    problems.append(_Problem(text, split, missing=True))
+    text += ". Such a file lists names of images: docs/data.md has commands that write it"
+    problems.append(_Problem(text, split, missing=True, whole=True))
     return []
   listed = []
   for path in found:
@@ -486,7 +520,8 @@ def _list_pal(part: Path) -> tuple[dict[str, list[_Pair]], list[_Problem]]:
       tried = " or ".join(f"{c}/img, {c}/images" for c in choices)
       text = f"no folder for split {split!r}; looked for {tried} in {part}; there are "
       text += _content(part)
-      problems.append(_Problem(text, split, missing=True))
+      whole = not any(_child(part, [c]) for c in choices)
+      problems.append(_Problem(text, split, missing=True, whole=whole))
     if not halves:
       continue
     half, listed = halves[0], []

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from fdep_jax.metrics import columns
+
 SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".npy")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".wmv", ".webm", ".mpg", ".mpeg", ".m4v", ".ts", ".gif")
 MAX_PIXELS = 2**27  # of one frame (11585²); a larger one is a mistake or an attack
@@ -93,7 +95,9 @@ def checked(frame: np.ndarray) -> np.ndarray:
   if frame.dtype.kind == "f":
     bad = frame.size - int(np.isfinite(frame).sum())
     if bad:
-      raise FrameError(f"holds {bad} values that are not finite; replace NaN and infinity")
+      raise FrameError(
+        f"holds {columns.counted(bad, 'value')} not finite; replace NaN and infinity"
+      )
   return frame.astype(frame.dtype.newbyteorder("="), copy=False)
 
 

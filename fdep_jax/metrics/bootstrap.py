@@ -24,6 +24,26 @@ def intervals(total, resamples=1000, level=0.95, seed=0):
   return {name: _interval(value, level) for name, value in values.items()}
 
 
+def note(found, headings):
+  """Says which intervals are a single point, in one sentence; "" if none is.
+
+  Args:
+    found: {metric: (low, high)}, None or NaN if there is none.
+    headings: {metric: its name for people}; others are not looked at.
+  """
+  points = [
+    heading
+    for name, heading in headings.items()
+    if (ends := found.get(name)) and ends[0] is not None and ends[0] == ends[1]
+  ]
+  if not points:
+    return ""
+  return (
+    f"an interval of one point ({', '.join(points)}) says that all images agree, not that the "
+    "value is certain: other images may differ."
+  )
+
+
 def compare(a, b, resamples=1000, level=0.95, seed=0):
   """Compares two detectors in pairs: the same images are drawn for both.
 

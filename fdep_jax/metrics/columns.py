@@ -22,6 +22,11 @@ class Column(NamedTuple):
     return "-" if low is None else f"{self.shown(low)}–{self.shown(high)}"
 
 
+def counted(number: int, noun: str) -> str:
+  """Returns "1 target", "2 targets"; the noun's plural ends in s."""
+  return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def csv_text(text: str) -> str:
   """Returns a text that no spreadsheet runs as a formula, with an apostrophe in front if needed.
 

@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 
-from fdep_jax.metrics import components, pixels
+from fdep_jax.metrics import columns, components, pixels
 from fdep_jax.runtime.problems import listing
 
 # 0.05, 0.10 … 0.95 as float32, so that a score saved as 0.15 is not above the threshold 0.15.
@@ -53,6 +53,11 @@ class Options:
   false_alarm: str = "unclaimed"
 
   def __post_init__(self):
+    if isinstance(self.thresholds, Options):  # the first argument that is not by name
+      raise ValueError(
+        'Options are given by name: hse.score(probs, masks, matching="nearest"). All fields of an '
+        "hse.Options at once are **vars(options)."
+      )
     problems = []
     try:
       values = np.unique(np.asarray(self.thresholds, np.float32))
@@ -153,7 +158,7 @@ def score(probs, masks, thresholds=THRESHOLDS, max_distance=3.0, **options):
     masks: bools, the same.
     thresholds: thresholds of HSE-T, in [0, 1).
     max_distance: pixels between centroids, exclusive.
-    **options: see `Options`.
+    **options: see `Options`; all fields of one are `**vars(options)`.
 
   Returns:
     A `Score`; exact, HSE-P included.
@@ -165,8 +170,8 @@ def score(probs, masks, thresholds=THRESHOLDS, max_distance=3.0, **options):
   probs, masks = images(probs), images(masks)
   if len(probs) != len(masks) or not probs:
     raise ValueError(
-      f"{len(probs)} probability maps and {len(masks)} masks were given; "
-      "each map needs its mask, and at least one pair is needed."
+      f"{columns.counted(len(probs), 'probability map')} and {columns.counted(len(masks), 'mask')} "
+      "were given; each map needs its mask, and at least one pair is needed."
     )
   problems, pairs = [], []
   for i, pair in enumerate(zip(probs, masks, strict=True)):
@@ -218,7 +223,8 @@ class Accumulator:
     probs, masks = _images(to_numpy(prob)), _images(to_numpy(mask))
     if len(probs) != len(masks):
       raise ValueError(
-        f"{len(probs)} probability maps and {len(masks)} masks were given; each map needs its mask."
+        f"{columns.counted(len(probs), 'probability map')} and "
+        f"{columns.counted(len(masks), 'mask')} were given; each map needs its mask."
       )
     pairs, problems = [], []
     for i, pair in enumerate(zip(probs, masks, strict=True)):
@@ -479,7 +485,8 @@ def _score(counts, edges, false_low, false_high, options):
   hse_t = float(hse_t)
   if not total["targets"]:
     warnings.warn(
-      f"None of the {len(counts)} masks has a target: HSE, HSE-P, HSE-T, Pd are undefined (NaN).",
+      f"No mask of {columns.counted(len(counts), 'image')} has a target: HSE, HSE-P, HSE-T, Pd are "
+      "undefined (NaN).",
       RuntimeWarning,
       stacklevel=3,
     )
@@ -581,7 +588,8 @@ def check(prob, mask):
   if prob.view(np.uint32).max() > 0x3F800000:
     prob = prob + np.float32(0)
     if not np.isfinite(prob).all():
-      problems.append(f"the map has {np.sum(~np.isfinite(prob))} values that are NaN or infinite")
+      number = int(np.sum(~np.isfinite(prob)))
+      problems.append(f"the map has {columns.counted(number, 'value')} NaN or infinite")
     elif prob.min() >= -ROUNDING and prob.max() <= 1 + ROUNDING:
       prob = np.clip(prob, 0, 1)
     else:

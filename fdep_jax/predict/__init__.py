@@ -27,6 +27,7 @@ from fdep_jax.data import frames
 from fdep_jax.detector import Detector
 from fdep_jax.metrics import columns
 from fdep_jax.predict.tiling import Predictor, levels_of
+from fdep_jax.report import folder as folder_lib
 from fdep_jax.runtime import files, mesh
 from fdep_jax.runtime.problems import shorten
 
@@ -66,12 +67,14 @@ class Result(NamedTuple):
 
   def __str__(self):
     number = sum(len(frame.targets) for frame in self.frames)
-    return f"{number} targets in {len(self.frames)} frames; see {self.out / 'targets.csv'}"
+    found = f"{columns.counted(number, 'target')} in {columns.counted(len(self.frames), 'frame')}"
+    return f"{found}; see {self.out / 'targets.csv'}"
 
   def complaint(self) -> str:
     """Describes the files that could not be read."""
     lines = [f"{file}: {reason}" for file, reason in self.unreadable.items()]
-    title = f"{len(lines)} of {self.files} files could not be read; the others are done:"
+    number = f"{len(lines)} of {columns.counted(self.files, 'file')}"
+    title = f"{number} could not be read; the others are done:"
     return "\n  ".join([title, *shorten(lines)])
 
 
@@ -111,6 +114,7 @@ def command(flags) -> None:
   """
   values = frames.parse_range(flags.range) if flags.range else None
   out = pathlib.Path(flags.out or pathlib.Path(flags.workdir or ".") / "predictions").expanduser()
+  folder_lib.check(out, {})
   _inputs(pathlib.Path(flags.input).expanduser(), out)  # checks folders before loading
   detector = _detector(flags)
   result = run(flags.input, out, detector, threshold=flags.threshold, values=values)
@@ -189,9 +193,8 @@ def run(
       f"{out} cannot be written ({error.strerror}). Choose a different folder."
     ) from None
   logging.info(
-    "%d file%s, %s branch of %s", len(inputs), "s" * (len(inputs) != 1), detector.branch,
-    detector.source,
-  )  # fmt: skip
+    "%s, %s branch of %s", columns.counted(len(inputs), "file"), detector.branch, detector.source
+  )
   done, unreadable = [], {}
   with tqdm(total=len(inputs), unit="file", disable=None if progress else True) as bar:
     predictor = Predictor(detector) if isinstance(detector, Detector) else detector
@@ -241,10 +244,11 @@ def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.
     logging.warning("%s", frames.about_video(videos[0]))
   if not paths:
     raise ValueError(
-      f"{source} contains no pictures ({', '.join(frames.SUFFIXES)}), only {others} other files."
+      f"{source} contains no pictures ({', '.join(frames.SUFFIXES)}), only "
+      f"{columns.counted(others, 'other file')}."
     )
   if others:
-    logging.info("%s: %d other files ignored", source, others)
+    logging.info("%s: %s ignored", source, columns.counted(others, "other file"))
   paths.sort()
   # Ignores case, as some file systems do.
   same = Counter(path.with_suffix("").as_posix().lower() for path in paths)

@@ -150,7 +150,7 @@ def of(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib
       "report can only compare runs on the same test images."
     )
   runs = [report["runs"][0] for report in reports]
-  for run, label in zip(runs, _names(folders), strict=True):
+  for run, label in zip(runs, names(folders), strict=True):
     run["name"] = label
   out = pathlib.Path(out).expanduser()
   try:
@@ -226,12 +226,13 @@ def _curves(score: hse.Score) -> dict[str, list]:
   }
 
 
-def _names(folders: Sequence[pathlib.Path]) -> list[str]:
+def names(folders: Sequence[pathlib.Path]) -> list[str]:
   """Returns the folders' names, or the part of each path after their common parent."""
   paths = [folder.resolve() for folder in folders]
   if len({path.name for path in paths}) == len(paths):
     return [path.name for path in paths]
-  common = os.path.commonpath(paths)
+  common = pathlib.Path(os.path.commonpath(paths))
+  common = common.parent if common in paths else common
   return [path.relative_to(common).as_posix() for path in paths]
 
 
