@@ -5,8 +5,6 @@ Only the last condition of the contract compiles and runs them.
 """
 
 import functools
-import importlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -421,21 +419,6 @@ class Toy(Backbone):
   def decode(self, skips, top):
     return Logits(self.up(top) + skips)
 '''
-
-
-@pytest.fixture
-def drop_in(tmp_path, monkeypatch):
-  """Puts one file into the folder of backbones, for one test."""
-
-  def drop(name: str, source: str):
-    (tmp_path / f"{name}.py").write_text(source)
-    monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(tmp_path)])
-    importlib.invalidate_caches()
-
-  yield drop
-  for file in tmp_path.glob("*.py"):
-    sys.modules.pop(f"{backbones.__name__}.{file.stem}", None)
-    vars(backbones).pop(file.stem, None)
 
 
 def test_a_file_is_all_that_a_new_network_needs(drop_in):
