@@ -39,7 +39,7 @@ class SAMF(nnx.Module):
     multiply = self.gated(multiply * nnx.sigmoid(self.gate(prior)))  # eq. 2, 4
     add = self.shifted(add + self.shift(prior))  # eq. 3, 5
     fused = jnp.concatenate([multiply, add], -1) + top
-    return self.refine2(self.refine1(fused))  # eq. 6
+    return self.refine2(self.refine1(fused)).astype(top.dtype)  # eq. 6
 
 
 class Add(nnx.Module):

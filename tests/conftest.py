@@ -1,7 +1,9 @@
 """Fixtures: CPU only, ranks never broadcast silently, real data where the folder of evidence is."""
 
+import importlib
 import os
 import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -47,6 +49,22 @@ def toy():
 
   with helpers.toy_backbone() as module:
     yield module
+
+
+@pytest.fixture
+def drop_in(tmp_path, monkeypatch):
+  """Puts one file into the folder of backbones, for one test."""
+  from fdep_jax import backbones
+
+  def drop(name: str, source: str):
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+
+  yield drop
+  for file in tmp_path.glob("*.py"):
+    sys.modules.pop(f"{backbones.__name__}.{file.stem}", None)
+    vars(backbones).pop(file.stem, None)
 
 
 @pytest.fixture

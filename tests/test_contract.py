@@ -5,8 +5,6 @@ Only the last condition of the contract compiles and runs them.
 """
 
 import functools
-import importlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from fdep_jax import backbones
 from fdep_jax.backbones import Backbone, Logits
 from fdep_jax.fdep import FDEP
+from fdep_jax.layers import windows
 
 NETWORKS = backbones.names()
 SIZES = ((1, 3), (4, 3))  # rows and columns of an image, in strides
@@ -151,6 +150,8 @@ def _follow(jaxpr: Jaxpr, labels, program: Program) -> list[frozenset[str]]:
       inner = next(value for value in eqn.params.values() if isinstance(value, ClosedJaxpr))
       outputs = _follow(inner.jaxpr, inputs, program)
     else:
+      if takes_all(eqn, inputs):
+        depends |= {f"all of the frame ({eqn.primitive.name})"}
       outputs = [depends] * len(eqn.outvars)
       program.operations.append((eqn.primitive.name, depends))
       # A product with a constant is an interpolation, not a layer.
@@ -347,6 +348,58 @@ def both_branches_are_finite_and_different(cls: type[Backbone]):
   assert difference > 1e-2
 
 
+class Told(windows.Window):
+  """A window that is told the statistics of its frame, so that it need not be seen whole."""
+
+  def _statistic(self, kind, share, local):
+    return jnp.zeros_like(local)
+
+
+PRIMES = (61, 67)  # rows and columns in strides: no other axis is a multiple of these
+
+
+def takes_all(eqn, inputs: list[frozenset[str]]) -> bool:
+  """Whether an operation puts together pixels from the whole height or width of the image."""
+  if "image" not in frozenset().union(*inputs[:1]):
+    return False
+  name, shape = eqn.primitive.name, eqn.invars[0].aval.shape
+  if name == "dot_general":  # a product with a constant is an interpolation
+    axes = eqn.params["dimension_numbers"][0][0] if all("image" in on for on in inputs) else ()
+  elif name == "sort":
+    axes = (eqn.params["dimension"],)
+  elif name.startswith("cum"):
+    axes = (eqn.params["axis"],)
+  elif name == "fft":
+    axes = range(len(shape))
+  else:
+    axes = eqn.params.get("axes", ()) if name.startswith(("reduce_", "arg")) else ()
+  return any(shape[i] % prime == 0 for i in axes for prime in PRIMES)
+
+
+def a_large_frame_can_be_computed_by_windows_unless_the_class_says_why_not(cls: type[Backbone]):
+  if cls.whole_frame:
+    return
+  size = tuple(prime * step_of(cls) for prime in PRIMES)
+  net = nnx.clone(shapes_only(cls))
+  net.eval()
+  graphdef, state = nnx.split(net)
+  frame, zero = np.array(size, np.int32), np.zeros(2, np.int32)
+
+  def forward(state, image):
+    with windows.active(Told(size, frame, zero, np.stack([zero, frame], 1))):
+      return nnx.merge(graphdef, state)(image).final
+
+  program = jax.make_jaxpr(forward)(state, image_of(net, *size, batch=1))
+  found = follow(program, label("parameter", state) + [frozenset(["image"])])
+  (on,) = found.outputs
+  assert not {name for name in on if name.startswith("all of")}, (
+    f"a pixel of the result depends on {' and '.join(sorted(on - {'image', 'parameter'}))}. Large "
+    f"frames are computed window by window, so they would get other results. Set whole_frame of "
+    f"{cls.__name__} to the reason, a clause; or take means and maxima over the image from "
+    "fdep_jax.layers.ops (spatial_mean, spatial_max), and GroupNorm from fdep_jax.layers.basic."
+  )
+
+
 CONTRACT = (
   logits_have_the_images_size,
   top_is_what_the_class_says,
@@ -357,6 +410,7 @@ CONTRACT = (
   fdep_needs_a_top_feature,
   fdep_encodes_once_and_decodes_twice,
   both_branches_are_finite_and_different,
+  a_large_frame_can_be_computed_by_windows_unless_the_class_says_why_not,
 )
 
 
@@ -423,21 +477,6 @@ class Toy(Backbone):
 '''
 
 
-@pytest.fixture
-def drop_in(tmp_path, monkeypatch):
-  """Puts one file into the folder of backbones, for one test."""
-
-  def drop(name: str, source: str):
-    (tmp_path / f"{name}.py").write_text(source)
-    monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(tmp_path)])
-    importlib.invalidate_caches()
-
-  yield drop
-  for file in tmp_path.glob("*.py"):
-    sys.modules.pop(f"{backbones.__name__}.{file.stem}", None)
-    vars(backbones).pop(file.stem, None)
-
-
 def test_a_file_is_all_that_a_new_network_needs(drop_in):
   drop_in("toy", TOY)
   assert backbones.names() == sorted([*NETWORKS, "toy"])
@@ -476,12 +515,24 @@ BREAKS = [
   (every_parameter_reaches_its_losses, {"+ skips": "+ jax.lax.stop_gradient(skips)"}),
   (both_branches_are_finite_and_different, {"self.up(top) + skips": "skips"}),
   (both_branches_are_finite_and_different, {"self.up(top)": "self.up(top) / 0"}),
+  *(
+    (a_large_frame_can_be_computed_by_windows_unless_the_class_says_why_not, {"self.up(top)": gate})
+    for gate in (
+      "self.up(top) * jax.nn.sigmoid(top.mean((1, 2, 3), keepdims=True))",
+      "self.up(top * jax.numpy.max(top, (1, 2), keepdims=True))",
+      "self.up(nnx.GroupNorm(8, num_groups=2, rngs=nnx.Rngs(0))(top))",
+      "self.up(nnx.InstanceNorm(8, rngs=nnx.Rngs(0))(top))",
+      "self.up(jax.numpy.sort(top, 2))",
+      "self.up(jax.numpy.cumsum(top, 1))",
+      "self.up(jax.numpy.einsum('bhwc,bhwd,bhwd->bhwc', top, jax.nn.softmax(top, 2), top))",
+    )
+  ),
 ]
 
 
 @pytest.mark.parametrize("condition, edits", BREAKS)
 def test_the_contract_is_broken_by_a_network_that_breaks_it(condition, edits, drop_in):
-  source = TOY.replace("from fdep_jax", "import jax\n\nfrom fdep_jax", 1)
+  source = TOY.replace("from fdep_jax", "import jax\nfrom flax import nnx\n\nfrom fdep_jax", 1)
   for right, wrong in edits.items():
     assert source.count(right) == 1
     source = source.replace(right, wrong)
@@ -489,6 +540,39 @@ def test_the_contract_is_broken_by_a_network_that_breaks_it(condition, edits, dr
   # AssertionError, or pytest's own where no error was raised.
   with pytest.raises((AssertionError, pytest.fail.Exception)):
     condition(backbones.network_class("toy"))
+
+
+@pytest.mark.parametrize(
+  "edits",
+  [
+    {"self.up(top)": "self.up(top) * top.mean((1, 2, 3), keepdims=True)",
+     'paper_name = "Toy"': 'paper_name = "Toy"\n  whole_frame = "its gate is a mean"'},
+    {"self.up(top)": "self.up(top * ops.spatial_mean(top))"},
+    {"self.up(top)": "self.up(basic.GroupNorm(8)(top))"},
+    {"self.up(top)": "self.up(nnx.LayerNorm(8, rngs=nnx.Rngs(0))(top))"},
+  ],
+)  # fmt: skip
+def test_a_network_that_looks_all_over_the_frame_may_say_so_or_be_told_its_statistics(
+  edits, drop_in
+):
+  source = TOY.replace("import basic", "import basic, ops").replace(
+    '"""\n', '"""\nfrom flax import nnx\n', 1
+  )
+  for right, wrong in edits.items():
+    assert source.count(right) == 1
+    source = source.replace(right, wrong)
+  drop_in("toy", source)
+  a_large_frame_can_be_computed_by_windows_unless_the_class_says_why_not(
+    backbones.network_class("toy")
+  )
+
+
+def test_the_contract_names_what_looks_all_over_the_frame(drop_in):
+  drop_in("toy", TOY.replace("self.up(top)", "self.up(top * top.mean((1, 2), keepdims=True))"))
+  with pytest.raises(AssertionError, match=r"\(reduce_sum\).*Set whole_frame of Toy to the reason"):
+    a_large_frame_can_be_computed_by_windows_unless_the_class_says_why_not(
+      backbones.network_class("toy")
+    )
 
 
 def test_an_unknown_network_is_refused_with_those_that_exist():

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from goldens import Golden
-from helpers import WEIGHTS, make_network, randomise, toy_backbone
+from helpers import ROOT, TOYS, WEIGHTS, make_network, randomise, toy_backbone
 
 import converters
 from configs import base
@@ -292,8 +293,46 @@ def test_an_operation_without_counterpart_leaves_out_the_onnx_file_with_the_reas
   light = export.make_light(detector)._replace(
     apply=lambda weights, image: jnp.cumsum(image, 1)[..., 0]
   )
-  with pytest.raises(export.Absent, match="cumsum"):
+  with pytest.raises(
+    export.Absent, match=r"cumsum \(test_export.py, line \d+\), which .* docs/dep"
+  ):
     export.write_onnx(detector, light, None, tmp_path / "light.onnx", {})
+
+
+NO_PROGRAM = {  # in `decode` of a network: which files are left out, and why
+  "jnp.sort(top, 1)": {"light.onnx": "the operation sort .mine.py, line 37., which"},
+  "jnp.argmax(top, 1, keepdims=True) + top": {"light.onnx": "operation argmax .mine.py, line"},
+  "jax.image.resize(top, top.shape, 'cubic')": {"light.onnx": "resize by cubic .* line 37"},
+  "nnx.GroupNorm(8, num_groups=2, rngs=nnx.Rngs(0))(top)": {"light.onnx": "line 37"},
+  "top * (1 if top.shape[1] < 7 else 2)": {
+    "light.stablehlo": "InconclusiveDimension",
+    "light.onnx": "InconclusiveDimension",
+  },
+}
+
+
+@needs_onnx
+@pytest.mark.parametrize("change", NO_PROGRAM)
+def test_a_network_that_a_format_cannot_hold_is_exported_in_the_others(change, drop_in, tmp_path):
+  source = (TOYS / "toy.py").read_text()
+  marked = "  def decode(self, skips, top):\n"
+  assert source.count(marked) == 1
+  source = source.replace(marked, f"{marked}    top = {change}\n")
+  drop_in("mine", source.replace("import jax\n", "import jax\nimport jax.numpy as jnp\n", 1))
+  manifest = export.export_detector(detector_of(make_network("mine")), tmp_path)
+  expected = {**NO_PROGRAM[change], "light_torch.safetensors": "converters/mine.py"}
+  assert set(manifest["absent"]) == set(expected)
+  for name, reason in expected.items():
+    assert re.search(reason, manifest["absent"][name]), manifest["absent"][name]
+    assert "\n" not in manifest["absent"][name]
+
+
+def resized(x, rows, columns, method):
+  height, width = (
+    int(scale) * size if scale >= 1 else size // int(1 / scale)
+    for scale, size in ((rows, x.shape[1]), (columns, x.shape[2]))
+  )
+  return jax.image.resize(x, (x.shape[0], height, width, x.shape[3]), method)
 
 
 OPERATIONS = {
@@ -302,10 +341,38 @@ OPERATIONS = {
   "gelu": nnx.gelu,
   "silu": nnx.silu,
   "relu6": nnx.relu6,
+  "relu": nnx.relu,
+  "sigmoid": nnx.sigmoid,
+  "tanh": nnx.tanh,
+  "abs, exp": lambda x: jnp.exp(-jnp.abs(x)),
+  "log, sqrt": lambda x: jnp.log(jnp.sqrt(x * x + 1)),
+  "maximum, minimum": lambda x: jnp.maximum(x, 0.2) + jnp.minimum(x, x.mean(-1, keepdims=True)),
+  "sum, mean": lambda x: (
+    x / (1 + jnp.abs(x.sum((1, 2), keepdims=True))) + x.mean((1, 2, 3), keepdims=True)
+  ),
+  "max, min": lambda x: x.max((1, 2), keepdims=True) - x.min((1, 2), keepdims=True) * x,
+  "pad, concatenate": lambda x: jnp.concatenate(
+    [
+      nnx.max_pool(jnp.pad(x, ((0, 0), (1, 0), (0, 1), (0, 0))), (2, 2), (1, 1)),
+      2 * x,
+    ],
+    -1,
+  ),
+  "Conv": nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)).__call__,
+  "BatchNorm": nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0)).__call__,
   "clip": lambda x: jnp.clip(x, -0.5, 0.7),
   "where": lambda x: jnp.where(x < 0.3, x**3, 2.0),
   "max_pool": lambda x: nnx.max_pool(x, (2, 2), (2, 2)),
   "max_pool of 3, padded": lambda x: nnx.max_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1))),
+  "std": lambda x: x - x.std((1, 2), keepdims=True),
+  "var": lambda x: x - x.var(-1, keepdims=True),
+  "RMSNorm": nnx.RMSNorm(3, rngs=nnx.Rngs(0)).__call__,
+  "LayerNorm": nnx.LayerNorm(3, use_fast_variance=False, rngs=nnx.Rngs(0)).__call__,
+  "InstanceNorm": nnx.InstanceNorm(3, rngs=nnx.Rngs(0)).__call__,
+  "resize linear": lambda x: resized(x, 2, 4, "linear"),
+  "resize bilinear": lambda x: resized(x, 2, 1, jax.image.ResizeMethod.LINEAR),
+  "resize nearest": lambda x: resized(x, 4, 2, "nearest"),
+  "resize nearest, smaller": lambda x: resized(x, 0.5, 0.25, "nearest"),
   "avg_pool": lambda x: nnx.avg_pool(x, (2, 2), (2, 2)),
   "avg_pool of 3, padded": lambda x: nnx.avg_pool(x, (3, 3), (1, 1), ((1, 0), (0, 1))),
 }
@@ -316,6 +383,14 @@ for _size, _stride in ((2, 2), (3, 2), (4, 2), (3, 1), (4, 4)):
         3, 4, (_size, _size), (_stride, _stride), padding=_padding, rngs=nnx.Rngs(0)
       ).__call__
     )
+
+
+def test_the_operations_that_the_document_lists_are_tried():
+  text = (ROOT / "docs/deployment.md").read_text()
+  listed = text.split("What `light.onnx` can hold")[1].split("Anything else")[0]
+  names = set(re.findall(r"`(?:nnx\.|jnp\.|jax\.image\.)?(\w+)`", listed))
+  tried = set(re.findall(r"\w+", " ".join(OPERATIONS))) | {"ConvTranspose"}
+  assert len(names) > 25 and not names - tried
 
 
 @needs_onnx

@@ -5,9 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import LEVEL_WIDTH, count_parameters, stats, toy_levels, toy_model
+from helpers import (
+  LEVEL_WIDTH,
+  TOYS,
+  batch,
+  count_parameters,
+  parts,
+  stats,
+  toy_config,
+  toy_levels,
+  toy_model,
+)
 
-from fdep_jax import backbones, losses
+from fdep_jax import backbones, losses, samf
+from fdep_jax import step as step_lib
 from fdep_jax.fdep import FDEP
 
 # Parameters in millions with four SAMFs at ViT-L/14: paper, Tab. 1, "+ FDEP" rows; of the networks
@@ -193,3 +204,38 @@ def test_unknown_options_are_refused(toy):
     toy_model(bn_stats="both")
   with pytest.raises(ValueError, match="No backbone is called 'mdsa'; there are acm"):
     FDEP("mdsa", rngs=nnx.Rngs(0))
+
+
+MIXED = (
+  (TOYS / "flax_unet.py")
+  .read_text()
+  .replace("nnx.Conv(4, 1, (1, 1), rngs=rngs)", "basic.Conv(4, 1, rngs=rngs)")
+  .replace("import Backbone, Logits", "import Backbone, Logits\nfrom fdep_jax.layers import basic")
+)
+
+
+@pytest.mark.parametrize("source", ["flax", "mixed"])
+@pytest.mark.parametrize(
+  "changes",
+  [{}, {"mode": "fdep_wo_coisd"}, {"model.fusion": "add"}, {"model.share": "decoder"}],
+  ids=str,
+)
+def test_flaxs_own_norms_train_in_bfloat16(drop_in, source, changes):
+  # Flax's BatchNorm returns float32 there, so `top` and the skips are of another type than SAMF.
+  drop_in("mine", MIXED if source == "mixed" else (TOYS / "flax_unet.py").read_text())
+  config = toy_config(**{"model.backbone": "mine", "train.dtype": "bfloat16", **changes})
+  prior, model, optimizer, state = parts(config)
+  steps = step_lib.make_steps(step_lib.make_step(config, model, optimizer, 0.5, 0.2))
+  state, metrics = jax.eval_shape(steps, state, prior, None, [batch(), batch()])
+  assert metrics["loss"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("fusion", [samf.SAMF, samf.Add])
+def test_a_fused_top_has_the_type_of_the_top(
+  fusion,
+):  # so the decoder sees one type in both branches
+  module = fusion(8, LEVEL_WIDTH, rngs=nnx.Rngs(0))
+  nnx.update(module, step_lib.cast(nnx.state(module, nnx.Param), jnp.bfloat16))
+  for kind in (jnp.float32, jnp.bfloat16):
+    top = jnp.ones((2, 4, 4, 8), kind)
+    assert module(top, toy_levels(1)[0]).dtype == kind

@@ -11,6 +11,7 @@ They contain the operations of `ops` as written there: these need no more multip
 plain ones and are faster on CPUs.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -196,6 +197,18 @@ def flops(net: Backbone, size: int) -> float:
   return hlo.flops(forward.lower(state, image).as_text("hlo"), "none")["outside"]
 
 
+@contextlib.contextmanager
+def _absent(what: str) -> Iterator[None]:
+  """Leaves a file out if the block fails, whatever it raises: the network may be anybody's."""
+  try:
+    yield
+  except NotImplementedError as error:
+    raise Absent(str(error)) from error
+  except Exception as error:
+    text = str(error).strip().splitlines() or [""]
+    raise Absent(f"{what} ({type(error).__name__}: {text[0]}).") from error
+
+
 # Each writes a file, reads it back and returns its function from images to probabilities.
 
 
@@ -214,7 +227,7 @@ def _write_stablehlo(detector, light: Light, forward, path, about) -> Callable:
   if importlib.util.find_spec("flatbuffers") is None:  # jax does not ask for it
     raise Absent("it needs flatbuffers: `pip install -r requirements.txt` and export again.")
   shape = (*symbolic_sizes(light.net), light.net.in_channels)
-  with jax.default_matmul_precision("float32"):
+  with jax.default_matmul_precision("float32"), _absent("jax.export cannot write the network"):
     make = jax.export.export(jax.jit(light.probability), platforms=PLATFORMS)
     path.write_bytes(make(jax.ShapeDtypeStruct(shape, jnp.float32)).serialize())
   return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
@@ -226,17 +239,15 @@ def write_onnx(detector, light: Light, forward, path, about) -> Callable:
     raise Absent(
       f"it needs {' and '.join(needed)}: `pip install -r requirements-export.txt` and export again."
     )
+  import onnxruntime
+
   from fdep_jax.export import onnx as writer
 
   sizes, channels = symbolic_sizes(light.net), light.net.in_channels
-  try:
+  with _absent("ONNX cannot hold the network"):
     model = writer.convert(light.probability, *sizes, channels, {"fdep_jax": json.dumps(about)})
-  except NotImplementedError as error:
-    raise Absent(str(error)) from None
-  path.write_bytes(model.SerializeToString())
-  import onnxruntime
-
-  session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    path.write_bytes(model.SerializeToString())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
   return lambda image: session.run(None, {"image": image.transpose(0, 3, 1, 2)})[0][:, 0]
 
 
@@ -248,7 +259,9 @@ def _write_torch(detector, light: Light, forward, path, about) -> Callable:
   name = about["network"]
   if importlib.util.find_spec(f"converters.{name}") is None:
     raise Absent(f"there is no converters/{name}.py, which would map the PyTorch names.")
-  save_file(converters.to_torch(light.net), path, {"fdep_jax": json.dumps(about)})
+  with _absent(f"converters/{name}.py does not fit the network"):
+    arrays = converters.to_torch(light.net)
+  save_file(arrays, path, {"fdep_jax": json.dumps(about)})
   reread = nnx.state(converters.load_backbone(name, path), nnx.Any(nnx.Param, nnx.BatchStat))
   return lambda image: forward(reread, image)
 

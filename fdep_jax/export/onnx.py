@@ -8,9 +8,12 @@ needed. Arithmetic on constants is done here, and per-channel factors go into th
 import contextlib
 import dataclasses
 import json
+import operator
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import numpy as np
 from jax.extend import core
@@ -29,6 +32,7 @@ _ELEMENTWISE = {
   "logistic": "Sigmoid", "lt": "Less", "max": "Max", "min": "Min", "mul": "Mul", "neg": "Neg",
   "select_n": "Where", "sqrt": "Sqrt", "sub": "Sub", "tanh": "Tanh",
 }  # fmt: skip
+_OF_SIZES = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "gt": operator.gt}
 _CALLS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
 # Functions of `ops` that become ONNX operations as a whole.
 _WHOLE = (
@@ -69,22 +73,28 @@ def convert(function: Callable, batch, height, width, channels: int, metadata: d
     An `onnx.ModelProto`: input "image" B×C×H×W, output "probability" B×1×H×W.
 
   Raises:
-    NotImplementedError: the network uses an operation that is not supported here.
+    NotImplementedError: the network uses an operation that is not supported here; says which, and
+      in which line of the network.
   """
   shape = (batch, height, width, channels)
   with _whole_operations():
     traced = jax.jit(function).trace(jax.ShapeDtypeStruct(shape, np.float32)).jaxpr
   graph = _Graph()
-  (result,) = graph.translate(traced.jaxpr, traced.consts, [Tensor("image", shape, _RANK4)])
+  try:
+    (result,) = graph.translate(traced.jaxpr, traced.consts, [Tensor("image", shape, _RANK4)])
+  except NotImplementedError as error:
+    raise NotImplementedError(
+      f"{error}, which fdep_jax/export/onnx.py cannot write yet. What it can: docs/deployment.md."
+    ) from error
   return _model(_tidy(graph.nodes, result.name), result.name, channels, metadata)
 
 
 @contextlib.contextmanager
 def _whole_operations():
-  """Makes traces within the block keep the functions of `_WHOLE` as single calls."""
+  """Makes traces within the block keep `_WHOLE` and `jax.image.resize` as single calls."""
   plain = {name: getattr(ops, name) for name in _WHOLE}
 
-  def marked(function):
+  def marked(function, name=None, shown=None):
     def call(*inputs, **options):
       arrays = [value for value in inputs if isinstance(value, jax.Array)]
       others = inputs[len(arrays) :]  # sizes
@@ -92,16 +102,25 @@ def _whole_operations():
       def whole(*arrays):
         return function(*arrays, *others, **options)
 
-      whole.__name__ = f"{function.__name__} {json.dumps(options)}"  # read by `_Graph._call`
+      # Read by `_Graph._call`.
+      whole.__name__ = f"{name or function.__name__} {json.dumps(shown or options)}"
       return jax.jit(whole)(*arrays)
 
     return call
 
+  resize = jax.image.resize
+
+  def image_resize(image, shape, method="linear", *more, **options):
+    kind = str(method).rpartition(".")[2].lower()  # "linear" or ResizeMethod.LINEAR
+    return marked(resize, "image_resize", {"method": kind})(image, shape, method, *more, **options)
+
   for name, function in plain.items():
     setattr(ops, name, marked(function))
+  jax.image.resize = image_resize
   try:
     yield
   finally:
+    jax.image.resize = resize
     for name, function in plain.items():
       setattr(ops, name, function)
 
@@ -122,7 +141,11 @@ class _Graph:
       return variable.val if isinstance(variable, core.Literal) else values[variable]
 
     for equation in jaxpr.eqns:
-      results = self._equation(equation, [read(variable) for variable in equation.invars])
+      inputs = [read(variable) for variable in equation.invars]
+      try:
+        results = self._equation(equation, inputs)
+      except Exception as error:  # of any kind: the network may be anybody's
+        raise _located(error, equation) from error
       values.update(zip(equation.outvars, results, strict=True))
     return [read(variable) for variable in jaxpr.outvars]
 
@@ -136,9 +159,14 @@ class _Graph:
       if isinstance(inputs[0], int | float | np.generic):
         return [np.asarray(inputs[0], params["new_dtype"])]
       return inputs  # sizes, and float32 to float32
-    if name == "broadcast_in_dim" and not isinstance(inputs[0], Tensor) and not np.ndim(inputs[0]):
-      if not all(isinstance(size, int) for size in params["shape"]):
+    if name in ("broadcast_in_dim", "reshape") and not isinstance(inputs[0], Tensor):
+      shape = params.get("shape") or params.get("new_sizes")
+      if not np.ndim(inputs[0]) and not all(isinstance(size, int) for size in shape or ()):
         return inputs[:1]  # a number, of as many pixels as the image has
+    if name in _OF_SIZES and any(map(_is_size, inputs)) and not any(map(_is_array, inputs)):
+      return [_OF_SIZES[name](*(x if _is_size(x) else _whole_number(x) for x in inputs))]
+    if name == "select_n" and not _is_array(inputs[0]):
+      return [inputs[1 + int(inputs[0])]]
     if not any(isinstance(value, Tensor) for value in inputs):
       result = equation.primitive.bind(*inputs, **params)
       return list(result) if equation.primitive.multiple_results else [result]
@@ -159,7 +187,7 @@ class _Graph:
   def _call(self, params, inputs, equation) -> list:
     closed = params.get("jaxpr") or params["call_jaxpr"]
     name, _, options = params.get("name", "").partition(" ")
-    if name in _WHOLE and isinstance(inputs[0], Tensor):
+    if name in (*_WHOLE, "image_resize") and isinstance(inputs[0], Tensor):
       shapes = [variable.aval.shape for variable in equation.outvars]
       return getattr(self, f"_{name}")(*inputs, shapes, **json.loads(options))
     jaxpr = getattr(closed, "jaxpr", closed)
@@ -414,9 +442,27 @@ class _Graph:
     return [self.add("MaxPool", [x], shapes[0], **options)]
 
   def _resize(self, x: Tensor, shapes, *, align_corners: bool) -> list[Tensor]:
+    mode = "align_corners" if align_corners else "half_pixel"
+    return self._resized(x, shapes[0], mode="linear", coordinate_transformation_mode=mode)
+
+  def _image_resize(self, x: Tensor, shapes, *, method: str) -> list[Tensor]:
     (shape,) = shapes
+    if method in ("linear", "bilinear") and not any(
+      size == factor * new
+      for size, new in zip(x.shape, shape, strict=True)
+      for factor in (2, 4, 8, 16, 32)
+    ):
+      return self._resized(x, shape, mode="linear", coordinate_transformation_mode="half_pixel")
+    if method == "nearest":
+      options = {"coordinate_transformation_mode": "half_pixel"}
+      return self._resized(x, shape, mode=method, nearest_mode="round_prefer_ceil", **options)
+    raise _unknown(f"jax.image.resize by {method} from {x.shape} to {shape}")
+
+  def _resized(self, x: Tensor, shape, **options) -> list[Tensor]:
     if shape == x.shape:
       return [x]
+    if (shape[0], shape[3]) != (x.shape[0], x.shape[3]):
+      raise _unknown(f"resizing {x.shape} to {shape}")
     scales = [1.0, 1.0]
     for axis in (1, 2):
       for scale in [2.0**k for k in range(-5, 6)]:
@@ -427,9 +473,7 @@ class _Graph:
       else:
         raise _unknown(f"resizing {x.shape[axis]} to {shape[axis]}")
       scales.append(scale)
-    mode = "align_corners" if align_corners else "half_pixel"
-    inputs = [x, "", np.array(scales, np.float32)]
-    return [self.add("Resize", inputs, shape, mode="linear", coordinate_transformation_mode=mode)]
+    return [self.add("Resize", [x, "", np.array(scales, np.float32)], shape, **options)]
 
   def _conv_transpose(self, x: Tensor, kernel, shapes) -> list[Tensor]:
     kernel = np.asarray(kernel).transpose(2, 3, 0, 1)
@@ -545,9 +589,53 @@ class _Graph:
 
 
 def _unknown(what: str) -> NotImplementedError:
-  return NotImplementedError(
-    f"the network uses {what}, which fdep_jax/export/onnx.py cannot write yet."
-  )
+  return NotImplementedError(f"the network uses {what}")
+
+
+class _Located(NotImplementedError):
+  """An operation that cannot be written, with its place in the network."""
+
+
+def _located(error: Exception, equation) -> Exception:
+  """Names the operation and the line of the network that asks for it.
+
+  Operations within a function of jax may have no line of the network, but its call has.
+  """
+  if isinstance(error, _Located):
+    return error
+  place = _place(equation)
+  known = isinstance(error, NotImplementedError)
+  what = str(error) if known else f"the network uses the operation {equation.primitive.name}"
+  if not place:
+    return NotImplementedError(what)
+  return _Located(f"{what} ({place})")
+
+
+def _place(equation) -> str:
+  """The innermost line that is neither of jax and flax nor of this package's layers."""
+  traceback = equation.source_info.traceback
+  here = pathlib.Path(__file__).parents[1]
+  others = [pathlib.Path(module.__file__).parent for module in (jax, flax, np)]
+  others += [here / "export", here / "layers"]
+  for frame in traceback.frames if traceback else ():
+    path = pathlib.Path(frame.file_name)
+    if not any(path.is_relative_to(folder) for folder in others):
+      return f"{path.name}, line {frame.line_num}"
+  return ""
+
+
+def _whole_number(value) -> int:
+  if int(value) != value:
+    raise _unknown("the image's size with a fraction")
+  return int(value)
+
+
+def _is_array(value) -> bool:
+  return isinstance(value, Tensor) or getattr(value, "ndim", 0) > 0
+
+
+def _is_size(value) -> bool:
+  return not isinstance(value, Tensor) and jax.export.is_symbolic_dim(value)
 
 
 def _tidy(nodes: list[Node], result: str) -> list[Node]:

@@ -19,6 +19,9 @@ class NormParam(nnx.Param):
 class Conv(nnx.Module):
   """Convolution with PyTorch's zero "same" padding: dilation·(k−1)/2 on every side.
 
+  Computes in the type of its kernel, whatever the input's: under bfloat16, Flax's own BatchNorm
+  returns float32.
+
   Args:
     in_channels, out_channels: channels.
     kernel_size: odd.
@@ -52,6 +55,7 @@ class Conv(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.kernel[...]
+    x = x.astype(kernel.dtype)
     if kernel.shape[:2] == (1, 1):  # a matrix product: a CPU runs 1×1 convolutions slowly
       if self.stride > 1:
         x = ops.window(x, slice(None, None, self.stride), slice(None, None, self.stride))
@@ -82,7 +86,8 @@ class ConvTranspose(nnx.Module):
     self.bias = nnx.Param(_bias(out_channels, bound, "torch", rngs))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return ops.conv_transpose(x, self.kernel[...]) + self.bias[...].reshape(1, 1, 1, -1)
+    kernel = self.kernel[...]
+    return ops.conv_transpose(x.astype(kernel.dtype), kernel) + self.bias[...].reshape(1, 1, 1, -1)
 
 
 def _kernel(shape, bound, init: Init, rngs: nnx.Rngs) -> jax.Array:

@@ -92,6 +92,11 @@ MUTANTS: list[Mutant] = [
     ("the sum is without the top feature", "return top + self.align", "return self.align"),
   ),
   *_mutants(
+    "fdep_jax/samf.py",
+    _tests("fdep", "test_a_fused_top_has_the_type_of_the_top"),
+    ("SAMF returns its own type", "(fused)).astype(top.dtype)", "(fused))"),
+  ),
+  *_mutants(
     "fdep_jax/fdep.py",
     _STEP,
     (
