@@ -281,6 +281,22 @@ def load_published(
   )
 
 
+def of_flags(flags) -> Detector:
+  """Loads the network that the flags of `--mode predict` or `eval` name; raises as the others.
+
+  Without --workdir and --checkpoint it is the best of the zoo.
+  """
+  if flags.backbone:
+    return load_published(
+      flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
+    )
+  which = flags.checkpoint
+  if which is None and flags.workdir is None:
+    which = zoo.PREFIX + zoo.BEST
+    logging.info("no --workdir or --checkpoint is given: taking %s, the best of the zoo", which)
+  return load(flags.workdir, which, flags.branch, flags.config)
+
+
 def _stated(path: pathlib.Path, given, numbers: tuple[list[float], list[float]]):
   """Returns the normalisation that a published file states, or None if another is given."""
   from converters import normalisation
@@ -301,6 +317,14 @@ def _check_published(path: pathlib.Path) -> None:
     )
   if not path.exists():
     raise FileNotFoundError(f"--checkpoint {path}: there is no such file.")
+
+
+def network_of(which: str | os.PathLike) -> str:
+  """Returns the network that zoo:NAME, or a light.safetensors, names; raises as `load_light`."""
+  path = place(which)
+  if not path.is_file() or not is_exported(path):
+    load_light(which)  # explains what it is instead
+  return _about(path)["config"]["model"]["backbone"]
 
 
 def is_exported(path: pathlib.Path) -> bool:

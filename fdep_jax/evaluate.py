@@ -215,7 +215,7 @@ def fingerprint(state: dict) -> str:
 def command(flags, config: ConfigDict) -> None:
   """Runs `--mode eval`; `config` is the run's, with what the command line changes.
 
-  With --backbone there is no run: `config` is that of `detector.config_of`.
+  Without --workdir the network is that of a file: `config` is that of `detector.config_of`.
   """
   if flags.out:
     out = files.expand(flags.out)
@@ -225,10 +225,8 @@ def command(flags, config: ConfigDict) -> None:
           f"--out {flags.out}: {folder} is the folder of a run. Name a different --out."
         )
   data.check_all(flags.data or [])
-  if flags.backbone:
-    network = detector.load_published(
-      flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
-    )
+  if not flags.workdir:
+    network = detector.of_flags(flags)
     _each(
       flags, config, network.source, lambda config: _inputs_of_file(network, config),
       lambda config, out: evaluate_file(network, config, out),
@@ -384,10 +382,10 @@ def evaluate(
 def evaluate_file(
   network: detector.Detector, config: ConfigDict, out: str | os.PathLike
 ) -> dict[str, object]:
-  """Scores a published network on the test split, and writes what `evaluate` writes.
+  """Scores the network of a file on the test split, and writes what `evaluate` writes.
 
   Args:
-    network: from `detector.load_published`.
+    network: from `detector.load_published` or `detector.load_light`.
     config: of `detector.config_of`, with the data's place.
     out: folder to write.
 

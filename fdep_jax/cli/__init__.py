@@ -154,12 +154,12 @@ def main(argv):
 
 
 def _config(values):
-  """Returns the config of the run, or of the published network, that the flags name."""
+  """Returns the config of the run, or of the network of a file, that the flags name."""
   from fdep_jax import detector, settings
 
-  if values.backbone:
-    return detector.config_of(values.backbone)
-  return settings.load(values.workdir)
+  if values.workdir:
+    return settings.load(values.workdir)
+  return detector.config_of(values.backbone or detector.network_of(values.checkpoint))
 
 
 def run_score(argv):
@@ -227,11 +227,13 @@ def usage(argv):
 
 
 def _published(mode, values):
-  """Returns the flags that the mode needs for a published network; None if there is none.
+  """Returns the flags that the mode needs for the network of a file; None if there is none.
 
   Raises:
     ValueError: flags do not go together.
   """
+  from fdep_jax import detector
+
   if not values.backbone:
     given = [f"--{name}" for name in _FILE if getattr(values, name)]
     if given:
@@ -239,6 +241,8 @@ def _published(mode, values):
         f"A run and a light.safetensors know their normalisation. Leave out {' and '.join(given)}, "
         "or name a published network and its file: --backbone NAME --checkpoint FILE."
       )
+    if mode == "eval" and not values.workdir and detector.is_light(values.checkpoint):
+      return ("checkpoint", *OF_PUBLISHED[mode])
     return None
   _refuse("backbone", values, ("workdir",), "The network is that of a file, not of a run.")
   if mode != "export":
@@ -268,7 +272,7 @@ def parse(argv):
     arguments.check_words(left[1:], argv)
     if values.data:  # a comma at the end names no folder
       values.data = [root for root in map(str.strip, values.data) if root]
-    settings.check_flags(values, OF_FILE if values.backbone else OF_RUN)
+    settings.check_flags(values, OF_RUN if values.workdir else OF_FILE)
   except Exception as error:  # also whatever somebody's own config raises
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
   renamed = settings.old_flags(argv)
@@ -301,14 +305,17 @@ def find_config(argv):
 def _config_of_run(argv):
   """Returns the arguments with the config whose settings they change without naming it.
 
-  It is --config=of_run.py:RUN, or of_file.py:NETWORK with --backbone.
+  It is --config=of_run.py:RUN, or without --workdir of_file.py:NETWORK or of_file.py:CHECKPOINT.
   """
   words = arguments.given(argv[1:], ["config"])
   if arguments.mode_of(argv[1:]) not in OF_RUN or "config" in words or not words:
     return argv
-  flag = "backbone" if "backbone" in arguments.given(argv[1:], ["backbone"]) else "workdir"
-  file = pathlib.Path(__file__).with_name("of_file.py" if flag == "backbone" else "of_run.py")
-  return [argv[0], f"--config={file}:{_values(argv, flag)[-1]}", *argv[1:]]
+  values = {flag: _values(argv, flag) for flag in ("backbone", "workdir", "checkpoint")}
+  flag = next((flag for flag, found in values.items() if found), None)
+  if flag is None:
+    return argv
+  file = pathlib.Path(__file__).with_name("of_run.py" if flag == "workdir" else "of_file.py")
+  return [argv[0], f"--config={file}:{values[flag][-1]}", *argv[1:]]
 
 
 def _values(argv, flag):

@@ -65,7 +65,7 @@ def export(
 
   Args:
     workdir, which: as for `detector.load` (default: the selected checkpoint).
-    out: folder to write; default `export` in the run's folder.
+    out: folder to write; default `export` in the run's folder, if `which` is of a run.
 
   Returns:
     The content of `manifest.json`. A file that cannot be written (ONNX without its packages,
@@ -76,11 +76,10 @@ def export(
       cannot be written.
     RuntimeError: a written file gives different numbers than the run.
   """
-  if str(which).endswith(".safetensors"):
-    raise ValueError(
-      f"{which} is an exported file. Export from the run instead. If it is for PyTorch, name its "
-      "network, --backbone NAME."
-    )
+  if detector_lib.is_light(which):
+    if out is None:
+      raise ValueError(f"--checkpoint {which} is of no run. Name the folder to write, --out DIR.")
+    return export_detector(detector_lib.load(workdir, which), out)
   run, _ = detector_lib.find_checkpoint(workdir, which)
   if settings.load(run).mode == "fdep_wo_coisd":
     raise ValueError(

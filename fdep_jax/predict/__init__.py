@@ -138,12 +138,7 @@ def _detector(flags):
         "--out names the folder to write."
       )
     return untrained.Detector(flags.method)
-  if flags.backbone:
-    detector = load_published(
-      flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
-    )
-  else:
-    detector = load(flags.workdir, flags.checkpoint, flags.branch, flags.config)
+  detector = detector_lib.of_flags(flags)
   mesh.cache_programs(detector.config)
   return detector
 
