@@ -84,7 +84,7 @@ def without_wrappers(name: str) -> str:
   return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
-def listing(problems: list[str], most: int = 20) -> list[str]:
+def listing(problems: list[str], most: int = 17) -> list[str]:
   """Shortens a list of problems to `most` lines that show both sides: lacking and unknown names."""
   if len(problems) <= most:
     return problems

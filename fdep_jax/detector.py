@@ -253,7 +253,9 @@ def load_published(
     options = converters.variant(backbone, state)
     net = converters.load_backbone(backbone, state)
   except ValueError as error:
-    raise ValueError(f"{path}: {error}") from None
+    raise ValueError(
+      f"{path}: {error}\n  If it is of a different network, give its name: --backbone NAME."
+    ) from None
   own = about.get("input", {})
   of_file = known.of_file(own["mean"], own["std"]) if "mean" in own else None
   try:
@@ -308,6 +310,13 @@ def _stated(path: pathlib.Path, given, numbers: tuple[list[float], list[float]])
 
 def _check_published(path: pathlib.Path) -> None:
   """Raises ValueError if `path` names the checkpoint of a run, FileNotFoundError if nothing."""
+  if path.is_dir() and not any(
+    (folder / "config.json").exists() for folder in (path, *path.absolute().parents[:3])
+  ):
+    raise ValueError(
+      f"--checkpoint {path} is a folder, and no run: it has no config.json. Name the file of the "
+      f"network. The folder holds {_content(path)}."
+    )
   if (
     path.is_dir() or not path.exists() and (str(path) in ("best", "last") or path.name.isdecimal())
   ):
@@ -330,6 +339,12 @@ def network_of(which: str | os.PathLike) -> str:
 def is_exported(path: pathlib.Path) -> bool:
   """Tells whether a file is a light.safetensors of `--mode export`, which names its network."""
   return "config" in _about(path)
+
+
+def _content(folder: pathlib.Path) -> str:
+  """Names the first five files of a folder."""
+  names = sorted(p.name for p in folder.iterdir() if p.is_file())
+  return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") or "no files"
 
 
 def _about(path: pathlib.Path) -> dict:
@@ -394,6 +409,11 @@ def _parse_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
     return path.parent, "last"
   if path.parent.name == "checkpoints" and path.name.isdecimal():
     return path.parent.parent, int(path.name)
+  if not (path / "config.json").exists():
+    raise FileNotFoundError(
+      f"{path} is not the folder of a run: it has no config.json. It holds {_content(path)}. If "
+      f"one of these is a file for PyTorch, {_NAME_IT} --checkpoint FILE."
+    )
   return path, "best"
 
 

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import pathlib
+import warnings
 import zipfile
 
 import numpy as np
@@ -567,7 +568,9 @@ def _metrics(found, resamples):
 
 def _of_total(total, resamples, refused):
   """Returns the metrics of an accumulator for JSON, and its `Score`."""
-  score = total.result()
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # `_table` says that no mask has a target
+    score = total.result()
   out = score.as_dict()
   if resamples:
     intervals = bootstrap.intervals(total, resamples)
@@ -604,6 +607,10 @@ def _table(metrics, sets):
       if spans:
         cells = [c.interval(spans.get(c.key)) for c in columns.METRICS.values()]
         lines.append(line("  95 %", cells))
+    if not values["targets"]:
+      undefined = ", ".join(c.heading for c in columns.METRICS.values() if values[c.key] is None)
+      title = sets[name]["title"]
+      lines.append(f"Warning: {title}: no mask has a target, so {undefined} are undefined.")
     headings = {c.key: c.heading for c in columns.METRICS.values()}
     if note := bootstrap.note(values.get("intervals", {}), headings):
       lines.append(f"Note: {sets[name]['title']}: {note}")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fdep_jax import classical, data, report, settings
 from fdep_jax.metrics import columns, hse, per_image
+from fdep_jax.report import folder as folder_lib
 from fdep_jax.runtime import files
 
 MODE = "classical"
@@ -64,6 +65,7 @@ def command(flags) -> None:
   if twice:
     raise ValueError(f"--data names {', '.join(twice)} twice; their results would share a folder.")
   classical.parse(flags.method)
+  folder_lib.check(out, {}, roots)
   data.check_all(roots)
   rows = {}
   for name, root in zip(names, roots, strict=True):

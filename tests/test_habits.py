@@ -692,6 +692,10 @@ def test_all_datasets_are_looked_for_before_one_is_scored(begun, parse, tmp_path
   with pytest.raises(FileNotFoundError, match=said):
     untrained.command(parse("--mode=eval", "--method=mpcm", *words))
   assert not (tmp_path / "out").exists()
+  (tmp_path / "file").write_text("")
+  words = f"--data={other}", f"--out={tmp_path / 'file'}"
+  with pytest.raises(ValueError, match="file is a file. Name a folder"):
+    untrained.command(parse("--mode=eval", "--method=mpcm", *words))
 
 
 def test_eval_does_not_replace_the_results_of_other_inputs(begun, parse, tmp_path, monkeypatch):

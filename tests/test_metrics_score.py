@@ -323,6 +323,17 @@ def test_mat_files_are_one_problem_with_the_way_to_convert_them(folders, tmp_pat
   assert converted["predictions"] == score.run(maps, masks, resamples=0)["predictions"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_masks_without_targets_are_said_in_a_sentence(folders, capsys):
+  maps, masks, _, truth = folders
+  for stem, mask in truth.items():
+    save(np.uint8(0 * mask), masks / f"{stem}.png")
+  got = score.run(maps, masks, resamples=20)["predictions"]
+  assert got["hse"] is None and got["targets"] == 0
+  said = "Warning: maps: no mask has a target, so Pd, HSE-P, HSE-T, HSE are undefined."
+  assert said in capsys.readouterr().out
+
+
 def test_options_reach_the_metric(folders):
   maps, masks, levels, truth = folders
   got = score.run(maps, masks, resamples=0, connectivity=4, thresholds=[0.25, 0.75])

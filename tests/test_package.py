@@ -221,6 +221,20 @@ def test_the_bare_install_scores_maps_within_a_second_of_starting(bare, tmp_path
   assert done.stdout.split("\n")[0] == "[]", done.stderr
 
 
+@pytest.mark.parametrize("absent", ["absl", "flax", "orbax"])
+def test_each_absent_package_of_the_extra_is_named(absent, tmp_path):
+  # As importlib sees a package that is not there.
+  code = (
+    "import importlib.util as u, sys; find = u.find_spec; "
+    f"u.find_spec = lambda name, *a: None if name == {absent!r} else find(name, *a); "
+    f"sys.modules[{absent!r}] = None; from fdep_jax import cli; cli.start()"
+  )
+  flags = ("--config", "quickstart", "--workdir", tmp_path / "run")
+  done = run(pathlib.Path(sys.executable).parent.parent, "python", "-c", code, *flags, cwd=ROOT)
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert done.stderr.startswith(f"{absent} is not installed, and only --mode score works without")
+
+
 @pytest.mark.slow
 def test_the_bare_install_names_the_extra_that_the_other_modes_need(bare, tmp_path):
   done = run(bare, "fdep", "--config", "quickstart", "--workdir", "run", cwd=tmp_path)

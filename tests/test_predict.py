@@ -317,6 +317,22 @@ def test_one_of_a_thing_is_not_written_as_several(tmp_path, capsys):
   assert "1 image, 0 without a target, 1 target, 9 pixels" in capsys.readouterr().out
 
 
+def test_targets_of_another_detector_or_source_are_not_replaced_without_a_word(tmp_path, caplog):
+  for name in "ab":
+    Image.fromarray(scene()).save(tmp_path / f"{name}.png")
+  found, out = detector(Bright()), tmp_path / "out"
+  for source, of, said in (
+    ("a.png", found, False),
+    ("a.png", found, False),
+    ("b.png", found, True),
+    ("b.png", found._replace(source="another run"), True),
+    ("b.png", found._replace(source="another run"), False),
+  ):
+    caplog.clear()
+    predict.run(tmp_path / source, out, of)
+    assert ("targets.json are replaced" in caplog.text) == said
+
+
 def test_a_file_as_the_folder_to_write_is_refused_before_a_detector_is_loaded(tmp_path):
   Image.fromarray(scene()).save(tmp_path / "a.png")
   flags = types.SimpleNamespace(

@@ -352,8 +352,17 @@ def test_a_published_network_is_padded_with_its_mean(grey, tmp_path):
 
 def test_a_file_that_does_not_fit_is_refused_with_both_sides(grey, tmp_path):
   path, _ = grey
-  with pytest.raises(ValueError, match="(?s)not a checkpoint of mlcl.*missing.*unknown"):
+  with pytest.raises(ValueError, match="(?s)not a checkpoint of mlcl.*missing.*unknown") as error:
     detector_lib.load_published(path, "mlcl", normalisation="none")
+  lines = str(error.value).splitlines()
+  assert len(lines) <= 20 and "of a different network, give its name: --backbone" in lines[-1]
+  folder = tmp_path / "downloads"
+  folder.mkdir()
+  (folder / "best.pkl").write_bytes(b"")
+  with pytest.raises(ValueError, match="is a folder, and no run.*The folder holds best.pkl"):
+    detector_lib.load_published(folder, "acm")
+  with pytest.raises(FileNotFoundError, match="is not the folder of a run.*holds best.pkl.*NAME"):
+    detector_lib.load(None, folder)
   with pytest.raises(ValueError, match="No backbone is called 'amc'; there are acm"):
     detector_lib.load_published(path, "amc")
   with pytest.raises(ValueError, match="does not say how its images are normalised. Give --mean"):

@@ -5,6 +5,7 @@ Imports the core requirements only, so that `--mode score` starts without jax, f
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -374,6 +375,13 @@ def use_huge_pages():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def _check_installed():
+  """Raises ModuleNotFoundError if a package that every mode but score needs is absent."""
+  for name in ("absl", "ml_collections", "jax", "flax", "optax", "orbax", "tqdm", "safetensors"):
+    if importlib.util.find_spec(name) is None:
+      raise ModuleNotFoundError(name=name)
+
+
 def start():
   """Runs the program: `main.py` and the console script `fdep` call this."""
   if arguments.mode_of(sys.argv[1:]) == "score":
@@ -383,6 +391,7 @@ def start():
     if {"-h", "-help", "--help"} & {*sys.argv[1:]}:
       print(usage(sys.argv[1:]))
       return
+    _check_installed()
     from absl import app
 
     program_flags()

@@ -179,6 +179,7 @@ def run(
     raise ValueError(f"threshold is {threshold}; it must be in [0, 1).")
   source, out = pathlib.Path(source).expanduser(), pathlib.Path(out).expanduser()
   inputs = _inputs(source, out)
+  _warn_of_replacing(out, {"source": str(source), "detector": detector.source})
   try:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("targets.csv", "targets.json"):  # of an earlier run
@@ -209,6 +210,20 @@ def run(
   }
   _write_targets(out, settings, done, unreadable)
   return Result(out, len(inputs), done, unreadable)
+
+
+def _warn_of_replacing(out: pathlib.Path, about: dict[str, str]) -> None:
+  """Tells of targets of another source or detector in the folder to write."""
+  try:
+    found = json.loads((out / "targets.json").read_text())
+    before = {name: found[name] for name in about}
+  except (OSError, ValueError, KeyError, TypeError):
+    return
+  if before != about:
+    logging.warning(
+      "%s holds the targets that %s found in %s: targets.csv and targets.json are replaced, the "
+      "pictures of other frames stay", out, before["detector"], before["source"],
+    )  # fmt: skip
 
 
 def _inputs(source: pathlib.Path, out: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:

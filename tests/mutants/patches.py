@@ -571,6 +571,39 @@ MUTANTS: list[Mutant] = [
     ("a file name may be a formula", "columns.csv_text(stem)", "stem"),
     ("any NPZ is unpacked", "if largest > MAX_BYTES:", "if largest < 0:"),
   ),
+  *_mutants(
+    "fdep_jax/score.py",
+    _tests(
+      "metrics_score",
+      "test_maps_that_are_lower_on_targets_are_warned_of",
+      "test_both_detectors_are_in_every_file_and_can_be_told_apart",
+      "test_results_of_other_inputs_are_not_replaced",
+    ),
+    ("inverted maps are not warned of", "or targets >= others:", "or targets >= 0:"),
+    (
+      "the files of the second detector hold the first",
+      'ending = "_compared" if name == "compared" else ""',
+      'ending, found = "_compared" if name == "compared" else "", sets["predictions"]',
+    ),
+    ("results of other options are replaced", ', "options": vars(options)}', "}"),
+  ),
+  Mutant(
+    "results of other inputs are replaced",
+    "fdep_jax/report/folder.py",
+    "if found is None or all(",
+    "if found is None or any(",
+    _tests("metrics_score", "test_results_of_other_inputs_are_not_replaced"),
+  ),
+  Mutant(
+    "a broken train split is taken for none",
+    "fdep_jax/data/folders.py",
+    "whole = not any(_child(part, [c]) for c in choices)",
+    "whole = True",
+    _tests(
+      "habits_files",
+      "test_validate_takes_a_set_without_a_train_split_but_not_with_a_bad_one",
+    ),
+  ),
   Mutant(
     "a name of a row may be a formula",
     "fdep_jax/tables/table.py",
