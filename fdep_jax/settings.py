@@ -34,6 +34,12 @@ _ADDED = {
   "prior.normalisation": "model",
 }
 
+# What each process of a run may have for itself; of the paths, the contents are compared.
+_OWN = re.compile(
+  r"distributed|host_devices|data\.(root|threads)|log\.(compile_cache|progress)"
+  r"|prior\.(checkpoint|bank_folder)|train\.teacher"
+)
+
 # Paths: a begun run may be continued with the same files at another place.
 _PLACES = ("data.root", "prior.checkpoint")
 
@@ -452,6 +458,11 @@ def results_of(config: ConfigDict) -> dict[str, object]:
     for key, value in values.items()
     if not _FREE.fullmatch(key) or (uses_length and key in ("train.steps", "train.epochs"))
   }
+
+
+def shared(config: ConfigDict) -> dict[str, object]:
+  """Returns the settings that all processes of a run must have alike."""
+  return {key: value for key, value in flat(config).items() if not _OWN.fullmatch(key)}
 
 
 def differing(theirs: ConfigDict, config: ConfigDict) -> list[str]:

@@ -5,8 +5,9 @@ code serves one CPU, a few GPUs or the hosts of a TPU slice: each process suppli
 batch.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,33 @@ def minimum(value: int) -> int:
   # Over all devices, as in a step: a smaller group would time out on its own first exchange.
   rows = np.full(jax.local_device_count(), value)
   return int(jax.jit(jnp.min)(put_batch(rows, over(jax.devices()))))
+
+
+def agree(values: Mapping[str, object]) -> None:
+  """Compares values, which JSON can hold, over all processes; also a barrier.
+
+  Raises:
+    ValueError: on every process, if they differ; the message lists all that do.
+  """
+  if jax.process_count() == 1:
+    return
+  from jax.experimental import multihost_utils
+
+  text = json.dumps(values).encode()
+  padded = np.frombuffer(text.ljust(-minimum(-len(text))), np.uint8)
+  rows = multihost_utils.process_allgather(padded)
+  first, *others = (json.loads(row.tobytes()) for row in np.asarray(rows))
+  lines = [
+    f"{name}: {first.get(name)!r} in process 0, {theirs.get(name)!r} in process {index}"
+    for index, theirs in enumerate(others, 1)
+    for name in sorted({*first, *theirs})
+    if first.get(name) != theirs.get(name)
+  ]
+  if lines:
+    raise ValueError(
+      "\n  ".join(["The processes do not fit together:", *lines])
+      + "\nStart every process with the same command, with its own index in distributed."
+    )
 
 
 def shared_out(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
