@@ -180,6 +180,28 @@ except ValueError as error:
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_device_that_is_not_here_is_one_sentence(tmp_path, platform):
+  done = subprocess.run(
+    [sys.executable, "main.py", "--config", "quickstart", "--workdir", str(tmp_path / "run")],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert f"JAX_PLATFORMS is '{platform}', but jax finds no such device here" in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_float64_is_refused():
+  with (
+    jax.enable_x64(True),
+    pytest.raises(ValueError, match="JAX_ENABLE_X64 is set, .* without it"),
+  ):
+    mesh.start(toy_config())
+
+
 def test_one_process_writes():
   assert mesh.writes()
 

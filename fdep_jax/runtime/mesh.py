@@ -27,11 +27,18 @@ def start(config: ConfigDict) -> None:
 
   Raises:
     OSError: a process has not come in time.
-    ValueError: `distributed` does not fit this machine or the other processes.
+    ValueError: `distributed` does not fit this machine or the other processes, or jax's variables
+      ask for float64, or for devices that are not here.
   """
   if config.host_devices > 1:
     jax.config.update("jax_num_cpu_devices", config.host_devices)
+  if jax.config.jax_enable_x64:
+    raise ValueError(
+      "JAX_ENABLE_X64 is set, so jax would compute in float64, and checkpoints would hold it. "
+      "Results are defined in float32: start without it."
+    )
   if config.distributed == "off":
+    check_devices()
     cache_programs(config)
     return
   if config.distributed == "auto":
@@ -52,6 +59,7 @@ def start(config: ConfigDict) -> None:
   except RuntimeError as error:
     text = str(error).strip().splitlines() or [type(error).__name__]
     raise OSError(f"The processes could not be joined: {text[0]}.") from None
+  check_devices()
   # Only the first process writes the cache. Its program, when read again, exchanges in another
   # order than the one that another process compiles; Gloo then ends both.
   if jax.default_backend() != "cpu":
@@ -59,6 +67,18 @@ def start(config: ConfigDict) -> None:
   # Gloo, which connects CPUs, fails if processes reach the first exchange of a group of devices
   # more than 30 s apart; later exchanges wait. Loading or compiling may delay a process by more.
   minimum(0)
+
+
+def check_devices() -> None:
+  """Raises ValueError if jax finds no device, as JAX_PLATFORMS=tpu on a machine without one."""
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # the second with a plugin that finds no driver
+    text = (str(error).strip().splitlines() or ["no driver"])[0]
+    raise ValueError(
+      f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, but jax finds no such device here ({text}). "
+      "Leave the variable out, and jax takes what there is; or install jax for the device: README."
+    ) from None
 
 
 def cache_programs(config: ConfigDict) -> None:
