@@ -57,7 +57,8 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     return maker(**schedule_arguments(config, steps))
   except (TypeError, ValueError) as error:
     raise ValueError(
-      f"train.schedule_args do not fit {config.train.schedule} in a run of {steps} steps: {error}"
+      f"train.schedule_args do not fit {config.train.schedule} in a run of {steps} steps: {error}. "
+      "A schedule is set together with its arguments, in a config file: docs/training.md."
     ) from None
 
 
