@@ -67,6 +67,7 @@ class PartlyShared(nnx.Module):
   def main(self, image: jax.Array, levels: Sequence[jax.Array]) -> Logits:
     """Runs the branch that fuses the levels, B×h×w×D each."""
     skips, top = self.main_backbone.encode(image)
+    self.main_backbone.check_top(image, top)
     for fuse, level in zip(self.fusion, levels, strict=True):
       top = fuse(top, level)
     return self.main_backbone.decode(skips, top)

@@ -38,6 +38,11 @@ def check_network(config: ConfigDict) -> None:
   network = network_class(config.model.backbone)
   if config.mode.startswith("fdep"):
     network.require_top()
+  if network.in_channels not in (1, 3):
+    raise ValueError(
+      f"{config.model.backbone} takes images of {network.in_channels} channels; those of a run "
+      "have three, whose mean a network of one channel gets. Set in_channels to 3 or 1."
+    )
   stride = network.stride
   if config.data.crop % stride:
     nearest = max(round(config.data.crop / stride), 1) * stride

@@ -81,26 +81,28 @@ class FDEP(nnx.Module):
 
   def main(self, image: jax.Array, levels: Sequence[jax.Array]) -> Logits:
     """Runs the branch that fuses the prior ("FDEP w/o CO-ISD" when trained alone)."""
-    return self._decode_main(*self.backbone.encode(image), levels)
+    skips, top = self.backbone.encode(image)
+    return self._decode_main(image, skips, top, levels)
 
   def __call__(self, image: jax.Array, levels: Sequence[jax.Array]) -> tuple[Logits, Logits]:
     """Runs both branches for CO-ISD (paper §3.3): encodes once, decodes twice.
 
     Args:
-      image: B×H×W×3, normalised.
+      image: B×H×W×in_channels, normalised.
       levels: `num_levels` arrays B×h×w×dino_width of the frozen foundation model.
 
     Returns:
       The main and the light branch's logits.
     """
     skips, top = self.backbone.encode(image)
-    main = self._decode_main(skips, top, levels)
+    main = self._decode_main(image, skips, top, levels)
     light = self.backbone.decode(skips, top)
     return main, light
 
-  def _decode_main(self, skips, top: jax.Array, levels: Sequence[jax.Array]) -> Logits:
+  def _decode_main(self, image, skips, top: jax.Array, levels: Sequence[jax.Array]) -> Logits:
     if len(levels) != len(self.fusion):
       raise ValueError(f"{len(levels)} DINOv2 levels given; the model fuses {len(self.fusion)}.")
+    self.backbone.check_top(image, top)
     for fuse, level in zip(self.fusion, levels, strict=True):
       top = fuse(top, level)
     self._swap_stats()
@@ -135,6 +137,7 @@ def _decoder_stats(backbone: Backbone) -> set[str]:
     net = nnx.merge(graphdef, state)
     net.train()
     skips, top = net.encode(image)
+    net.check_top(image, top)
     before = {path: stat[...] for path, stat in _stats(net).items()}
     net.decode(skips, top)
     touched.update(path for path, stat in _stats(net).items() if stat[...] is not before[path])

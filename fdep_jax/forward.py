@@ -41,6 +41,12 @@ def standardise(image: jax.Array, mean: Statistic, std: Statistic) -> jax.Array:
   return (image - _by_channel(mean)) / _by_channel(std)
 
 
+def prepare(model: FDEP, image: jax.Array, mean: Statistic, std: Statistic) -> jax.Array:
+  """Normalises as `normalise`; for a network of one channel, takes the mean of the three."""
+  normal = normalise(image, mean, std)
+  return normal.mean(-1, keepdims=True) if model.in_channels == 1 else normal
+
+
 def _by_channel(value: Statistic) -> float | jax.Array:
   return value if np.ndim(value) == 0 else jnp.asarray(value, jnp.float32).reshape(1, 1, 1, -1)
 
@@ -77,10 +83,7 @@ def logits(
   `mean` and `std` are as for `normalise`.
   """
   levels = [] if prior is None else prior.levels(image)
-  normal = normalise(image, mean, std)
-  if model.in_channels == 1:
-    normal = normal.mean(-1, keepdims=True)
-  return branches(model, mode, normal, levels)
+  return branches(model, mode, prepare(model, image, mean, std), levels)
 
 
 def probability(branch: Logits) -> jax.Array:

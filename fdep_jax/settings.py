@@ -40,6 +40,12 @@ _ADDED = {
 # Settings that build something else than an `FDEP` around a detector, and their other values.
 _WHOLE_DETECTOR = {"model.share": "both", "model.on_dino": "no", "prior.unfreeze": False}
 
+# What each process of a run may have for itself; of the paths, the contents are compared.
+_OWN = re.compile(
+  r"distributed|host_devices|data\.(root|threads)|log\.(compile_cache|progress)"
+  r"|prior\.(checkpoint|bank_folder)|train\.teacher"
+)
+
 # Paths: a begun run may be continued with the same files at another place.
 _PLACES = ("data.root", "prior.checkpoint")
 
@@ -468,6 +474,11 @@ def results_of(config: ConfigDict) -> dict[str, object]:
     for key, value in values.items()
     if not _FREE.fullmatch(key) or (uses_length and key in ("train.steps", "train.epochs"))
   }
+
+
+def shared(config: ConfigDict) -> dict[str, object]:
+  """Returns the settings that all processes of a run must have alike."""
+  return {key: value for key, value in flat(config).items() if not _OWN.fullmatch(key)}
 
 
 def differing(theirs: ConfigDict, config: ConfigDict) -> list[str]:

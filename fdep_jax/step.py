@@ -57,7 +57,8 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     return maker(**schedule_arguments(config, steps))
   except (TypeError, ValueError) as error:
     raise ValueError(
-      f"train.schedule_args do not fit {config.train.schedule} in a run of {steps} steps: {error}"
+      f"train.schedule_args do not fit {config.train.schedule} in a run of {steps} steps: {error}. "
+      "A schedule is set together with its arguments, in a config file: docs/training.md."
     ) from None
 
 
@@ -115,7 +116,7 @@ def init_state(model, optimizer: optax.GradientTransformation) -> dict:
 def make_loss(config: ConfigDict, model) -> Callable:
   """Makes (params, stats, rng, image, levels, mask) → loss, (stats, rng, loss of each branch).
 
-  `image` is B×H×W×3, normalised; `levels` are the frozen prior's; `mask` is B×H×W bool.
+  `image` is B×H×W×in_channels, normalised; `levels` are the frozen prior's; `mask` is B×H×W bool.
   """
   model = nnx.clone(model)
   model.train()
@@ -181,7 +182,7 @@ def make_step(
     levels = batch.get("levels", [])
     if prior is not None and not levels:
       levels = prior.levels(batch["image"])
-    image = forward.normalise(batch["image"], mean, std)
+    image = forward.prepare(model, batch["image"], mean, std)
     (value, (stats, rng, parts)), grads = jax.value_and_grad(loss, has_aux=True)(
       state["params"], state["stats"], state["rng"], image, levels, batch["mask"]
     )

@@ -46,14 +46,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     The final metrics, as `evaluate.evaluate`.
 
   Raises:
-    ValueError, FileNotFoundError: the config, data, weights or folder are wrong or missing, or
-      another process trains in the folder.
+    ValueError, FileNotFoundError: the config, data, weights or folder are wrong or missing,
+      another process trains in the folder, or the processes of the run were started differently.
     FloatingPointError: a step is not finite (train.nonfinite="stop").
     OSError: a file cannot be written; earlier checkpoints are whole.
     Preempted: SIGTERM or SIGINT was received; the state is saved.
   """
   workdir = files.expand(workdir)
   settings.check(config)
+  mesh.agree({**settings.shared(config), "workdir": str(workdir.absolute())})
   moved = bool(checkpoint.Checkpoints(workdir).steps())  # then `_restore` compares the contents
   settings.check_workdir(workdir, config, moved)
   build.check_inputs(config)
@@ -72,6 +73,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     if config.data.on_device:
       resident.check_room(images.train, the_mesh)
     prior = build.load_prior(config)
+    mesh.agree({**identity, "prior": prior.sha256 if prior else None})
     crops = _crop_bank(config, images.train) if config.prior.bank else None
     levels = None
     if crops and prior:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import importlib.util
 import json
 import pathlib
 import pickle
@@ -277,6 +278,12 @@ def make_network(name: str, **options) -> Backbone:
 
 
 # Parity of the networks with the published code.
+
+
+def published() -> list[str]:
+  """The networks that have published PyTorch code: those with a file in `converters/`."""
+  return [n for n in backbones.names() if importlib.util.find_spec(f"converters.{n}")]
+
 
 # Relative errors in float32, where 1e-4 is too little. UIU-Net normalises 2×2 maps here: PyTorch's
 # own float32 is 2.8e-4 off in training. In float64 (`test_networks.py`), ours is held to 1e-5.

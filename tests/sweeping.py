@@ -18,7 +18,8 @@ if __name__ in ("__main__", "__mp_main__"):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 MODES = ("original", "fdep_wo_coisd", "fdep")
-BROKEN = experiments.Row("broken", ("Toy", "broken"), {"data.crop": 30}, {})
+ABSENT = {"data.root": "absent", "prior.checkpoint": "absent"}  # told when its turn comes
+BROKEN = experiments.Row("broken", ("Toy", "broken"), ABSENT, {})
 
 
 def table(seeds=(0, 1)) -> experiments.Table:

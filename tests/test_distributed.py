@@ -116,6 +116,92 @@ def test_several_processes_on_cpus_keep_no_programs(
     jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.mark.parametrize("length", [0, 40])
+def test_processes_that_were_started_differently_are_told_what_differs(monkeypatch, length):
+  from jax.experimental import multihost_utils
+
+  mine = {"workdir": "a" * length, "seed": 0, "data.crop": 32}
+  theirs = {"workdir": "b", "seed": 0}
+  found = {}
+
+  def gather(row):
+    other = np.frombuffer(json.dumps(theirs).encode().ljust(row.size), np.uint8)
+    found["width"] = row.size
+    return np.stack([row, row, other])
+
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  monkeypatch.setattr(mesh, "minimum", lambda value: min(value, -len(json.dumps(theirs))))
+  monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+  with pytest.raises(ValueError) as told:
+    mesh.agree(mine)
+  assert str(told.value).splitlines() == [
+    "The processes do not fit together:",
+    "  data.crop: 32 in process 0, None in process 2",
+    f"  workdir: {mine['workdir']!r} in process 0, 'b' in process 2",
+    "Start every process with the same command, with its own index in distributed.",
+  ]
+  theirs = mine
+  mesh.agree(mine)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "original"}])
+def test_processes_compare_settings_folder_data_and_prior_before_they_train(
+  toy, tmp_path, monkeypatch, changes
+):
+  told = []
+  monkeypatch.setattr(mesh, "agree", told.append)
+  monkeypatch.setattr(train, "Loop", None)
+  config = toy_config(**{"distributed": "auto", "data.threads": 3, **changes})
+  with pytest.raises(TypeError):  # there is no loop
+    train.train(config, tmp_path)
+  settings_, contents = told
+  assert settings_.pop("workdir") == str(tmp_path)
+  assert {
+    key: value for key, value in settings.flat(config).items() if key in settings_
+  } == settings_
+  own = set(settings.flat(config)) - set(settings_)
+  assert {"distributed", "data.threads", "data.root"} <= own and len(own) == 9
+  assert set(contents) == {"train", "val", "test", "prior"}
+  assert (contents["prior"] is None) == (config.mode == "original")
+
+
+@pytest.mark.slow
+def test_two_processes_with_different_settings_end_in_one_sentence(toy, tmp_path):
+  then = f"""
+config.train.batch_size *= 1 + jax.process_index()
+try:
+  train.train(config, {str(tmp_path)!r} + f"/{{jax.process_index()}}")
+except ValueError as error:
+  print("told:", str(error).replace(chr(10), " "))
+"""
+  for output in finish(start_processes({}, then)):
+    (line,) = [line for line in output.splitlines() if line.startswith("told:")]
+    assert "train.batch_size: 4 in process 0, 8 in process 1" in line and "workdir: " in line
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_device_that_is_not_here_is_one_sentence(tmp_path, platform):
+  done = subprocess.run(
+    [sys.executable, "main.py", "--config", "quickstart", "--workdir", str(tmp_path / "run")],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert f"JAX_PLATFORMS is '{platform}', but jax finds no such device here" in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_float64_is_refused():
+  with (
+    jax.enable_x64(True),
+    pytest.raises(ValueError, match="JAX_ENABLE_X64 is set, .* without it"),
+  ):
+    mesh.start(toy_config())
+
+
 def test_one_process_writes():
   assert mesh.writes()
 

@@ -240,6 +240,40 @@ def test_nothing_is_left_if_a_file_gives_other_numbers(exported, tmp_path, monke
   assert list(tmp_path.iterdir()) == []
 
 
+def test_all_files_of_an_export_may_be_read_by_those_who_may_read_any(exported):
+  with open(exported[2].parent / "usual", "w"):
+    pass
+  usual = (exported[2].parent / "usual").stat().st_mode
+  (exported[2].parent / "usual").unlink()
+  assert {path.name: path.stat().st_mode for path in exported[2].iterdir()} == {
+    path.name: usual for path in exported[2].iterdir()
+  }
+
+
+def test_a_folder_with_the_export_of_something_else_is_refused(exported, tmp_path):
+  manifest = exported[3]
+  for change in ({"network": "acm"}, {"run": "runs/other"}):
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(ValueError, match="holds the export of .* Choose a different --out"):
+      export.export(exported[1], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+  own = {"run": os.path.relpath(exported[1]), "step": 1}
+  (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **own}))
+  assert export.export(exported[1], tmp_path)["step"] == STEP
+  # The run's own folder, moved with it.
+  (exported[2] / "manifest.json").write_text(json.dumps({**manifest, "run": "where/it/was"}))
+  assert export.export(exported[1])["run"] == str(exported[1])
+
+
+def test_the_manifest_has_a_hash_of_the_weights(exported):
+  from safetensors.numpy import load_file
+
+  found = hashlib.sha256()
+  for name, array in sorted(load_file(exported[2] / "light.safetensors").items()):
+    found.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+  assert exported[3]["weights_sha256"] == found.hexdigest()
+
+
 def test_a_run_without_a_light_branch_is_refused(tmp_path):
   config = make_config("acm", mode="fdep_wo_coisd")
   (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))

@@ -17,7 +17,7 @@ from helpers import (
   toy_model,
 )
 
-from fdep_jax import backbones, losses, samf
+from fdep_jax import backbones, build, forward, losses, samf
 from fdep_jax import step as step_lib
 from fdep_jax.fdep import FDEP
 
@@ -239,3 +239,64 @@ def test_a_fused_top_has_the_type_of_the_top(
   for kind in (jnp.float32, jnp.bfloat16):
     top = jnp.ones((2, 4, 4, 8), kind)
     assert module(top, toy_levels(1)[0]).dtype == kind
+
+
+GREY = {
+  "stride = 4\n  top_stride": "stride = 4\n  in_channels = 1\n  top_stride",
+  "Block(3, 4": "Block(1, 4",
+}
+
+
+def dropped(drop_in, edits):
+  source = (TOYS / "flax_unet.py").read_text()
+  for right, wrong in edits.items():
+    assert source.count(right) == 1
+    source = source.replace(right, wrong)
+  drop_in("mine", source)
+
+
+@pytest.mark.parametrize("mode", ["fdep", "original"])
+def test_a_network_of_one_channel_trains_on_the_mean_of_the_three(drop_in, mode):
+  dropped(drop_in, GREY)
+  config = toy_config(**{"model.backbone": "mine", "mode": mode})
+  build.check_network(config)
+  prior, model, optimizer, state = parts(config)
+  step = step_lib.make_step(config, model, optimizer, 0.5, 0.2)
+  jax.eval_shape(step, state, prior, batch())
+  image = batch()["image"]
+  prepared = forward.prepare(model, image, 0.5, 0.2)
+  np.testing.assert_allclose(
+    prepared[..., 0], (image.astype(np.float64).mean(-1) / 255 - 0.5) / 0.2, atol=1e-5
+  )
+  assert prepared.shape[-1] == 1
+
+
+def test_a_network_of_other_channels_is_refused(drop_in):
+  dropped(
+    drop_in, {**GREY, "stride = 4\n  top_stride": "stride = 4\n  in_channels = 4\n  top_stride"}
+  )
+  with pytest.raises(ValueError, match="mine takes images of 4 channels; .* Set in_channels"):
+    build.check_network(toy_config(**{"model.backbone": "mine"}))
+
+
+@pytest.mark.parametrize("stats", ["per_branch", "shared"])
+@pytest.mark.parametrize(
+  "edits, said",
+  [
+    ({"top_channels = 16": "top_channels = 8"}, "must be .*×8; encode returns .*×16"),
+    (
+      {"top_stride = 4": "top_stride = 2"},
+      "so for an image of 2×8×8×3 .* must be 2×4×4×16; encode",
+    ),
+    ({"self.third(nnx.max_pool(second, (2, 2), (2, 2)))": "None"}, "encode returns None"),
+  ],
+)
+def test_a_top_feature_that_is_not_what_the_class_says_is_refused(drop_in, stats, edits, said):
+  dropped(drop_in, edits)
+
+  def run(image):
+    model = FDEP("mine", LEVEL_WIDTH, 1, bn_stats=stats, rngs=nnx.Rngs(0))
+    return model.main(image, toy_levels(1))
+
+  with pytest.raises(ValueError, match=f"backbones.mine says top_channels = .*{said}.* Correct"):
+    jax.eval_shape(run, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32))

@@ -254,15 +254,80 @@ def test_runs_come_stage_by_stage_and_a_row_has_its_own_seeds(toy, tmp_path):
   assert not results[1].runs
 
 
-def test_seeds_of_a_row_are_the_tables(tmp_path):
+WRONG = {  # of a table with one right row a: a change, and what is said
+  "rows=Row('a', ('a',), {}, {})": "rows are a tuple of Rows (a comma",
+  "rows=('a',)": "rows are a tuple of Rows (a comma",
+  "rows=()": "it has no rows",
+  "seeds=(0)": "seeds is 0; it must be a tuple",
+  "seeds=('0', '1')": "seeds is ('0', '1'); it must be a tuple",
+  "seeds=()": "seeds is (); it must be a tuple",
+  "seeds=(1, 1)": "seeds is (1, 1); it must be a tuple of different",
+  "columns=('iou', 'f1')": "columns: there is no 'f1', but iou, niou, pd",
+  "columns='iou'": "columns is 'iou'; it must be a tuple of texts",
+  "head=('a', 'b')": "row 'a': its label ('a',) has 1 parts, and head 2",
+  "head='a'": "head is 'a'; it must be a tuple of texts",
+  "rows=(ROW, ROW)": "row 'a': 2 rows have this name",
+  "rows=(ROW._replace(name='a b'),)": "its name is that of a folder",
+  "rows=(ROW._replace(label=('a')),)": "row 'a': label is 'a'; it must be a tuple of texts",
+  "rows=(ROW._replace(changes=('seed', 1)),)": "row 'a': changes is ('seed', 1); it must be a dict",
+  "rows=(ROW._replace(paper={'f1': 1.0}),)": "row 'a': paper has 'f1'; there are iou",
+  "rows=(ROW._replace(paper=None),)": "row 'a': paper is None; it must be a dict",
+  "rows=(ROW._replace(teacher='b'),)": "row 'a': its teacher is 'b', which is not a row",
+  "rows=(ROW._replace(baseline='b'),)": "row 'a': its baseline is 'b', which is not a row",
+  "rows=(ROW._replace(seeds=(0, 7)),)": "row 'a': it has seeds [7], which the table has not",
+  "rows=(ROW._replace(seeds='0'),)": "row 'a': seeds is '0'; it must be a tuple",
+}
+
+
+def write_table(tmp_path, change: str):
   path = tmp_path / "table.py"
   path.write_text(
     "from fdep_jax.tables.experiments import Row, Table\n"
-    "rows = (Row('a', ('a',), {}, {}, seeds=(0, 7)),)\n"
-    "get_table = lambda: Table('', ('a',), (), rows, (0, 1))\n"
+    "ROW = Row('a', ('a',), {}, {})\n"
+    f"get_table = lambda: Table('', ('a',), ('iou',), (ROW,), (0, 1))._replace({change})\n"
   )
-  with pytest.raises(ValueError, match=r"row a has seeds \[7\], which the table has not"):
-    experiments.load(path)
+  return path
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_a_wrong_table_is_refused_when_it_is_read(tmp_path, change):
+  with pytest.raises(ValueError) as told:
+    experiments.load(write_table(tmp_path, change))
+  title, *lines = str(told.value).splitlines()
+  assert title == f"1 problem in the table {tmp_path / 'table.py'}:"
+  (line,) = lines
+  assert WRONG[change] in line
+
+
+def test_all_problems_of_a_table_are_told_at_once(tmp_path):
+  assert experiments.load(write_table(tmp_path, "")).seeds == (0, 1)
+  changes = ", ".join(
+    ("seeds=(0)", "columns=('f1',)", "rows=(ROW._replace(paper={'p': 1}, seeds=1),)")
+  )
+  with pytest.raises(ValueError, match="4 problems") as told:
+    experiments.load(write_table(tmp_path, changes))
+  assert len(str(told.value).splitlines()) == 5
+
+
+def test_wrong_settings_of_all_rows_are_told_before_the_first_run(toy, tmp_path):
+  wrong = {
+    "a": ({"model.backbone": "msdanet"}, "No backbone is called 'msdanet'"),
+    "b": ({"data.crop": 30}, "data.crop is 30; toy needs a multiple of 4"),
+    "c": ({"train.lr": 1.0}, "changes train.lr, which no config has"),
+    "d": ({"train.batch_size": "many"}, "Row d sets train.batch_size to 'many': "),
+    "e": ({"log.compile_cache": "{place}"}, "{seed} and {workdir} alone stand for something"),
+    "f": ({"model.backbone": "rpcanet"}, "FDEP cannot be attached"),
+    "g": ({"train.schedule": "linear"}, "train.schedule is 'linear'; optax has "),
+    "h": ({"mode": "both"}, "mode is 'both'; it must be one of"),
+  }
+  rows = tuple(Row(name, ("a", "b"), changes, {}) for name, (changes, _) in wrong.items())
+  found = sweeping.table()._replace(rows=(*sweeping.table().rows, *rows))
+  for action in (sweep.sweep, table.collect):
+    with pytest.raises(ValueError) as told:
+      action(found, sweeping.config(""), tmp_path)
+    for name, (_, text) in wrong.items():
+      assert re.search(rf"(?m)^{name}: ", str(told.value)) and text in str(told.value), name
+    assert "toy-" not in str(told.value)
 
 
 def test_tasks_share_the_runs_and_keep_students_with_their_teachers(toy, tmp_path):

@@ -42,7 +42,7 @@ class Backbone(nnx.Module):
   top_channels: ClassVar[int]  # C of `top`; 0: there is none
   top_stride: ClassVar[int]  # H and W of `top` are the image's divided by it
   paper_name: ClassVar[str]  # the name in the paper's tables
-  in_channels: int = 3
+  in_channels: int = 3  # 1: it gets the mean of an image's three channels
   max_pixels: ClassVar[int | None] = None  # largest H·W of an image, where there is one
   no_top: ClassVar[str] = ""  # why there is no top feature; a clause, as "its stages …"
   # Why a frame cannot be computed window by window (predict/tiling.py); a clause. "": it can.
@@ -127,6 +127,20 @@ class Backbone(nnx.Module):
       raise ValueError(
         f"Image is {height}×{width}; {name} takes at most {self.max_pixels} pixels. Cut it into "
         "parts, or shrink it."
+      )
+
+  def check_top(self, image: jax.Array, top: jax.Array | None) -> None:
+    """Raises a ValueError if the top feature of an image is not what the class says."""
+    height, width = (size // self.top_stride for size in image.shape[1:3])
+    wanted = (image.shape[0], height, width, self.top_channels)
+    if top is None or top.shape != wanted:
+      shapes = [
+        "×".join(map(str, shape)) for shape in (image.shape, getattr(top, "shape", ("None",)))
+      ]
+      raise ValueError(
+        f"{type(self).__module__} says top_channels = {self.top_channels} and top_stride = "
+        f"{self.top_stride}, so for an image of {shapes[0]} its top feature must be "
+        f"{'×'.join(map(str, wanted))}; encode returns {shapes[1]}. Correct one of them."
       )
 
 

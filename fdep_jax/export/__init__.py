@@ -33,7 +33,7 @@ from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Backbone
 from fdep_jax.detector import Detector
 from fdep_jax.forward import standardise
-from fdep_jax.runtime import checkpoint, files, hlo
+from fdep_jax.runtime import checkpoint, files, hlo, mesh
 
 FILES = ("light.safetensors", "light.stablehlo", "light.onnx", "light_torch.safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -47,6 +47,7 @@ class Absent(Exception):
 
 def command(flags) -> None:
   """Runs `--mode export`."""
+  mesh.check_devices()
   if flags.backbone:
     network = detector_lib.load_published(
       flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
@@ -102,7 +103,7 @@ def export_detector(detector: Detector, out: str | os.PathLike) -> dict:
     The content of `manifest.json`.
 
   Raises:
-    ValueError: `out` cannot be written.
+    ValueError: `out` cannot be written, or holds the export of something else.
     RuntimeError: a written file gives different numbers than the detector.
   """
   out = files.expand(out)
@@ -114,7 +115,9 @@ def export_detector(detector: Detector, out: str | os.PathLike) -> dict:
     ) from None
 
   about = _about(detector)
+  _check_own(out, about)
   light = make_light(detector)
+  about["weights_sha256"] = _fingerprint(light.weights)
   apply = jax.jit(light.apply)
   images = list(_random_images(light.net))
   expected = [np.asarray(apply(light.weights, image)) for image in images]
@@ -153,6 +156,31 @@ def export_detector(detector: Detector, out: str | os.PathLike) -> dict:
       logging.info("%-23s %8.2f MB, differs by %.0e", name, size, difference)
   logging.info("wrote %s", out)
   return manifest
+
+
+def _check_own(out: pathlib.Path, about: dict) -> None:
+  """Refuses a folder with the export of a different run or network; the same may export again."""
+  if out.resolve() == (pathlib.Path(about["run"]) / "export").resolve():
+    return  # the run's own, which may have been moved with it
+  try:
+    theirs = json.loads((out / "manifest.json").read_text())
+    found = [(str(m["network"]), os.path.realpath(m["run"])) for m in (theirs, about)]
+  except (OSError, ValueError, KeyError, TypeError):  # no manifest of an export
+    return
+  if found[0] != found[1]:
+    raise ValueError(
+      f"{out} holds the export of {theirs['network']} from {theirs['run']}; this one is of "
+      f"{about['network']} from {about['run']}. Choose a different --out, or remove that folder."
+    )
+
+
+def _fingerprint(weights: nnx.State) -> str:
+  """Returns a SHA-256 of the weights: of each in the order of names, its name, shape and bytes."""
+  found = hashlib.sha256()
+  for name, leaf in sorted(checkpoint.flatten(weights).items()):
+    array = np.ascontiguousarray(leaf)
+    found.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+  return found.hexdigest()
 
 
 class Light(NamedTuple):

@@ -9,6 +9,10 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 
+# Of every file, whoever writes it: safetensors makes its own readable by the owner alone.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+_MODE = 0o666 & ~_UMASK
 _PATIENCE = 1.0  # seconds; a look at a lock (`holder`) holds it for far less
 
 
@@ -31,7 +35,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   partial = path.with_name(path.name + ".partial")
   try:
     yield partial
-    os.replace(partial, path)
+    _put(partial, path)
   except BaseException:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
@@ -49,12 +53,18 @@ def replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]
     yield partial
     for path, new in zip(paths, partial, strict=True):
       if new.exists():
-        os.replace(new, path)
+        _put(new, path)
       else:
         path.unlink(missing_ok=True)
   finally:
     for new in partial:
       new.unlink(missing_ok=True)
+
+
+def _put(new: pathlib.Path, path: pathlib.Path) -> None:
+  with contextlib.suppress(OSError):  # some file systems have no modes
+    new.chmod(_MODE)
+  os.replace(new, path)
 
 
 def write(path: str | os.PathLike, content: bytes | str) -> None:

@@ -5,8 +5,9 @@ code serves one CPU, a few GPUs or the hosts of a TPU slice: each process suppli
 batch.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,18 @@ def start(config: ConfigDict) -> None:
 
   Raises:
     OSError: a process has not come in time.
-    ValueError: `distributed` does not fit this machine or the other processes.
+    ValueError: `distributed` does not fit this machine or the other processes, or jax's variables
+      ask for float64, or for devices that are not here.
   """
   if config.host_devices > 1:
     jax.config.update("jax_num_cpu_devices", config.host_devices)
+  if jax.config.jax_enable_x64:
+    raise ValueError(
+      "JAX_ENABLE_X64 is set, so jax would compute in float64, and checkpoints would hold it. "
+      "Results are defined in float32: start without it."
+    )
   if config.distributed == "off":
+    check_devices()
     cache_programs(config)
     return
   if config.distributed == "auto":
@@ -51,6 +59,7 @@ def start(config: ConfigDict) -> None:
   except RuntimeError as error:
     text = str(error).strip().splitlines() or [type(error).__name__]
     raise OSError(f"The processes could not be joined: {text[0]}.") from None
+  check_devices()
   # Only the first process writes the cache. Its program, when read again, exchanges in another
   # order than the one that another process compiles; Gloo then ends both.
   if jax.default_backend() != "cpu":
@@ -58,6 +67,18 @@ def start(config: ConfigDict) -> None:
   # Gloo, which connects CPUs, fails if processes reach the first exchange of a group of devices
   # more than 30 s apart; later exchanges wait. Loading or compiling may delay a process by more.
   minimum(0)
+
+
+def check_devices() -> None:
+  """Raises ValueError if jax finds no device, as JAX_PLATFORMS=tpu on a machine without one."""
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # the second with a plugin that finds no driver
+    text = (str(error).strip().splitlines() or ["no driver"])[0]
+    raise ValueError(
+      f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, but jax finds no such device here ({text}). "
+      "Leave the variable out, and jax takes what there is; or install jax for the device: README."
+    ) from None
 
 
 def cache_programs(config: ConfigDict) -> None:
@@ -146,6 +167,33 @@ def minimum(value: int) -> int:
   # Over all devices, as in a step: a smaller group would time out on its own first exchange.
   rows = np.full(jax.local_device_count(), value)
   return int(jax.jit(jnp.min)(put_batch(rows, over(jax.devices()))))
+
+
+def agree(values: Mapping[str, object]) -> None:
+  """Compares values, which JSON can hold, over all processes; also a barrier.
+
+  Raises:
+    ValueError: on every process, if they differ; the message lists all that do.
+  """
+  if jax.process_count() == 1:
+    return
+  from jax.experimental import multihost_utils
+
+  text = json.dumps(values).encode()
+  padded = np.frombuffer(text.ljust(-minimum(-len(text))), np.uint8)
+  rows = multihost_utils.process_allgather(padded)
+  first, *others = (json.loads(row.tobytes()) for row in np.asarray(rows))
+  lines = [
+    f"{name}: {first.get(name)!r} in process 0, {theirs.get(name)!r} in process {index}"
+    for index, theirs in enumerate(others, 1)
+    for name in sorted({*first, *theirs})
+    if first.get(name) != theirs.get(name)
+  ]
+  if lines:
+    raise ValueError(
+      "\n  ".join(["The processes do not fit together:", *lines])
+      + "\nStart every process with the same command, with its own index in distributed."
+    )
 
 
 def shared_out(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

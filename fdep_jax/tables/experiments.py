@@ -3,13 +3,15 @@
 import importlib.util
 import os
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from fdep_jax import settings
+from fdep_jax.metrics.columns import COSTS, METRICS
 
 
 class Row(NamedTuple):
@@ -46,7 +48,7 @@ def load(path: str | os.PathLike) -> Table:
   """Loads the table that a file of `configs/tables` defines beside its base config.
 
   Raises:
-    ValueError: the file defines no table, two rows have one name, or a row names an unknown one.
+    ValueError: the file defines no table, or a wrong one; one error lists all that is wrong.
   """
   spec = importlib.util.spec_from_file_location("table", path)
   module = importlib.util.module_from_spec(spec)
@@ -57,17 +59,72 @@ def load(path: str | os.PathLike) -> Table:
       "table in configs/tables, or --mode train for this config."
     )
   table = module.get_table()
-  names = [row.name for row in table.rows]
-  for row in table.rows:
-    if names.count(row.name) > 1:
-      raise ValueError(f"{path} has two rows named {row.name}, which would share a folder.")
-    for kind, other in (("teacher", row.teacher), ("baseline", row.baseline)):
-      if other and other not in names:
-        raise ValueError(f"{path}: the {kind} of row {row.name} is {other}, which is not a row.")
-    strange = sorted(set(row.seeds) - set(table.seeds))
-    if strange:
-      raise ValueError(f"{path}: row {row.name} has seeds {strange}, which the table has not.")
+  if problems := _problems(table):
+    title = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the table {path}:"
+    raise ValueError("\n  ".join([title, *problems]))
   return table
+
+
+def _problems(table: Table) -> list[str]:
+  """Lists what is wrong with a table, apart from the settings of its rows (`resolve`)."""
+  rows = table.rows if isinstance(table, Table) else None
+  if not isinstance(rows, tuple | list) or not all(isinstance(row, Row) for row in rows):
+    return ["get_table() must return a Table whose rows are a tuple of Rows (a comma: (row,))."]
+  problems = []
+  if not _are(table.seeds, _is_seed) or len(set(table.seeds)) < len(table.seeds):
+    problems.append(
+      f"seeds is {table.seeds!r}; it must be a tuple of different whole numbers from 0: (0, 1, 2), "
+      "or (0,) for one."
+    )
+  for name, texts in (("head", table.head), ("columns", table.columns)):
+    if not _are(texts, _is_text, least=0):
+      problems.append(f"{name} is {texts!r}; it must be a tuple of texts (a comma: ('IoU',)).")
+  if _are(table.columns, _is_text, least=0):
+    wrong = [name for name in table.columns if name not in METRICS]
+    problems += [f"columns: there is no {n!r}, but {', '.join(METRICS)}." for n in wrong]
+  if not rows:
+    problems.append("it has no rows.")
+  names = [row.name for row in rows]
+  for row in rows:
+    problems += [f"row {row.name!r}: {text}" for text in _row_problems(row, table, names)]
+  return list(dict.fromkeys(problems))
+
+
+def _row_problems(row: Row, table: Table, names: list[str]) -> Iterator[str]:
+  if not _is_text(row.name) or not re.fullmatch(r"[^/\s]+", row.name):
+    yield "its name is that of a folder: a text without spaces and slashes."
+  if names.count(row.name) > 1:
+    yield f"{names.count(row.name)} rows have this name, and would share a folder."
+  if not _are(row.label, _is_text):
+    yield f"label is {row.label!r}; it must be a tuple of texts (a comma: ('ACM',))."
+  elif len(row.label) != len(table.head):
+    yield f"its label {row.label!r} has {len(row.label)} parts, and head {len(table.head)}."
+  if not isinstance(row.changes, dict):
+    yield f"changes is {row.changes!r}; it must be a dict of settings, {{'train.steps': 10}}."
+  if not isinstance(row.paper, dict):
+    yield f"paper is {row.paper!r}; it must be a dict of numbers by column, {{}} if there are none."
+  else:
+    for name in [name for name in row.paper if name not in (*METRICS, *COSTS)]:
+      yield f"paper has {name!r}; there are {', '.join((*METRICS, *COSTS))}."
+  for kind, other in (("teacher", row.teacher), ("baseline", row.baseline)):
+    if other and other not in names:
+      yield f"its {kind} is {other!r}, which is not a row."
+  if not _are(row.seeds, _is_seed, least=0):
+    yield f"seeds is {row.seeds!r}; it must be a tuple of whole numbers, as in (0,)."
+  elif _are(table.seeds, _is_seed) and (strange := sorted(set(row.seeds) - set(table.seeds))):
+    yield f"it has seeds {strange}, which the table has not."
+
+
+def _are(values, kind: Callable[[object], bool], least: int = 1) -> bool:
+  return isinstance(values, tuple | list) and len(values) >= least and all(map(kind, values))
+
+
+def _is_text(value) -> bool:
+  return isinstance(value, str)
+
+
+def _is_seed(value) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def baselines(rows: Sequence[Row]) -> dict[str, str]:
@@ -115,7 +172,7 @@ def resolve(base: ConfigDict, row: Row, seed: int, workdir: str | os.PathLike) -
   """Makes the config of one run.
 
   Raises:
-    ValueError: the row changes a setting that does not exist.
+    ValueError: the row changes a setting that does not exist, or to a value that it cannot have.
   """
   config = base.copy_and_resolve_references()
   known = settings.flat(config)
@@ -123,9 +180,13 @@ def resolve(base: ConfigDict, row: Row, seed: int, workdir: str | os.PathLike) -
   if unknown:
     raise ValueError(f"Row {row.name} changes {', '.join(unknown)}, which no config has.")
   for name, value in row.changes.items():
-    if isinstance(value, str):
-      value = value.format(seed=seed, workdir=pathlib.Path(workdir).expanduser())
-    config.update_from_flattened_dict({name: value})
+    try:
+      if isinstance(value, str):
+        value = value.format(seed=seed, workdir=pathlib.Path(workdir).expanduser())
+      config.update_from_flattened_dict({name: value})
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+      place = "{seed} and {workdir} alone stand for something" if "{" in str(value) else error
+      raise ValueError(f"Row {row.name} sets {name} to {value!r}: {place}.") from None
   if row.teacher:
     config.train.teacher = str(folder(workdir, row.teacher, seed))
   config.seed = seed

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from fdep_jax import settings
+from fdep_jax import build, settings
+from fdep_jax import step as step_lib
 from fdep_jax.runtime import files, signals
 from fdep_jax.tables import experiments
 from fdep_jax.tables.experiments import Row, Table
@@ -70,9 +71,19 @@ def command(flags) -> None:
 
 
 def runs(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Run]:
-  """Lists the run of every row and seed: stage by stage, in each ordered by seed."""
-  for row in table.rows:  # refuses a wrong row before the first run
-    settings.check(experiments.resolve(base, row, table.seeds[0], workdir))
+  """Lists the run of every row and seed: stage by stage, in each ordered by seed.
+
+  Raises:
+    ValueError: settings of rows are wrong; one error lists all such rows.
+  """
+  problems = {}
+  for row in table.rows:
+    try:
+      _check(experiments.resolve(base, row, table.seeds[0], workdir))
+    except ValueError as error:
+      problems.setdefault(str(error), []).append(row.name)
+  if problems:
+    raise ValueError("\n".join(f"{', '.join(rows)}: {text}" for text, rows in problems.items()))
   return [
     Run(
       row,
@@ -86,6 +97,14 @@ def runs(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Run
     for row in table.rows
     if row.stage == stage and (seed in row.seeds or not row.seeds)
   ]
+
+
+def _check(config: ConfigDict) -> None:
+  """Refuses a config that could not train, whatever its data and weights are."""
+  settings.check(config)
+  if config.mode != "classical":
+    build.check_network(config)
+    step_lib.make_schedule(config, config.train.steps or 10**6)
 
 
 def part(everything: Sequence[Run], task: str | None) -> list[Run]:

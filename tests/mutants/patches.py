@@ -97,6 +97,30 @@ MUTANTS: list[Mutant] = [
     ("SAMF returns its own type", "(fused)).astype(top.dtype)", "(fused))"),
   ),
   *_mutants(
+    "fdep_jax/layers/basic.py",
+    _tests("fdep", "test_flaxs_own_norms_train_in_bfloat16"),
+    ("a convolution keeps its input's type", "    x = x.astype(kernel.dtype)\n", ""),
+  ),
+  *_mutants(
+    "fdep_jax/forward.py",
+    _tests("fdep", "test_a_network_of_one_channel_trains_on_the_mean_of_the_three"),
+    (
+      "a network of one channel sees the first",
+      "normal.mean(-1, keepdims=True)",
+      "normal[..., :1]",
+    ),
+  ),
+  *_mutants(
+    "fdep_jax/export/onnx.py",
+    _tests("export", "test_an_operation_of_jax_and_flax_is_the_same_in_onnx"),
+    ("ONNX takes another nearest pixel", '"round_prefer_ceil"', '"round_prefer_floor"'),
+    (
+      "ONNX enlarges with aligned corners",
+      'mode="linear", coordinate_transformation_mode="half_pixel")',
+      'mode="linear", coordinate_transformation_mode="align_corners")',
+    ),
+  ),
+  *_mutants(
     "fdep_jax/fdep.py",
     _STEP,
     (
@@ -111,8 +135,8 @@ MUTANTS: list[Mutant] = [
     ),
     (
       "FDEP's light branch sees the prior",
-      "main = self._decode_main(skips, top, levels)\n    light = self.backbone.decode(skips, top)",
-      "main = self._decode_main(skips, top, levels)\n    light = main",
+      "light = self.backbone.decode(skips, top)\n    return main",
+      "light = main\n    return main",
     ),
     ("FDEP swaps its outputs", "return main, light", "return light, main"),
   ),
