@@ -24,7 +24,8 @@ def get_config():
   c.model.fusion = "samf"  # samf | add (Tab. 3)
   c.model.bn_stats = "per_branch"  # per_branch | shared, running statistics. OUR CHOICE
   # > 0: weight of the old running statistics in every BatchNorm; 0: that of the published network,
-  # which in ACM, ALCNet and ALCL-Net is 0.1, a slip of their port (docs/networks.md). OUR CHOICE.
+  # which in ACM and ALCNet is mostly 0.1 (fdep_jax/layers/blocks.py). OUR CHOICE for short trainings
+  # of these: 0.9, as in their original.
   c.model.bn_momentum = 0.0
   c.model.share = "both"  # both | encoder | decoder: what the branches share (Tab. 5)
   # > 0: the probability of a target that the heads start with, by their last biases; 0: biases as
@@ -89,8 +90,8 @@ def get_config():
   # the length of the run. PAL's rate is constant.
   c.train.schedule = "constant_schedule"
   c.train.schedule_args = ConfigDict({"value": "learning_rate"}, type_safe=False)
-  # Weights to start from: zoo:NAME, a run's folder, a light.safetensors, or a published file of
-  # this network; "": initial values drawn from the seed (fdep_jax/start.py).
+  # Weights to start from: a run's folder, a light.safetensors, or a published file of this network;
+  # "": initial values drawn from the seed (fdep_jax/start.py).
   c.train.init_from = ""
   c.train.labels = "true"  # true | pseudo | both: masks of the train images (appendix D)
   c.train.teacher = ""  # the finished run whose selected main branch makes the pseudo-labels

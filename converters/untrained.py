@@ -15,6 +15,7 @@ from flax import nnx
 
 from converters.dinov2 import state_dict
 from fdep_jax.priors import dinov2
+from fdep_jax.runtime import files
 
 
 def write(size: str, seed: int, out: str | os.PathLike) -> None:
@@ -45,12 +46,8 @@ def write(size: str, seed: int, out: str | os.PathLike) -> None:
   vit = dinov2.DINOv2(**dinov2.SIZES[size], rngs=nnx.Rngs(seed))
   # One entry: of several the library changes the order, and with it the file's SHA-256.
   about = {"untrained": f"{size}, seed {seed}"}
-  part = out.with_name(f".{out.stem}.{os.getpid()}.part")
-  try:
-    safetensors.numpy.save_file(state_dict(vit), part, about)
-    os.replace(part, out)
-  finally:
-    part.unlink(missing_ok=True)
+  with files.replacing(out) as partial:
+    safetensors.numpy.save_file(state_dict(vit), partial, about)
 
 
 def main(argv: list[str]) -> int:

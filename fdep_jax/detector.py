@@ -10,7 +10,7 @@ from typing import NamedTuple
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import backbones, build, settings, zoo
+from fdep_jax import backbones, build, settings
 from fdep_jax.data import Statistic
 from fdep_jax.fdep import FDEP
 from fdep_jax.metrics import columns
@@ -49,8 +49,8 @@ def load(
   Args:
     workdir: of the run; None if `which` is a path.
     which: "best" (the default; the newest if none was selected), "last", a step, or the path
-      of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, an exported
-      `light.safetensors`, or `zoo:NAME`.
+      of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or an exported
+      `light.safetensors`.
     branch: "light", or "main", which needs the run's prior weights; default the deployed one.
     config: of the run, if the prior's file is not where its config.json says.
 
@@ -130,21 +130,12 @@ def selection_doubt(saved: dict) -> str:
 
 
 def is_light(which: str | os.PathLike | None) -> bool:
-  """Tells whether a --checkpoint names a light branch alone: zoo:NAME, or a light.safetensors."""
-  return str(which).startswith(zoo.PREFIX) or str(which).endswith(".safetensors")
-
-
-def place(which: str | os.PathLike) -> pathlib.Path:
-  """Returns the file or folder that a path, or zoo:NAME, means.
-
-  Raises:
-    ValueError: the zoo has no such network.
-  """
-  return zoo.path(str(which)) if str(which).startswith(zoo.PREFIX) else files.expand(which)
+  """Tells whether a --checkpoint names a light branch alone, a light.safetensors."""
+  return str(which).endswith(".safetensors")
 
 
 def load_light(path: str | os.PathLike) -> Detector:
-  """Loads the light branch from a `light.safetensors` of `--mode export`, or from zoo:NAME.
+  """Loads the light branch from a `light.safetensors` of `--mode export`.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -155,7 +146,7 @@ def load_light(path: str | os.PathLike) -> Detector:
   import converters
   from converters import normalisation
 
-  given, path = path, place(path)
+  path = files.expand(path)
   arrays = converters.read_torch(path)
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
@@ -181,7 +172,7 @@ def load_light(path: str | os.PathLike) -> Detector:
     nnx.update(model.backbone, checkpoint.unflatten(arrays, weights))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  source = f"{given} of {about['run']}" + ("" if step is None else f", step {step}")
+  source = f"{path} of {about['run']}" + ("" if step is None else f", step {step}")
   return Detector(
     model, "light", config, mean, std, None, source, path, step, values, fill, options
   )
@@ -284,19 +275,12 @@ def load_published(
 
 
 def of_flags(flags) -> Detector:
-  """Loads the network that the flags of `--mode predict` or `eval` name; raises as the others.
-
-  Without --workdir and --checkpoint it is the best of the zoo.
-  """
+  """Loads the network that the flags of `--mode predict` or `eval` name; raises as the others."""
   if flags.backbone:
     return load_published(
       flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
     )
-  which = flags.checkpoint
-  if which is None and flags.workdir is None:
-    which = zoo.PREFIX + zoo.BEST
-    logging.info("no --workdir or --checkpoint is given: taking %s, the best of the zoo", which)
-  return load(flags.workdir, which, flags.branch, flags.config)
+  return load(flags.workdir, flags.checkpoint, flags.branch, flags.config)
 
 
 def _stated(path: pathlib.Path, given, numbers: tuple[list[float], list[float]]):
@@ -329,8 +313,8 @@ def _check_published(path: pathlib.Path) -> None:
 
 
 def network_of(which: str | os.PathLike) -> str:
-  """Returns the network that zoo:NAME, or a light.safetensors, names; raises as `load_light`."""
-  path = place(which)
+  """Returns the network that a light.safetensors names; raises as `load_light`."""
+  path = files.expand(which)
   if not path.is_file() or not is_exported(path):
     load_light(which)  # explains what it is instead
   return _about(path)["config"]["model"]["backbone"]

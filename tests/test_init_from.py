@@ -155,7 +155,6 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_written(toy, 
   (tmp_path / "empty").mkdir()
   for source, network, said in (
     ("nothing.pth.tar", "toy", "no such file or folder"),
-    ("zoo:nothing", "toy", "the zoo has"),
     (str(tmp_path / "empty"), "toy", "empty"),
     (str(trained), "acm", "its network is toy, and model.backbone is acm"),
   ):
