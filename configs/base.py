@@ -24,8 +24,8 @@ def get_config():
   c.model.fusion = "samf"  # samf | add (Tab. 3)
   c.model.bn_stats = "per_branch"  # per_branch | shared, running statistics. OUR CHOICE
   # > 0: weight of the old running statistics in every BatchNorm; 0: that of the published network,
-  # which in ACM and ALCNet is mostly 0.1 (fdep_jax/layers/blocks.py). OUR CHOICE for short trainings
-  # of these: 0.9, as in their original.
+  # which in ACM and ALCNet is mostly 0.1 (fdep_jax/layers/blocks.py). OUR CHOICE for short
+  # trainings of these: 0.9, as in their original.
   c.model.bn_momentum = 0.0
   c.model.share = "both"  # both | encoder | decoder: what the branches share (Tab. 5)
   # > 0: the probability of a target that the heads start with, by their last biases; 0: biases as
