@@ -9,14 +9,14 @@ import jax.export
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import ROOT, make_folder, make_network, written_run
+from helpers import ROOT, make_folder, make_network, randomise, toy_config, written_run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import converters
 from converters import normalisation, torch_file
-from fdep_jax import cli, data, evaluate, export, predict, report
+from fdep_jax import build, cli, data, evaluate, export, predict, report
 from fdep_jax import detector as detector_lib
 from fdep_jax.metrics import hse
 
@@ -291,6 +291,52 @@ def test_a_one_channel_network_is_exported_to_every_format(grey, parse, tmp_path
   ):
     with pytest.raises(ValueError, match=said):
       detector_lib.load_published(*words)
+
+
+def test_a_light_branch_is_scored_and_exported_without_its_run(toy, parse, tmp_path, monkeypatch):
+  config = toy_config(mode="original")
+  model = build.create_model(config, None)
+  randomise(model)
+  model.eval()
+  own = detector_lib.Detector(
+    model, "light", config, 0.4, 0.2, None, "a run, step 3", tmp_path / "run", 3
+  )
+  export.export_detector(own, tmp_path / "first")
+  file, root = tmp_path / "first" / "light.safetensors", make_folder(tmp_path / "set")
+  cost = {"flops": 1.0, "seconds_per_image": 0.1, "seconds_median": 0.1}
+  monkeypatch.setattr(evaluate, "cost", lambda *_: cost)
+  words = (f"--checkpoint={file}", f"--data={root}", f"--out={tmp_path / 'out'}")
+  values = parse("--mode=eval", *words, "--config.eval.save_probs=True")
+  cli.check_given("eval", values)
+  assert values.config.model.backbone == cli._config(values).model.backbone == "toy"
+  evaluate.command(values, values.config)
+  predictor = predict.Predictor(own)
+  for i in (2, 3):
+    levels = np.asarray(Image.open(root / f"images/{i}.png"))
+    kept = np.load(tmp_path / f"out/set/probs/light/{i}.npy")
+    np.testing.assert_allclose(kept, predictor(levels, "full"), atol=1e-5)
+    assert kept.std() > 0.01
+  words = ("--mode=export", f"--checkpoint={file}")
+  with pytest.raises(ValueError, match="is of no run. Name the folder to write, --out DIR"):
+    export.command(parse(*words))
+  export.command(parse(*words, f"--out={tmp_path / 'again'}"))
+  found, expected = load_file(tmp_path / "again" / "light.safetensors"), load_file(file)
+  assert found.keys() == expected.keys()
+  for name, array in expected.items():
+    np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--checkpoint=a.safetensors", "--data=d"], "needs --out"),
+    (["--checkpoint=a.safetensors", "--out=d"], "needs --data"),
+    (["--checkpoint=best"], "needs --workdir"),
+  ],
+)
+def test_eval_of_a_light_branch_says_what_it_needs(words, said, parse):
+  with pytest.raises(ValueError, match=said):
+    cli.check_given("eval", parse("--mode=eval", *words))
 
 
 def test_three_channels_may_each_have_their_mean(colour, tmp_path):

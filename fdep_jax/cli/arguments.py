@@ -97,10 +97,15 @@ def check(
       lines.append("--config.… changes a setting of a config: name the config, --config FILE.")
     elif "method" in seen:
       lines.append("--method NAME is no network and has no settings. Leave --config.… out.")
-    elif mode in settings and not {"workdir", "backbone"} & {*seen}:
+    elif mode in settings and not {"workdir", "backbone"} & {*seen} and not _names_light(argv):
       lines.append("--config.… changes a setting of a run: name its folder, --workdir RUN.")
   if lines:
     raise ValueError("\n".join(lines))
+
+
+def _names_light(argv: Sequence[str]) -> bool:
+  """Tells whether a word ends as the file of a light branch, which has its settings, does."""
+  return any(word.endswith(".safetensors") for word in argv)
 
 
 def _unknown_mode(mode: str, modes: Sequence[str]) -> str:
