@@ -30,7 +30,7 @@ def get_config():
   c.model.share = "both"  # both | encoder | decoder: what the branches share (Tab. 5)
   # > 0: the probability of a target that the heads start with, by their last biases; 0: biases as
   # drawn, about 0.5. From there ACM's decoder can die on its way to "nothing is a target", which
-  # most pixels ask for (results/sirst3_cpu/PLAN.md). OUR CHOICE for short trainings: 0.01.
+  # most pixels ask for (results/README.md). OUR CHOICE for short trainings: 0.01.
   c.model.start_prob = 0.0
   # no | plain | msda: such a decoder right on DINOv2's levels, instead of the network (Tab. 6)
   c.model.on_dino = "no"
