@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from helpers import ROOT, TOYS, lines, parameters, take_steps, toy_config
 
-from fdep_jax import build, settings, train
+from fdep_jax import build, cli, settings, train
 from fdep_jax import step as step_lib
 from fdep_jax.layers.basic import BatchNorm
 from fdep_jax.runtime import mesh
@@ -192,6 +192,24 @@ def test_a_device_that_is_not_here_is_one_sentence(tmp_path, platform):
   assert done.returncode == 2 and "Traceback" not in done.stderr
   assert f"JAX_PLATFORMS is '{platform}', but jax finds no such device here" in done.stderr
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ("--mode=predict", "--workdir=run", "--input=frames"),
+    ("--mode=export", "--workdir=run"),
+    ("--mode=table", "--config=quickstart", "--workdir=run", "--retime"),
+  ],
+)
+def test_modes_that_compute_look_for_the_device_first(parse, monkeypatch, words):
+  def absent():
+    raise ValueError("jax finds no such device here")
+
+  monkeypatch.setattr(mesh, "check_devices", absent)
+  parse(*words)
+  with pytest.raises(ValueError, match="jax finds no such device here"):
+    cli.main([])
 
 
 def test_float64_is_refused():

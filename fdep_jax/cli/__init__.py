@@ -122,6 +122,10 @@ def main(argv):
     from fdep_jax.runtime import topology
 
     topology.start(values.topology)  # before jax starts
+  if mode in ("predict", "export") or values.retime:
+    from fdep_jax.runtime import mesh
+
+    mesh.check_devices()
   if mode in COMMANDS:
     importlib.import_module(COMMANDS[mode]).command(values)
     return
