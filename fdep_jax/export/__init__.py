@@ -33,7 +33,7 @@ from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Backbone
 from fdep_jax.detector import Detector
 from fdep_jax.forward import standardise
-from fdep_jax.runtime import checkpoint, files, hlo, mesh
+from fdep_jax.runtime import checkpoint, files, hlo
 
 FILES = ("light.safetensors", "light.stablehlo", "light.onnx", "light_torch.safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -47,7 +47,6 @@ class Absent(Exception):
 
 def command(flags) -> None:
   """Runs `--mode export`."""
-  mesh.check_devices()
   if flags.backbone:
     network = detector_lib.load_published(
       flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
