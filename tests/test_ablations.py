@@ -193,7 +193,7 @@ def test_the_distillation_term_is_in_the_loss_and_the_log(toy, tmp_path):
       assert line["loss"] == pytest.approx(total, rel=1e-5) and line["loss_distill"] > 0
 
 
-@pytest.mark.parametrize("share", ["encoder", "decoder"])
+@pytest.mark.parametrize("share", [pytest.param("encoder", marks=pytest.mark.slow), "decoder"])
 def test_a_partly_shared_run_is_trained_and_its_light_branch_loaded_alone(toy, tmp_path, share):
   metrics = train.train(toy_config(**{"model.share": share, "train.steps": 2}), tmp_path)
   light, main = (detector_lib.load(tmp_path, branch=branch) for branch in ("light", "main"))

@@ -414,15 +414,18 @@ CONTRACT = (
 )
 
 
-# The one condition that compiles is slow for the networks that take longest; their forward passes
-# are compared with the published networks in every run of the tests.
-LONG_TO_COMPILE = ("dna", "ilnet", "msda", "uiu")
+# The condition that compiles and the one that traces most are slow for the networks that take
+# longest; their forward passes are compared with the published networks in every run of the tests.
+LONG = ("dna", "ilnet", "msda", "sdsnet", "uiu")
+LONG_CONDITIONS = (
+  both_branches_are_finite_and_different,
+  a_large_frame_can_be_computed_by_windows_unless_the_class_says_why_not,
+)
 CASES = [
   pytest.param(
     condition,
     name,
-    marks=[pytest.mark.slow]
-    * (condition is both_branches_are_finite_and_different and name in LONG_TO_COMPILE),
+    marks=[pytest.mark.slow] * (condition in LONG_CONDITIONS and name in LONG),
     id=f"{condition.__name__}-{name}",
   )
   for name in NETWORKS  # one network after the other, as its traced programs are kept

@@ -207,6 +207,7 @@ def test_modes_that_compute_look_for_the_device_first(parse, monkeypatch, words)
     raise ValueError("jax finds no such device here")
 
   monkeypatch.setattr(mesh, "check_devices", absent)
+  monkeypatch.setattr(cli.logging, "basicConfig", lambda **_: None)  # it would outlive the test
   parse(*words)
   with pytest.raises(ValueError, match="jax finds no such device here"):
     cli.main([])

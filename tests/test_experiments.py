@@ -170,7 +170,7 @@ PROGRAMS = {
   if row.changes.get("mode") != "classical"  # they train nothing
 }
 # One of each kind; a network of 1 GMAC where any will do.
-FAST = ("acm-original", "acm-fdep_wo_coisd", "acm-fdep", "dino-plain", "dino-plain-unfrozen")
+FAST = ("acm-original", "acm-fdep_wo_coisd", "acm-fdep", "dino-plain")
 
 
 def miniature(row: experiments.Row, monkeypatch, backbone: str | None = None):

@@ -306,11 +306,6 @@ def test_a_file_that_is_no_light_checkpoint_is_refused(exported, tmp_path, conte
   assert {"config": "mode is 'else'", "shape": "head/kernel"}.get(content, "") in str(info.value)
 
 
-def test_an_exported_file_is_not_exported_again(exported):
-  with pytest.raises(ValueError, match="Export from the run"):
-    export.export(None, None, exported[2] / "light.safetensors")
-
-
 def test_the_manifest_has_the_metrics_of_the_exported_step_only(tmp_path):
   last = {"light": {"hse": 0.2}, "checkpoint": STEP}
   metrics = {"light": {"hse": 0.3}, "checkpoint": STEP - 1, "split": "test", "last": last}

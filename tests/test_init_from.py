@@ -133,6 +133,7 @@ def test_a_training_begins_with_these_weights_and_a_new_optimizer(toy, trained, 
   assert checkpoint.Checkpoints(tmp_path / "tuned").steps() == [1]
 
 
+@pytest.mark.slow
 def test_a_begun_run_goes_on_without_the_weights_that_it_started_from(toy, trained, tmp_path):
   copy = tmp_path / "copy"
   export.export(trained, copy)

@@ -201,7 +201,7 @@ def test_a_score_on_a_threshold_is_not_above_it_also_in_float64():
 
 
 def test_a_set_without_targets_warns_and_has_no_hse_but_a_false_alarm_rate():
-  with pytest.warns(RuntimeWarning, match="2 masks has a target"):
+  with pytest.warns(RuntimeWarning, match="No mask of 2 images has a target"):
     score = hse.score(
       [np.ones((4, 5)), np.zeros((2, 2))], [np.zeros((4, 5), bool), np.zeros((2, 2), bool)]
     )

@@ -146,6 +146,7 @@ def test_a_small_ilnet_runs_at_any_size_and_an_unknown_one_is_refused():
     ilnet.ILNet(size="XL", rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_a_one_channel_sdsnet_is_read_off_its_checkpoint():
   net = nnx.eval_shape(lambda: sdsnet.SDSNet(in_channels=1, rngs=nnx.Rngs(0)))
   assert count(net) == 2_504_695 - 1_792  # of the published code, less its norms that never run

@@ -239,7 +239,7 @@ class Seen:
 
   def bank_folder(self, config):
     config.prior.bank = 2
-    self.patch.setattr(build, "load_prior", lambda config: object())
+    self.patch.setattr(build, "load_prior", lambda config: types.SimpleNamespace(sha256=""))
     self.stopped(bank, "Bank", lambda folder, *_, keep_old: (folder.name, keep_old))
     return self.until_stop(train.train, config, self.folder / "a_run")
 
@@ -330,11 +330,10 @@ class Seen:
     return self.until_stop(self.loop(config)._select)
 
   def scored_branches(self, config):
-    loop = self.loop(config)
-    maps = evaluate.probabilities(
-      loop.forward, loop.state, loop.prior, loop.selection[:1], 1, loop.mesh
-    )
-    return sorted(next(maps)[1])
+    prior, model, _, state = parts(config)
+    apply = forward.make_forward(config, model, 0.5, 0.2)
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    return sorted(apply.eval_shape(state["params"], state["stats"], state["rng"], prior, image))
 
   def saved_maps(self, config):
 

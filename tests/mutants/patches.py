@@ -808,4 +808,36 @@ MUTANTS: list[Mutant] = [
     "_PATIENCE = 0.0",
     _tests("sweep", "test_looking_at_a_run_never_makes_its_start_fail"),
   ),
+  *_mutants(
+    "fdep_jax/start.py",
+    _tests(
+      "init_from",
+      "test_a_light_branch_fills_the_network_and_both_sets_of_statistics",
+      "test_weights_that_do_not_fit_are_refused_by_name",
+    ),
+    (
+      "the main branch keeps new statistics when it starts from a light branch",
+      "weights.get(_OWN + name.removeprefix(_MAIN_STATS), mine[name])",
+      "mine[name]",
+    ),
+    (
+      "weights that the network has not are dropped",
+      "    if left:\n",
+      "    if left and fused is None:\n",
+    ),
+  ),
+  Mutant(
+    "a training does not start from the weights that it names",
+    "fdep_jax/train.py",
+    "        start.fill(model, weights, source)",
+    "        assert source",
+    _tests("init_from", "test_a_training_begins_with_these_weights_and_a_new_optimizer"),
+  ),
+  Mutant(
+    "the deployed branch is scored with the other's levels computed",
+    "fdep_jax/forward.py",
+    "    mode = ALONE[deployed_branch(mode)]",
+    "    assert mode",
+    _tests("wiring", "test_the_deployed_branch_alone_is_scored_alike_and_without_the_prior"),
+  ),
 ]
