@@ -58,7 +58,7 @@ def load(
     ValueError: the run has no such branch or step, or was trained with different prior weights.
     FileNotFoundError: no run, no checkpoint, or no prior weights.
   """
-  if is_light(which):
+  if files.is_light(which):
     if branch == "main":
       raise ValueError(f"{which} holds the light branch only. Give the --workdir of its run.")
     if workdir is not None:
@@ -127,11 +127,6 @@ def selection_doubt(saved: dict) -> str:
       "the newest."
     )
   return ""
-
-
-def is_light(which: str | os.PathLike | None) -> bool:
-  """Tells whether a --checkpoint names a light branch alone, a light.safetensors."""
-  return str(which).endswith(".safetensors")
 
 
 def load_light(path: str | os.PathLike) -> Detector:

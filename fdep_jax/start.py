@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fdep_jax import detector
+from fdep_jax import detector, settings
 from fdep_jax.runtime import checkpoint, files
 
 # A model's parts, as the first word of the names of its weights.
@@ -49,7 +49,7 @@ def read(source: str | os.PathLike, backbone: str) -> Weights:
 
 def _of_run(path, backbone: str) -> Weights:
   run, which = detector.find_checkpoint(None, path)
-  config = detector.settings.load(run)
+  config = settings.load(run)
   _check(config.model.backbone, backbone)
   checkpoints = checkpoint.Checkpoints(run, config.checkpoint.keep)
   try:
@@ -91,10 +91,9 @@ def fill(model, weights: Weights, source: str) -> None:
   for name in mine:
     if name.startswith(_MAIN_STATS) and name not in weights:
       weights[name] = weights.get(_OWN + name.removeprefix(_MAIN_STATS), mine[name])
-  left = [name for name in weights if name.startswith(_OWN) and name not in mine]
-  left += [name for name in weights if fused and name.startswith(_FUSION) and name not in mine]
-  if not any(name.startswith(_FUSION) for name in mine):
-    left = [name for name in left if not name.startswith(_FUSION)]  # a light branch needs none
+  fuses = any(name.startswith(_FUSION) for name in mine)  # a light branch needs no SAMF
+  parts = (_OWN, _FUSION) if fuses else (_OWN,)
+  left = [name for name in weights if name.startswith(parts) and name not in mine]
   try:
     if left:
       more = f" and {len(left) - 20} more" if len(left) > 20 else ""

@@ -17,10 +17,11 @@ from helpers import (
   toy_model,
 )
 
-from fdep_jax import ablations, backbones, evaluate, forward, settings, train
+from fdep_jax import ablations, backbones, build, evaluate, forward, settings, train
 from fdep_jax import detector as detector_lib
+from fdep_jax import pseudo as pseudo_lib
 from fdep_jax.backbones import Logits
-from fdep_jax.runtime import checkpoint
+from fdep_jax.runtime import checkpoint, mesh
 
 # Design: parameters before and behind the cut, counted on the published networks.
 HALVES = {
@@ -229,6 +230,17 @@ def test_pseudo_labels_are_the_teachers_and_stand_beside_the_true_ones(toy, tmp_
   masks = [[s.mask for s in seen[labels]] for labels in ("both", "true", "pseudo")]
   for a, b in zip(masks[0], masks[1] + masks[2], strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_that_scores_its_deployed_branch_alone_can_teach(toy, tmp_path):
+  config = toy_config(**{"train.steps": 2, "eval.branches": "deployed"})
+  metrics = train.train(config, tmp_path / "teacher")
+  assert "light" in metrics and "main" not in metrics and "main" not in metrics["last"]
+  student = toy_config(mode="original", **{"train.labels": "pseudo"})
+  student.train.teacher = str(tmp_path / "teacher")
+  samples = build.load_images(student).train[:2]
+  found = pseudo_lib.relabel(student, samples, mesh.make(1))
+  assert [sample.mask.shape for sample in found] == [sample.mask.shape for sample in samples]
 
 
 def test_a_teacher_that_cannot_teach_is_refused_before_training(toy, tmp_path):

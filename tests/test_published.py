@@ -326,6 +326,11 @@ def test_a_light_branch_is_scored_and_exported_without_its_run(toy, parse, tmp_p
     np.testing.assert_array_equal(found[name], array)
 
 
+def test_a_setting_that_ends_as_a_light_branch_does_names_none(parse):
+  found = parse("--mode=predict", "--input=x", "--config.prior.checkpoint=vit.safetensors")
+  assert "name its folder, --workdir RUN" in found
+
+
 @pytest.mark.parametrize(
   ("words", "said"),
   [

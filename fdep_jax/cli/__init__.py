@@ -12,6 +12,7 @@ import pathlib
 import sys
 
 from fdep_jax.cli import arguments
+from fdep_jax.runtime import files
 from fdep_jax.runtime.signals import Preempted
 
 NEEDS = {  # mode: the flags that it cannot run without
@@ -46,7 +47,7 @@ OF_RUN = {  # mode: the settings of a trained run that it may change, as a patte
   r"|prior\.(checkpoint|shard)|host_devices|distributed|log\.compile_cache",
   "predict": r"prior\.checkpoint|log\.compile_cache",
 }
-OF_FILE = {  # mode: the settings that it takes for a published network (--backbone)
+OF_FILE = {  # mode: the settings that it takes for the network of a file
   "eval": r"data\.range|eval\.(batch_size|save_probs)|host_devices|distributed"
   r"|log\.compile_cache",
   "predict": r"log\.compile_cache",
@@ -237,8 +238,6 @@ def _published(mode, values):
   Raises:
     ValueError: flags do not go together.
   """
-  from fdep_jax import detector
-
   if not values.backbone:
     given = [f"--{name}" for name in _FILE if getattr(values, name)]
     if given:
@@ -246,7 +245,7 @@ def _published(mode, values):
         f"A run and a light.safetensors know their normalisation. Leave out {' and '.join(given)}, "
         "or name a published network and its file: --backbone NAME --checkpoint FILE."
       )
-    if mode == "eval" and not values.workdir and detector.is_light(values.checkpoint):
+    if mode == "eval" and not values.workdir and files.is_light(values.checkpoint):
       return ("checkpoint", *OF_PUBLISHED[mode])
     return None
   _refuse("backbone", values, ("workdir",), "The network is that of a file, not of a run.")
@@ -315,22 +314,12 @@ def _config_of_run(argv):
   words = arguments.given(argv[1:], ["config"])
   if arguments.mode_of(argv[1:]) not in OF_RUN or "config" in words or not words:
     return argv
-  values = {flag: _values(argv, flag) for flag in ("backbone", "workdir", "checkpoint")}
+  values = {flag: arguments.values(argv, flag) for flag in ("backbone", "workdir", "checkpoint")}
   flag = next((flag for flag, found in values.items() if found), None)
   if flag is None:
     return argv
   file = pathlib.Path(__file__).with_name("of_run.py" if flag == "workdir" else "of_file.py")
   return [argv[0], f"--config={file}:{values[flag][-1]}", *argv[1:]]
-
-
-def _values(argv, flag):
-  """Lists the values of a flag, in order."""
-  found = []
-  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-    name, equals, value = argument.partition("=")
-    if name in (f"--{flag}", f"-{flag}"):
-      found.append(value if equals else following)
-  return found
 
 
 def _shipped(value):

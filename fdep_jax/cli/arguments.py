@@ -7,6 +7,8 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 
+from fdep_jax.runtime import files
+
 _TRAINED = ("original", "fdep_wo_coisd", "fdep")  # values of the setting `mode`
 _TRUTH = ("true", "false", "yes", "no", "on", "off")
 
@@ -97,15 +99,24 @@ def check(
       lines.append("--config.… changes a setting of a config: name the config, --config FILE.")
     elif "method" in seen:
       lines.append("--method NAME is no network and has no settings. Leave --config.… out.")
-    elif mode in settings and not {"workdir", "backbone"} & {*seen} and not _names_light(argv):
+    elif (
+      mode in settings
+      and not {"workdir", "backbone"} & {*seen}
+      and not any(map(files.is_light, values(argv, "checkpoint")))
+    ):
       lines.append("--config.… changes a setting of a run: name its folder, --workdir RUN.")
   if lines:
     raise ValueError("\n".join(lines))
 
 
-def _names_light(argv: Sequence[str]) -> bool:
-  """Tells whether a word ends as the file of a light branch, which has its settings, does."""
-  return any(word.endswith(".safetensors") for word in argv)
+def values(argv: Sequence[str], flag: str) -> list[str]:
+  """Lists the values of a flag, in order."""
+  found = []
+  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    name, equals, value = argument.partition("=")
+    if name in (f"--{flag}", f"-{flag}"):
+      found.append(value if equals else following)
+  return found
 
 
 def _unknown_mode(mode: str, modes: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ def export(
       cannot be written.
     RuntimeError: a written file gives different numbers than the run.
   """
-  if detector_lib.is_light(which):
+  if files.is_light(which):
     if out is None:
       raise ValueError(f"--checkpoint {which} is of no run. Name the folder to write, --out DIR.")
     return export_detector(detector_lib.load(workdir, which), out)
