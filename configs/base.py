@@ -48,6 +48,9 @@ def get_config():
   # network that has not seen it finds false targets along it. OUR CHOICE for small crops: 32.
   c.data.crop_margin = 0
   c.data.val_fraction = 0.1  # of the train split, held out if select_on is val. OUR CHOICE
+  # > 0: trains on so many of the train images, drawn by the seed, as with few frames of one's own;
+  # a greater number has those of a smaller one, too. 0: on all.
+  c.data.train_images = 0
   c.data.threads = 2  # that read and augment
   # Keeps the decoded train images in the memory of each device, two bytes a pixel, and cuts and
   # augments their crops there: the same batches, faster.

@@ -28,7 +28,7 @@ class Images(NamedTuple):
   train: Sequence[data.Sample]  # without the held-out images
   val: Sequence[data.Sample]  # the set's own or held out of train; empty if the test split selects
   test: Sequence[data.Sample]
-  mean: data.Statistic  # of grey levels / 255, over the whole train split
+  mean: data.Statistic  # of grey levels / 255, over the train images, the held-out ones as well
   std: data.Statistic  # (0 and 1 for a network that takes grey levels as they are)
   range: frames.Range = ""  # that became the grey levels; "": the images have 8 bits
 
@@ -98,6 +98,8 @@ def load_images(config: ConfigDict) -> Images:
   else:
     values = grey_range(config)
     train = data.load(config.data.root, "train", values=values, lazy=config.data.lazy)
+  if config.data.train_images:
+    train = data.draw(train, config.data.train_images, config.seed)
   data.check_contrast(config.data.root, train, values)
   test = load_test(config, values)
   mean, std = 0.0, 1.0

@@ -413,6 +413,11 @@ def _data_problems(values: dict) -> list[str]:
       f"data.val_fraction is {values['data.val_fraction']}; selecting on held-out train images "
       "(eval.select_on=val) needs a fraction between 0 and 1."
     )
+  if values["data.train_images"] < 0:
+    problems.append(
+      f"data.train_images is {values['data.train_images']}; it must be a number of images, or 0 "
+      "for all."
+    )
   if not 0 <= values["data.target_crop_prob"] <= 1:
     problems.append(f"data.target_crop_prob is {values['data.target_crop_prob']}, not in [0, 1].")
   if not re.fullmatch(r"|auto|full|[^,]+,[^,]+", values["data.range"]):

@@ -24,7 +24,7 @@ def compile_once(tmp_path_factory):
   if "PYTEST_XDIST_WORKER" in os.environ:
     folder = folder.parent
   jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="module", autouse=True)

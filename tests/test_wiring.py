@@ -446,6 +446,7 @@ EFFECTS = {
   "data.target_crop_prob": [(0.5, "batches")],
   "data.crop_margin": [(8, "batches")],
   "data.val_fraction": [(0.5, "loaded")],
+  "data.train_images": [(8, "loaded")],
   "data.threads": [(3, "batches")],
   "data.on_device": [(True, "batches")],
   "data.lazy": [(True, "root")],

@@ -222,6 +222,22 @@ def fingerprint(samples: Sequence[Sample]) -> str:
   return digest.hexdigest()
 
 
+def draw(samples: Sequence[Sample], count: int, seed: int) -> Sequence[Sample]:
+  """Draws some samples, which keep their order.
+
+  The choice depends only on `seed` and the number of samples; a greater `count` adds to it.
+
+  Raises:
+    ValueError: there are not so many.
+  """
+  if count > len(samples):
+    raise ValueError(
+      f"data.train_images is {count}, and the train split has {len(samples)} images. Set it to "
+      f"{len(samples)} or less, or to 0 for all."
+    )
+  return select(samples, sorted(np.random.default_rng(seed).permutation(len(samples))[:count]))
+
+
 def split_validation(
   samples: Sequence[Sample], fraction: float, seed: int
 ) -> tuple[Sequence[Sample], Sequence[Sample]]:
