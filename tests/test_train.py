@@ -19,10 +19,10 @@ from fdep_jax.runtime import checkpoint, mesh
 
 
 def test_same_seed_and_an_interruption_give_identical_parameters(toy, tmp_path, monkeypatch):
-  config = toy_config(**{"train.steps": 20, "log.every_steps": 1})
+  config = toy_config(**{"train.steps": 12, "log.every_steps": 1})
   train.train(config, tmp_path / "a")
-  train.train(toy_config(**{"train.steps": 7, "log.every_steps": 1}), tmp_path / "b")
-  assert checkpoint.Checkpoints(tmp_path / "b").steps()[-1] == 7
+  train.train(toy_config(**{"train.steps": 5, "log.every_steps": 1}), tmp_path / "b")
+  assert checkpoint.Checkpoints(tmp_path / "b").steps()[-1] == 5
   evaluate_run = evaluate.evaluate
 
   def evaluate_again(workdir, *arguments):
@@ -40,7 +40,7 @@ def test_same_seed_and_an_interruption_give_identical_parameters(toy, tmp_path, 
     for name in "ab"
   ]
   assert losses[0] == losses[1]
-  assert sorted(losses[1]) == list(range(1, 21))
+  assert sorted(losses[1]) == list(range(1, 13))
 
 
 @pytest.mark.parametrize("several", [1, 2])
