@@ -31,6 +31,7 @@ _ADDED = {
   "model.bn_momentum": 0.0,
   "train.init_from": "",
   "data.range": "",
+  "data.train_images": 0,
   "data.on_device": False,
   "data.lazy": False,
   "train.steps_per_dispatch": 1,
