@@ -121,6 +121,10 @@ def test_runs_that_cannot_share_a_report_are_named(tmp_path):
   write_report(tmp_path / "b", samples[:2], maps[:2])
   with pytest.raises(ValueError, match="b: evaluated on different images or masks than .*a"):
     report.of([tmp_path / "a", tmp_path / "b"], tmp_path / "out.html")
+  others = [sample._replace(mask=~sample.mask) for sample in samples]  # of the same images
+  write_report(tmp_path / "d", others, maps)
+  with pytest.raises(ValueError, match="d: evaluated on different images or masks than .*a"):
+    report.of([tmp_path / "a", tmp_path / "d"], tmp_path / "out.html")
   with pytest.raises(FileNotFoundError, match="no .*c/report.html.*--mode eval"):
     report.of([tmp_path / "a", tmp_path / "c"], tmp_path / "out.html")
   (tmp_path / "a/report.html").write_text("<html>")
