@@ -226,11 +226,11 @@ def test_every_program_takes_two_steps_and_an_evaluation(name, monkeypatch, quic
   "name",
   [
     "msda-fdep-share_encoder-distill",
-    "msda-fdep_wo_coisd-add",
     *(
       pytest.param(f"msda-fdep-{kind}", marks=pytest.mark.slow)
       for kind in ("share_decoder", "distill", "vit_s", "levels_4_9_14_19_24")
     ),
+    pytest.param("msda-fdep_wo_coisd-add", marks=pytest.mark.slow),
   ],
 )
 def test_a_program_of_each_kind_runs_on_a_small_network(
