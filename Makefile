@@ -32,7 +32,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Deliberate bugs, each of which a test must notice (tests/mutants); an hour on two cores.
+# Deliberate bugs, each of which a test must notice (tests/mutants); twenty minutes on two cores.
 mutants: .venv/dev
 	$(QUICK) $(BIN)/python tests/mutants/run.py
 
