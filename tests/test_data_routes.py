@@ -182,6 +182,7 @@ def test_lazy_samples_are_those_in_memory(tmp_path):
     assert isinstance(ours, data.LazySamples)
     assert_same_samples(ours, theirs)
     assert data.sizes(ours) == data.sizes(theirs)
+  assert_same_samples(data.draw(lazy, 5, seed=2), data.draw(eager, 5, seed=2))
   for ours, theirs in zip(data.eval_batches(lazy), data.eval_batches(eager), strict=True):
     np.testing.assert_array_equal(ours["image"], theirs["image"])
     assert ours["indices"] == theirs["indices"] and ours["sizes"] == theirs["sizes"]
