@@ -66,7 +66,7 @@ def ends(workdir) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_six_rows_by_three_processes_and_five_kills_are_each_run_once(tmp_path):
+def test_six_rows_by_three_processes_and_five_kills_are_each_run_once(toy, tmp_path):
   compiled = tmp_path / "compiled"
   base = sweeping.config(compiled)
   assert start(tmp_path / "alone", compiled).wait(1200) == 0
@@ -533,6 +533,42 @@ def test_rows_with_maps_are_compared_on_the_same_images(toy, tmp_path):
   assert low <= difference <= high and difference > 50
   assert np.mean(by_seed) == pytest.approx(difference)
   assert "Paired over test images" in table.markdown(sweeping.table(), results)
+
+
+def test_a_difference_has_an_interval_over_images_and_one_over_seeds():
+  gap = table.Gap(2.0, 1.5, 2.25, [1.0, 2.0, 3.0])  # t with 2 degrees of freedom: 4.303
+  assert str(gap) == "+2.00 (+1.50 … +2.25; seeds -0.48 … +4.48); +1.00, +2.00, +3.00"
+  assert str(table.Gap(-2.0, -3.0, 0.5, [-2.0])) == "-2.00 (-3.00 … +0.50)"
+
+
+def test_the_parts_of_a_union_are_compared_by_themselves(toy, tmp_path):
+  results = with_maps(tmp_path, toy)
+  count = len(figures.totals(results[0].runs[0]))
+  parts = {"first": {"images": 2}, "second": {"images": count - 2}}
+  for result in results:
+    for metrics in result.metrics:
+      metrics["parts"] = parts
+  found = table.paired(results, resamples=50)
+  name = "toy-fdep − toy-original, 2 seeds"
+  assert [key for key in found if key.startswith(name)] == [
+    name,
+    f"{name}, first",
+    f"{name}, second",
+  ]
+  by_name = {result.row.name: figures.totals(result.runs[0]) for result in results}
+  places = {"first": range(2), "second": range(2, count)}
+  for part in parts:
+    ours, theirs = (
+      by_name[row].select(list(places[part])).result() for row in ("toy-fdep", "toy-original")
+    )
+    gaps = found[f"{name}, {part}"]
+    assert gaps["iou"].mean == pytest.approx(100 * (ours.iou - theirs.iou))
+    assert gaps["fa_1e6"].mean == pytest.approx(1e6 * (ours.fa - theirs.fa))
+    assert gaps["hse"].mean == pytest.approx(100 * (ours.hse - theirs.hse))
+  assert found[f"{name}, first"] != found[f"{name}, second"]
+  # Runs that do not know the parts are compared as a whole alone.
+  results[0].metrics[0].pop("parts")
+  assert not any(key.endswith("first") for key in table.paired(results, resamples=5))
 
 
 def test_the_counts_of_the_images_give_the_comparison_of_the_maps(toy, tmp_path):

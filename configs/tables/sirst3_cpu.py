@@ -84,10 +84,11 @@ def get_table():
 
 
 def _control(row: Row, name: str, scheme: str, changes: dict[str, object]) -> Row:
-  """A row that the paper does not have."""
+  """A row that the paper does not have, to be compared with FDEP."""
   return row._replace(
     name=f"{row.name}-{name}",
     label=(row.label[0], scheme),
+    baseline="acm-fdep",
     changes=row.changes | changes,
     paper={},
     seeds=CONTROL_SEEDS,

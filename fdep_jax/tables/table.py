@@ -19,7 +19,7 @@ from fdep_jax.runtime import files
 from fdep_jax.tables import experiments, figures, sweep
 from fdep_jax.tables.experiments import Row, Table
 
-_PAIRED = ("iou", "pd", "hse")
+_PAIRED = ("iou", "pd", "fa_1e6", "hse")  # of METRICS
 TIMED_SIZE = 448  # pixels, of `retime`: the paper's crops
 _REPORTED = 4  # most runs that a report shows side by side
 
@@ -59,12 +59,22 @@ class Result(NamedTuple):
 
 
 class Gap(NamedTuple):
-  """The difference of a row from its baseline, in percent."""
+  """The difference of a row from its baseline, in the unit of the table."""
 
   mean: float  # over seeds
-  low: float
+  low: float  # of the mean, over images
   high: float
   by_seed: list[float]
+
+  def __str__(self):
+    text = f"{self.mean:+.2f} ({self.low:+.2f} … {self.high:+.2f}"
+    if len(self.by_seed) > 1:
+      from fdep_jax.metrics import bootstrap
+
+      low, high = bootstrap.t_interval(self.by_seed)
+      text += f"; seeds {low:+.2f} … {high:+.2f}"
+    each = ", ".join(f"{value:+.2f}" for value in self.by_seed)
+    return text + ")" + (f"; {each}" if len(self.by_seed) > 1 else "")
 
 
 def command(flags) -> None:
@@ -328,6 +338,10 @@ _LEGEND = (
   "The images that select the checkpoint are the set's own validation split or, without one, held "
   "out of the train split (data.val_fraction); with eval.select_on=test they are the test split."
 )
+_PAIRED_LEGEND = (
+  "Paired over test images, percent: mean over seeds (95 % interval over images; 95 % t interval "
+  "over seeds); each seed:"
+)
 _P = {  # by Table.trained_params
   True: "P counts all trained parameters, SAMF included.",
   False: "P counts the parameters of the deployed branch.",
@@ -357,18 +371,10 @@ def markdown(table: Table, results: Sequence[Result], comparisons: dict | None =
       lines.append(_line([name, *(_ours(cells[n], METRICS[n][3]) for n in METRICS)]))
   comparisons = paired(results) if comparisons is None else comparisons
   if comparisons:
-    lines += [
-      "",
-      "Paired over test images, percent: mean over seeds (95 % interval over images); each seed:",
-      "",
-    ]
-    lines += [_line(["", *(METRICS[n][0] for n in _PAIRED)]), _line(["---"] * 4)]
-    for name, found in comparisons.items():
-      cells = [f"{g.mean:+.2f} ({g.low:+.2f} … {g.high:+.2f})" for g in found.values()]
-      if len(next(iter(found.values())).by_seed) > 1:
-        each = (", ".join(f"{value:+.2f}" for value in g.by_seed) for g in found.values())
-        cells = [f"{cell}; {values}" for cell, values in zip(cells, each, strict=True)]
-      lines.append(_line([name, *cells]))
+    names = list(next(iter(comparisons.values())))
+    lines += ["", _PAIRED_LEGEND, ""]
+    lines += [_line(["", *(METRICS[n][0] for n in names)]), _line(["---"] * (1 + len(names)))]
+    lines += [_line([name, *map(str, gaps.values())]) for name, gaps in comparisons.items()]
   return "\n".join(lines).rstrip() + "\n"
 
 
@@ -480,11 +486,12 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
   """Compares each row with its baseline (`experiments.baselines`) on the same resampled images.
 
   Needs the runs' `counts.npz`, or of older runs the maps (eval.save_probs). In every resample of
-  the test images the differences of all seeds are averaged, so the interval is over images, not
-  over trainings. If a row deploys the light branch, its main branch is compared, too.
+  the test images the differences of all seeds are averaged, so `low` and `high` are over images,
+  not over trainings. If a row deploys the light branch, its main branch is compared, too. The parts
+  of a union, such as SIRST3, are also compared by themselves.
 
   Returns:
-    {"ROW − BASELINE, seeds": {metric: gap}}.
+    {"ROW − BASELINE, seeds": {metric: gap}}, and "…, PART" for every part.
 
   Raises:
     ValueError: the two were evaluated on different images.
@@ -510,14 +517,39 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
         continue
       for pair in pairs:
         bootstrap.check_pair(*pair)
-      count = len(pairs[0][0])
-      weights = np.concatenate([np.ones((1, count)), bootstrap.draw(count, resamples, 0)])
-      each = [[bootstrap.samples(total, weights) for total in pair] for pair in pairs]
       name = result.row.name + (", main branch" if branch else "")
       name += f" − {other.row.name}, {len(pairs)} seed" + "s" * (len(pairs) > 1)
-      found[name] = {}
-      for metric in _PAIRED:
-        gaps = 100 * np.array([left[metric] - right[metric] for left, right in each])
-        low, high = np.nanquantile(gaps[:, 1:].mean(0), [0.025, 0.975]).tolist()
-        found[name][metric] = Gap(float(gaps[:, 0].mean()), low, high, gaps[:, 0].tolist())
+      metrics = [*result.metrics, *other.metrics]
+      for part, weights in _weights(metrics, len(pairs[0][0]), resamples).items():
+        each = [[bootstrap.samples(total, weights) for total in pair] for pair in pairs]
+        gaps = {}
+        for metric in _PAIRED:
+          _, key, factor, _ = METRICS[metric]
+          by_seed = factor * np.array([left[key] - right[key] for left, right in each])
+          low, high = np.nanquantile(by_seed[:, 1:].mean(0), [0.025, 0.975]).tolist()
+          gaps[metric] = Gap(float(by_seed[:, 0].mean()), low, high, by_seed[:, 0].tolist())
+        found[", ".join(filter(None, (name, part)))] = gaps
+  return found
+
+
+def _weights(metrics: Sequence[dict], images: int, resamples: int) -> dict:
+  """Draws how often each image counts, 1 + resamples × images; the first row is the images once.
+
+  Returns:
+    {"": weights of all images, part: weights of a union's part, if all metrics have these parts}.
+  """
+  import numpy as np
+
+  from fdep_jax.metrics import bootstrap
+
+  def drawn(count):
+    return np.concatenate([np.ones((1, count)), bootstrap.draw(count, resamples, 0)])
+
+  found, start = {"": drawn(images)}, 0
+  sizes = [{name: part["images"] for name, part in m.get("parts", {}).items()} for m in metrics]
+  if all(size == sizes[0] for size in sizes):
+    for name, size in sizes[0].items():
+      found[name] = np.zeros((1 + resamples, images))
+      found[name][:, start : start + size] = drawn(size)
+      start += size
   return found
