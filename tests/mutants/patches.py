@@ -540,7 +540,7 @@ MUTANTS: list[Mutant] = [
       "statistics.fmean(self.values) if",
       "statistics.median(self.values) if",
     ),
-    ("paired rows are swapped", "left[metric] - right[metric]", "right[metric] - left[metric]"),
+    ("paired rows are swapped", "left[key] - right[key]", "right[key] - left[key]"),
   ),
   # Resume.
   *_mutants(
@@ -800,6 +800,20 @@ MUTANTS: list[Mutant] = [
     "        bootstrap.check_pair(*pair)",
     "        assert pair",
     _tests("sweep", "test_runs_on_different_test_images_are_not_compared"),
+  ),
+  *_mutants(
+    "fdep_jax/tables/table.py",
+    _tests(
+      "sweep",
+      "test_the_parts_of_a_union_are_compared_by_themselves",
+      "test_a_difference_has_an_interval_over_images_and_one_over_seeds",
+    ),
+    ("every part of a union is its first images", "      start += size\n", ""),
+    (
+      "the interval over seeds is that over images",
+      "bootstrap.t_interval(self.by_seed)",
+      "self.low, self.high",
+    ),
   ),
   Mutant(
     "a look at a lock makes a start fail",
