@@ -6,8 +6,8 @@
 
 26 runs: three methods without training, ten of Table 1, the five other networks as published, and
 eight with FDEP that the paper does not have (RPCANet has no top feature to attach it to). NIPPS
-takes two seconds an image, a minute or more at 512×512; its maps are kept in runs/paper/maps, for
-Table S4, too.
+takes one to two seconds an image, about a minute at 512×512; its maps are kept in runs/paper/maps,
+for Table S4, too.
 """
 
 from configs import base, tables

@@ -67,14 +67,14 @@ class Gap(NamedTuple):
   by_seed: list[float]
 
   def __str__(self):
-    text = f"{self.mean:+.2f} ({self.low:+.2f} … {self.high:+.2f}"
-    if len(self.by_seed) > 1:
-      from fdep_jax.metrics import bootstrap
+    from fdep_jax.metrics import bootstrap
 
-      low, high = bootstrap.t_interval(self.by_seed)
-      text += f"; seeds {low:+.2f} … {high:+.2f}"
+    text = f"{self.mean:+.2f} ({self.low:+.2f} … {self.high:+.2f}"
+    if len(self.by_seed) < 2:
+      return text + ")"
+    low, high = bootstrap.t_interval(self.by_seed)
     each = ", ".join(f"{value:+.2f}" for value in self.by_seed)
-    return text + ")" + (f"; {each}" if len(self.by_seed) > 1 else "")
+    return f"{text}; seeds {low:+.2f} … {high:+.2f}); {each}"
 
 
 def command(flags) -> None:
