@@ -93,8 +93,8 @@ def get_config():
   # the length of the run. PAL's rate is constant.
   c.train.schedule = "constant_schedule"
   c.train.schedule_args = ConfigDict({"value": "learning_rate"}, type_safe=False)
-  # Weights to start from: a run's folder, a light.safetensors, or a published file of this network;
-  # "": initial values drawn from the seed (fdep_jax/start.py).
+  # Weights to start from: zoo:NAME, a run's folder, a light.safetensors, or a published file of
+  # this network; "": initial values drawn from the seed (fdep_jax/start.py).
   c.train.init_from = ""
   c.train.labels = "true"  # true | pseudo | both: masks of the train images (appendix D)
   c.train.teacher = ""  # the finished run whose selected main branch makes the pseudo-labels

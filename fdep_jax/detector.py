@@ -10,7 +10,7 @@ from typing import NamedTuple
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fdep_jax import backbones, build, settings
+from fdep_jax import backbones, build, settings, zoo
 from fdep_jax.data import Statistic
 from fdep_jax.fdep import FDEP
 from fdep_jax.metrics import columns
@@ -47,10 +47,10 @@ def load(
   """Loads one branch of a trained run.
 
   Args:
-    workdir: of the run; None if `which` is a path.
+    workdir: of the run; None if `which` is a path. Alone, it may also be a light branch.
     which: "best" (the default; the newest if none was selected), "last", a step, or the path
-      of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or an exported
-      `light.safetensors`.
+      of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or a light branch: an exported
+      `light.safetensors`, or `zoo:NAME`.
     branch: "light", or "main", which needs the run's prior weights; default the deployed one.
     config: of the run, if the prior's file is not where its config.json says.
 
@@ -58,9 +58,13 @@ def load(
     ValueError: the run has no such branch or step, or was trained with different prior weights.
     FileNotFoundError: no run, no checkpoint, or no prior weights.
   """
-  if files.is_light(which):
+  if which is None and zoo.is_light(workdir):
+    workdir, which = None, workdir
+  if zoo.is_light(which):
     if branch == "main":
-      raise ValueError(f"{which} holds the light branch only. Give the --workdir of its run.")
+      raise ValueError(
+        f"{which} holds the light branch only. Leave --branch main out, or name a run."
+      )
     if workdir is not None:
       raise ValueError(f"{which} needs no run: leave --workdir out. Predictions go to --out.")
     return load_light(which)
@@ -130,7 +134,7 @@ def selection_doubt(saved: dict) -> str:
 
 
 def load_light(path: str | os.PathLike) -> Detector:
-  """Loads the light branch from a `light.safetensors` of `--mode export`.
+  """Loads the light branch from a `light.safetensors` of `--mode export`, or from zoo:NAME.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -141,7 +145,7 @@ def load_light(path: str | os.PathLike) -> Detector:
   import converters
   from converters import normalisation
 
-  path = files.expand(path)
+  given, path = path, zoo.place(path)
   arrays = converters.read_torch(path)
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
@@ -167,7 +171,7 @@ def load_light(path: str | os.PathLike) -> Detector:
     nnx.update(model.backbone, checkpoint.unflatten(arrays, weights))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
-  source = f"{path} of {about['run']}" + ("" if step is None else f", step {step}")
+  source = f"{given} of {about['run']}" + ("" if step is None else f", step {step}")
   return Detector(
     model, "light", config, mean, std, None, source, path, step, values, fill, options
   )
@@ -226,6 +230,8 @@ def load_published(
 
   network = backbones.network_class(backbone)
   given = known.parse(mean, std, normalisation)
+  if zoo.named(path):
+    raise ValueError(f"{path} names its network and its normalisation. Leave --backbone out.")
   path = files.expand(path)
   _check_published(path)
   about = _about(path)
@@ -270,12 +276,19 @@ def load_published(
 
 
 def of_flags(flags) -> Detector:
-  """Loads the network that the flags of `--mode predict` or `eval` name; raises as the others."""
+  """Loads the network that the flags of `--mode predict` or `eval` name; raises as the others.
+
+  Without --workdir and --checkpoint it is the best of the zoo.
+  """
   if flags.backbone:
     return load_published(
       flags.checkpoint, flags.backbone, flags.mean, flags.std, flags.normalisation
     )
-  return load(flags.workdir, flags.checkpoint, flags.branch, flags.config)
+  which = flags.checkpoint
+  if which is None and flags.workdir is None:
+    which = zoo.PREFIX + zoo.BEST
+    logging.info("no --workdir or --checkpoint is given: taking %s, the best of the zoo", which)
+  return load(flags.workdir, which, flags.branch, flags.config)
 
 
 def _stated(path: pathlib.Path, given, numbers: tuple[list[float], list[float]]):
@@ -308,8 +321,8 @@ def _check_published(path: pathlib.Path) -> None:
 
 
 def network_of(which: str | os.PathLike) -> str:
-  """Returns the network that a light.safetensors names; raises as `load_light`."""
-  path = files.expand(which)
+  """Returns the network that zoo:NAME, or a light.safetensors, names; raises as `load_light`."""
+  path = zoo.place(which)
   if not path.is_file() or not is_exported(path):
     load_light(which)  # explains what it is instead
   return _about(path)["config"]["model"]["backbone"]
@@ -365,7 +378,8 @@ def _parse_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
   if str(which) in ("best", "last") or str(which).isdecimal():
     if workdir is None:
       raise ValueError(
-        "Name the run, --workdir RUN, or a file or folder, --checkpoint PATH."
+        "Name the run, --workdir RUN, or a file or folder, --checkpoint PATH. This package has "
+        f"trained networks, too: --checkpoint {zoo.PREFIX}{zoo.BEST}."
         if given is None
         else f"--checkpoint {given} needs the --workdir of its run, or give a path."
       )

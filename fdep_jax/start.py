@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fdep_jax import detector, settings
-from fdep_jax.runtime import checkpoint, files
+from fdep_jax import detector, settings, zoo
+from fdep_jax.runtime import checkpoint
 
 # A model's parts, as the first word of the names of its weights.
 _OWN, _FUSION, _MAIN_STATS = "backbone/", "fusion/", "main_stats/"
@@ -20,15 +20,15 @@ def read(source: str | os.PathLike, backbone: str) -> Weights:
   """Reads parameters and running statistics, by their names in an `FDEP`.
 
   Args:
-    source: a run's folder or a checkpoint in it (RUN, RUN/best, RUN/checkpoints/STEP), a
-      light.safetensors of `--mode export`, or a published file for PyTorch.
+    source: zoo:NAME, a run's folder or a checkpoint in it (RUN, RUN/best, RUN/checkpoints/STEP),
+      a light.safetensors of `--mode export`, or a published file for PyTorch.
     backbone: the network that is to start so.
 
   Raises:
     ValueError, FileNotFoundError: there are no such weights, or they are another network's.
   """
-  path = files.expand(source)
   try:
+    path = zoo.place(source)
     if path.is_dir():
       return _of_run(path, backbone)
     if not path.exists():

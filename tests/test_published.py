@@ -327,7 +327,7 @@ def test_a_light_branch_is_scored_and_exported_without_its_run(toy, parse, tmp_p
 
 
 def test_a_setting_that_ends_as_a_light_branch_does_names_none(parse):
-  found = parse("--mode=predict", "--input=x", "--config.prior.checkpoint=vit.safetensors")
+  found = parse("--mode=eval", "--config.prior.checkpoint=vit.safetensors")
   assert "name its folder, --workdir RUN" in found
 
 

@@ -11,8 +11,8 @@ import os
 import pathlib
 import sys
 
+from fdep_jax import zoo
 from fdep_jax.cli import arguments
-from fdep_jax.runtime import files
 from fdep_jax.runtime.signals import Preempted
 
 NEEDS = {  # mode: the flags that it cannot run without
@@ -83,7 +83,9 @@ def program_flags():
   flags.DEFINE_string("method", None, "predict, eval: detector without training, fkrw, mpcm, nipps")
   flags.DEFINE_list("data", None, "eval, validate: folders of datasets, A,B,C")
   flags.DEFINE_string("input", None, "predict: a picture or a folder of pictures")
-  flags.DEFINE_string("checkpoint", None, "predict, export, eval: best, last, a step, or a path")
+  flags.DEFINE_string(
+    "checkpoint", None, "predict, export, eval: best, last, a step, a path, zoo:NAME"
+  )
   flags.DEFINE_string("backbone", None, "the same: network of a published file, --checkpoint FILE")
   flags.DEFINE_string("mean", None, "of that network's images: M, or R,G,B")
   flags.DEFINE_string("std", None, "likewise; above 1, both are grey levels of 0 to 255")
@@ -186,12 +188,19 @@ def check_given(mode, values):
     _refuse("method", values, ("workdir", "checkpoint"), "A method needs no trained run.")
   if mode in OF_PUBLISHED:
     needs = _published(mode, values) or needs
+  if zoo.named(values.workdir):
+    reason = "It is no folder of a run."
+    if mode in OF_PUBLISHED:
+      reason += f" Name it so: --checkpoint {values.workdir}."
+    raise ValueError(f"--workdir {values.workdir}: {reason}")
   missing = [f"--{name}" for name in needs if not getattr(values, name)]
   if missing:
     of_file = f" --backbone {values.backbone}" if mode in OF_PUBLISHED and values.backbone else ""
     hint = ""
     if mode == "eval" and values.checkpoint and not values.backbone:
       hint = " A published file needs --backbone NAME, --data and --out instead."
+    elif mode == "eval" and not values.backbone and not values.method:
+      hint = f" Without a run: --checkpoint {zoo.PREFIX}{zoo.BEST} --data A,B --out DIR."
     raise ValueError(f"--mode {mode}{of_file} needs {' and '.join(missing)}.{hint}")
   if mode == "plan" and values.out and values.workdir:
     raise ValueError("--out and --workdir both name the folder for plan.json. Give one.")
@@ -245,7 +254,7 @@ def _published(mode, values):
         f"A run and a light.safetensors know their normalisation. Leave out {' and '.join(given)}, "
         "or name a published network and its file: --backbone NAME --checkpoint FILE."
       )
-    if mode == "eval" and not values.workdir and files.is_light(values.checkpoint):
+    if mode == "eval" and not values.workdir and zoo.is_light(values.checkpoint):
       return ("checkpoint", *OF_PUBLISHED[mode])
     return None
   _refuse("backbone", values, ("workdir",), "The network is that of a file, not of a run.")
@@ -310,6 +319,7 @@ def _config_of_run(argv):
   """Returns the arguments with the config whose settings they change without naming it.
 
   It is --config=of_run.py:RUN, or without --workdir of_file.py:NETWORK or of_file.py:CHECKPOINT.
+  Prediction without any of them uses the best of the zoo.
   """
   words = arguments.given(argv[1:], ["config"])
   if arguments.mode_of(argv[1:]) not in OF_RUN or "config" in words or not words:
@@ -317,7 +327,10 @@ def _config_of_run(argv):
   values = {flag: arguments.values(argv, flag) for flag in ("backbone", "workdir", "checkpoint")}
   flag = next((flag for flag, found in values.items() if found), None)
   if flag is None:
-    return argv
+    has_method = arguments.values(argv, "method")
+    if has_method or arguments.mode_of(argv[1:]) != "predict":
+      return argv
+    flag, values["checkpoint"] = "checkpoint", [zoo.PREFIX + zoo.BEST]
   file = pathlib.Path(__file__).with_name("of_run.py" if flag == "workdir" else "of_file.py")
   return [argv[0], f"--config={file}:{values[flag][-1]}", *argv[1:]]
 

@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 
-from fdep_jax.runtime import files
+from fdep_jax import zoo
 
 _TRAINED = ("original", "fdep_wo_coisd", "fdep")  # values of the setting `mode`
 _TRUTH = ("true", "false", "yes", "no", "on", "off")
@@ -100,9 +100,9 @@ def check(
     elif "method" in seen:
       lines.append("--method NAME is no network and has no settings. Leave --config.… out.")
     elif (
-      mode in settings
+      mode == "eval"
       and not {"workdir", "backbone"} & {*seen}
-      and not any(map(files.is_light, values(argv, "checkpoint")))
+      and not any(map(zoo.is_light, values(argv, "checkpoint")))
     ):
       lines.append("--config.… changes a setting of a run: name its folder, --workdir RUN.")
   if lines:

@@ -3,9 +3,8 @@
 Or `of_file.py:CHECKPOINT` for a light branch, whose file names its network.
 """
 
-from fdep_jax import detector
-from fdep_jax.runtime import files
+from fdep_jax import detector, zoo
 
 
 def get_config(name: str):
-  return detector.config_of(detector.network_of(name) if files.is_light(name) else name)
+  return detector.config_of(detector.network_of(name) if zoo.is_light(name) else name)

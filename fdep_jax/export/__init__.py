@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdep_jax import build, evaluate, settings
+from fdep_jax import build, evaluate, settings, zoo
 from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Backbone
 from fdep_jax.detector import Detector
@@ -65,7 +65,7 @@ def export(
 
   Args:
     workdir, which: as for `detector.load` (default: the selected checkpoint).
-    out: folder to write; default `export` in the run's folder, if `which` is of a run.
+    out: folder to write; default `export` in the run's folder. A light branch has no run: name it.
 
   Returns:
     The content of `manifest.json`. A file that cannot be written (ONNX without its packages,
@@ -76,7 +76,7 @@ def export(
       cannot be written.
     RuntimeError: a written file gives different numbers than the run.
   """
-  if files.is_light(which):
+  if zoo.is_light(which):
     if out is None:
       raise ValueError(f"--checkpoint {which} is of no run. Name the folder to write, --out DIR.")
     return export_detector(detector_lib.load(workdir, which), out)

@@ -67,11 +67,6 @@ def _put(new: pathlib.Path, path: pathlib.Path) -> None:
   os.replace(new, path)
 
 
-def is_light(checkpoint: str | os.PathLike | int | None) -> bool:
-  """Tells whether a --checkpoint names a light branch alone, a light.safetensors."""
-  return str(checkpoint).endswith(".safetensors")
-
-
 def write(path: str | os.PathLike, content: bytes | str) -> None:
   """Writes a file whole or not at all; text as UTF-8."""
   if isinstance(content, str):

@@ -854,4 +854,18 @@ MUTANTS: list[Mutant] = [
     "    assert mode",
     _tests("wiring", "test_the_deployed_branch_alone_is_scored_alike_and_without_the_prior"),
   ),
+  Mutant(
+    "prediction without a run does not take the best of the zoo",
+    "fdep_jax/detector.py",
+    "    which = zoo.PREFIX + zoo.BEST",
+    "    which = None",
+    _tests("zoo", "test_the_shipped_frame_is_a_scene_whose_targets_are_all_found"),
+  ),
+  Mutant(
+    "a network of the zoo loses its running statistics",
+    "fdep_jax/detector.py",
+    "  nnx.update(model.backbone, checkpoint.unflatten(arrays, weights))",
+    "  nnx.update(model.backbone, checkpoint.unflatten(arrays, weights).filter(nnx.Param))",
+    _tests("zoo", "test_the_shipped_frame_is_a_scene_whose_targets_are_all_found"),
+  ),
 ]
