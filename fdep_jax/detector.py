@@ -36,6 +36,7 @@ class Detector(NamedTuple):
   range: str | tuple[float, float] = ""  # that became the grey levels; "": it had 8-bit images
   fill: Statistic = 0.0  # grey level / 255 that pads images
   options: Mapping[str, object] = {}  # keywords of `backbones.create`: the network's variant
+  exported: Mapping[str, object] = {}  # what `--mode export` wrote into the file, of its run
 
 
 def load(
@@ -58,16 +59,13 @@ def load(
     ValueError: the run has no such branch or step, or was trained with different prior weights.
     FileNotFoundError: no run, no checkpoint, or no prior weights.
   """
-  if which is None and zoo.is_light(workdir):
-    workdir, which = None, workdir
-  if zoo.is_light(which):
+  light = light_of(workdir, which)
+  if light is not None:
     if branch == "main":
       raise ValueError(
-        f"{which} holds the light branch only. Leave --branch main out, or name a run."
+        f"{light} holds the light branch only. The main branch is in a run: name its folder."
       )
-    if workdir is not None:
-      raise ValueError(f"{which} needs no run: leave --workdir out. Predictions go to --out.")
-    return load_light(which)
+    return load_light(light)
   workdir, which = find_checkpoint(workdir, which)
   config = config or settings.load(workdir)
   trained = {"original": ("light",), "fdep_wo_coisd": ("main",)}.get(config.mode, ("light", "main"))
@@ -109,6 +107,22 @@ def load(
     model, branch, config, meta["mean"], meta["std"], prior, source, workdir, step,
     tuple(values) if isinstance(values, list) else values,
   )  # fmt: skip
+
+
+def light_of(
+  workdir: str | os.PathLike | None, which: str | int | None
+) -> str | os.PathLike | None:
+  """Returns the light branch alone that the arguments of `load` name; None if they name a run.
+
+  Raises:
+    ValueError: they name both.
+  """
+  one, other = (workdir, which) if zoo.is_light(workdir) else (which, workdir)
+  if not zoo.is_light(one):
+    return None
+  if other is not None:
+    raise ValueError(f"{one} is no run and has one checkpoint. Leave {other} out.")
+  return one
 
 
 def selection_doubt(saved: dict) -> str:
@@ -173,7 +187,7 @@ def load_light(path: str | os.PathLike) -> Detector:
     raise ValueError(f"{path}: {error}") from None
   source = f"{given} of {about['run']}" + ("" if step is None else f", step {step}")
   return Detector(
-    model, "light", config, mean, std, None, source, path, step, values, fill, options
+    model, "light", config, mean, std, None, source, path, step, values, fill, options, about
   )
 
 
@@ -286,7 +300,7 @@ def of_flags(flags) -> Detector:
     )
   which = flags.checkpoint
   if which is None and flags.workdir is None:
-    which = zoo.PREFIX + zoo.BEST
+    which = zoo.BEST
     logging.info("no --workdir or --checkpoint is given: taking %s, the best of the zoo", which)
   return load(flags.workdir, which, flags.branch, flags.config)
 
@@ -378,8 +392,8 @@ def _parse_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
   if str(which) in ("best", "last") or str(which).isdecimal():
     if workdir is None:
       raise ValueError(
-        "Name the run, --workdir RUN, or a file or folder, --checkpoint PATH. This package has "
-        f"trained networks, too: --checkpoint {zoo.PREFIX}{zoo.BEST}."
+        "Name the run, --workdir RUN, or a file or folder, --checkpoint PATH, or a trained network "
+        f"of this package, --checkpoint {zoo.BEST}."
         if given is None
         else f"--checkpoint {given} needs the --workdir of its run, or give a path."
       )
@@ -394,7 +408,7 @@ def _parse_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
   if not path.is_dir():
     raise FileNotFoundError(
       f"{path} is no checkpoint: give best, last, a step, a folder RUN, RUN/best or "
-      "RUN/checkpoints/STEP, or a light.safetensors."
+      f"RUN/checkpoints/STEP, or a light.safetensors.{zoo.hint(path)}"
     )
   if path.name == "best" or path.parent.name == "best":
     return (path.parent if path.name == "best" else path.parent.parent), "best"

@@ -32,7 +32,7 @@ def read(source: str | os.PathLike, backbone: str) -> Weights:
     if path.is_dir():
       return _of_run(path, backbone)
     if not path.exists():
-      raise FileNotFoundError("there is no such file or folder")
+      raise FileNotFoundError(f"there is no such file or folder.{zoo.hint(path)}")
     if detector.is_exported(path):
       found = detector.load_light(path)
       _check(found.config.model.backbone, backbone)

@@ -7,14 +7,16 @@ import re
 import numpy as np
 import pytest
 import safetensors
-from helpers import ROOT
+from flax import nnx
+from helpers import ROOT, make_folder
 from PIL import Image
 from scipy import ndimage
 
-from fdep_jax import cli, data, detector, export, predict, start, zoo
+from fdep_jax import cli, data, detector, export, predict, report, start, zoo
 from fdep_jax.cli import arguments
 from fdep_jax.data import frames, synthetic
 from fdep_jax.metrics import hse
+from fdep_jax.runtime import checkpoint
 
 README = (ROOT / "README.md").read_text()
 FRAME = ROOT / "docs/frame.png"
@@ -27,6 +29,12 @@ def card(name: str) -> str:
   return zoo.place(f"zoo:{name}").with_suffix(".md").read_text()
 
 
+def exported(name: str) -> dict:
+  """Reads what `--mode export` wrote into a network's file."""
+  with safetensors.safe_open(zoo.place(f"zoo:{name}"), framework="numpy") as content:
+    return json.loads(content.metadata()["fdep_jax"])
+
+
 def scores(name: str, chapter: str) -> dict[str, list[float]]:
   """Reads {set: numbers of its row} in a table of a card, without the intervals."""
   text = card(name).split(f"## {chapter}")[1].split("\n## ")[0]
@@ -37,10 +45,8 @@ def scores(name: str, chapter: str) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("name", zoo.names())
 def test_a_network_is_small_and_tells_what_it_is(name):
-  file = zoo.place(f"zoo:{name}")
-  assert file.stat().st_size <= 3e6
-  with safetensors.safe_open(file, framework="numpy") as content:
-    about = json.loads(content.metadata()["fdep_jax"])
+  assert zoo.place(f"zoo:{name}").stat().st_size <= 3e6
+  about = exported(name)
   assert about["config"]["model"]["backbone"] == name and about["config"]["mode"] == "fdep"
   assert re.fullmatch(r"runs/[\w/-]+", about["run"])  # no place of one machine
   assert f"seed {about['config']['seed']}" in card(name)
@@ -61,12 +67,44 @@ def test_the_readme_lists_every_network_with_the_scores_of_its_card():
     assert numbers == [*(found[key][-1] for key in (*SETS, "SIRST3")), found["SIRST3"][1]]
 
 
+@pytest.mark.parametrize("name", zoo.names())
+def test_a_card_has_the_numbers_of_its_run(name):
+  """All scores with their intervals, the held-out score, and what Weaknesses computes of them."""
+  metrics = json.loads((run_of(name) / "metrics.json").read_text())
+  text = " ".join(card(name).split())
+  parts = {part: found["light"] for part, found in metrics["parts"].items()}
+  for key, light in ({"SIRST3": metrics["light"]} | parts).items():
+    cells = [f"| {key} | {light['images']}"]
+    for metric in ("iou", "niou", "pd", "fa", "hse_p", "hse_t", "hse"):
+      factor = 1e6 if metric == "fa" else 100
+      low, high = light["intervals"][metric]
+      cells.append(f"{factor * light[metric]:.2f} ({factor * low:.2f}–{factor * high:.2f})")
+    assert " | ".join(cells) + " |" in text
+    if key != "SIRST3":
+      alarms = light["false_alarms"] / light["pixels"] * 512**2
+      assert f"{alarms:.2f} on {key}" in text
+  light = metrics["light"]
+  assert f"{100 * light['precision']:.0f} % belong" in text
+  assert f"it marks {100 * light['recall']:.0f} %" in text
+  assert metrics["checkpoint"] == exported(name)["step"]
+  assert f"{100 * held_out(name):.2f}" == re.search(r"held-out HSE is (\d+\.\d\d)", text)[1]
+
+
+def run_of(name: str):
+  """The folder of results of a network's training."""
+  workdir = exported(name)["run"].split("/")
+  return ROOT / "results" / workdir[-2] / "runs" / workdir[-1]
+
+
+def held_out(name: str) -> float:
+  lines = map(json.loads, (run_of(name) / "metrics.jsonl").read_text().splitlines())
+  found = {line["step"]: line["eval"]["light"]["hse"] for line in lines if "eval" in line}
+  assert found[exported(name)["step"]] == max(found.values())
+  return max(found.values())
+
+
 def test_the_best_is_the_one_with_the_highest_held_out_score():
-  held_out = {
-    name: float(re.search(r"held-out HSE is (\d+\.\d\d)", card(name).replace("\n", " "))[1])
-    for name in zoo.names()
-  }
-  assert zoo.BEST == max(held_out, key=held_out.get)
+  assert zoo.BEST == "zoo:" + max(zoo.names(), key=held_out)
 
 
 @pytest.mark.parametrize("name", zoo.names())
@@ -89,7 +127,7 @@ def test_the_shipped_frame_is_a_scene_whose_targets_are_all_found(
   caplog.set_level(logging.INFO)
   parse("--mode=predict", f"--input={FRAME}", f"--out={tmp_path}")
   cli.main([])
-  assert f"taking zoo:{zoo.BEST}, the best of the zoo" in caplog.text
+  assert f"taking {zoo.BEST}, the best of the zoo" in caplog.text
   sample = synthetic.scene(*SCENE)[0]
   np.testing.assert_array_equal(np.asarray(Image.open(FRAME)), sample.image[..., 0])
   label, number = ndimage.label(sample.mask, np.ones((3, 3)))
@@ -99,49 +137,89 @@ def test_the_shipped_frame_is_a_scene_whose_targets_are_all_found(
   assert hit == {*range(1, number + 1)} and len(frame["targets"]) == number
 
 
-def test_a_network_is_the_same_by_every_door():
+def test_a_network_is_the_same_by_every_door(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   one = detector.load("zoo:acm")  # as predict.load
   other = detector.load(None, zoo.place("zoo:acm"))
-  begun = start.read("zoo:acm", "acm")
   frame = next(frames.read(FRAME))
   prob = predict.Predictor(one)(frame)
   np.testing.assert_array_equal(predict.Predictor(other)(frame), prob)
-  assert begun and {name.partition("/")[0] for name in begun} == {"backbone"}
   assert one.source.startswith("zoo:acm of runs/") and one.branch == "light"
+  weights = nnx.state(one.model.backbone, nnx.Any(nnx.Param, nnx.BatchStat))
+  expected = {f"backbone/{name}": array for name, array in checkpoint.flatten(weights).items()}
+  begun = start.read("zoo:acm", "acm")
+  assert begun.keys() == expected.keys()
+  for name, array in expected.items():
+    np.testing.assert_array_equal(begun[name], array)
+
+
+def test_a_dataset_is_scored_by_name(tmp_path, parse, monkeypatch):
+  monkeypatch.setattr(cli.logging, "basicConfig", lambda **_: None)
+  root, out = make_folder(tmp_path / "mine"), tmp_path / "out"
+  parse("--mode=eval", "--checkpoint=zoo:acm", f"--data={root}", f"--out={out}")
+  cli.main([])
+  found = json.loads((out / "mine" / "metrics.json").read_text())
+  assert found["inputs"]["network"].startswith("zoo:acm of runs/")
+  total, predictor = hse.Accumulator(), predict.Predictor(detector.load("zoo:acm"))
+  for sample in data.load(root, "test"):
+    total.update(predictor(sample.image), sample.mask)
+  assert found["light"]["hse"] == pytest.approx(total.result().hse, abs=1e-6)
+
+
+def test_an_export_tells_of_the_run_and_its_scores():
+  about = export._about(detector.load("zoo:acm"))
+  assert about["run"] == exported("acm")["run"] and about["step"] == exported("acm")["step"]
+  assert 100 * about["metrics"]["hse"] == pytest.approx(
+    scores("acm", "Scores")["SIRST3"][-1], abs=0.01
+  )
 
 
 @pytest.mark.parametrize(
   "load, said",
   [
-    (lambda: detector.load(None, "zoo:nothing"), r"There is no zoo:nothing. The zoo has zoo:acm"),
-    (lambda: detector.load("zoo:nothing"), "The zoo has"),
-    (lambda: detector.load(None, "zoo:acm", "main"), "holds the light branch only"),
-    (lambda: detector.load("runs/x", "zoo:acm"), "leave --workdir out"),
-    (lambda: detector.load_published("zoo:acm", "acm"), "Leave --backbone out"),
-    (lambda: start.read("zoo:nothing", "acm"), "init_from=zoo:nothing: .*The zoo has"),
+    (lambda: detector.load(None, "zoo:ACM"), "There is no zoo:ACM. Do you mean zoo:acm[?]"),
+    (lambda: detector.load(None, "zoo:"), "There is no zoo:. Trained networks .*: zoo:acm"),
+    (lambda: detector.load("zoo:msda"), "There is no zoo:msda. Trained networks .*: zoo:acm"),
+    (lambda: detector.load(None, "zoo/acm"), "Do you mean zoo:acm[?]"),
+    (lambda: detector.load(None, "acm"), "Do you mean zoo:acm[?]"),
+    (lambda: start.read("acm", "acm"), "init_from=acm: .*Do you mean zoo:acm[?]"),
+    (lambda: start.read("zoo:msda", "acm"), "init_from=zoo:msda: There is no"),
     (lambda: start.read("zoo:acm", "mlcl"), "its network is acm, and model.backbone is mlcl"),
+    (lambda: detector.load(None, "zoo:acm", "main"), "light branch only. The main branch is in a"),
+    (lambda: detector.load("runs/x", "zoo:acm"), "zoo:acm is no run .* Leave runs/x out"),
+    (lambda: detector.load("zoo:acm", "best"), "zoo:acm is no run .* Leave best out"),
+    (lambda: detector.load_published("zoo:acm", "acm"), "Leave --backbone out"),
     (lambda: export.export(None, None, "zoo:acm"), "--out DIR"),
-    (lambda: detector.load(None), "--checkpoint zoo:"),
+    (lambda: export.export("zoo:acm"), "--out DIR"),
+    (lambda: detector.load(None), "--checkpoint zoo:acm"),
+    (lambda: report.of(["zoo:acm"], "x.html"), "--mode eval --checkpoint FILE"),
   ],
 )
 def test_a_wrong_name_or_use_is_refused_with_the_right_one(load, said):
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises((ValueError, FileNotFoundError), match=said):
     load()
 
 
 @pytest.mark.parametrize(
   "words, said",
   [
-    (["--mode=predict", "--input=x", "--workdir=zoo:acm"], "Name it so: --checkpoint zoo:acm"),
-    (["--mode=eval", "--workdir=zoo:acm"], "Name it so: --checkpoint zoo:acm"),
-    (["--mode=sweep", "--config=quickstart", "--workdir=zoo:acm"], "no folder of a run"),
-    (["--mode=eval", "--data=x", "--out=y"], "Without a run: --checkpoint zoo:"),
-    (["--mode=eval", "--checkpoint=zoo:acm"], "--data and --out"),
+    (["--mode=predict", "--input=x", "--workdir=zoo:acm"], "so: --checkpoint zoo:acm.$"),
+    (["--mode=predict", "--input=x", "--workdir=zoo:msda"], "There is no zoo:msda"),
+    (["--mode=eval", "--workdir=zoo:acm"], "so: --checkpoint zoo:acm.$"),
+    (["--config=quickstart", "--workdir=zoo:acm"], "init_from=zoo:acm --workdir FOLDER.$"),
+    (["--mode=sweep", "--config=quickstart", "--workdir=zoo:acm"], "no folder of a run.$"),
+    (["--mode=eval", "--data=x", "--out=y"], "Without a run: --checkpoint zoo:acm --data"),
+    (["--mode=eval", "--checkpoint=zoo:acm"], "^--mode eval needs --data and --out.$"),
+    (["--mode=eval", "--checkpoint=acm", "--out=y"], "is named --checkpoint zoo:acm.$"),
+    (["--mode=eval", "--workdir=x", "--checkpoint=zoo:acm"], "needs no run: leave --workdir out"),
+    (["--mode=export", "--workdir=x", "--checkpoint=a.safetensors"], "leave --workdir out"),
+    (["--mode=export", "--checkpoint=zoo:ACM"], "Do you mean zoo:acm[?]"),
+    (["--mode=predict", "--input=x", "--checkpoint=zoo:acm", "--mean=1"], "zoo:NAME know their"),
   ],
 )
 def test_a_command_that_names_it_wrongly_is_told_how(words, said, parse):
   with pytest.raises(ValueError, match=said):
-    cli.check_given(arguments.mode_of(words), parse(*words))
+    cli.check_given(arguments.mode_of(words) or "train", parse(*words))
 
 
 @pytest.mark.slow

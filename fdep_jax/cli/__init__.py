@@ -188,24 +188,43 @@ def check_given(mode, values):
     _refuse("method", values, ("workdir", "checkpoint"), "A method needs no trained run.")
   if mode in OF_PUBLISHED:
     needs = _published(mode, values) or needs
-  if zoo.named(values.workdir):
-    reason = "It is no folder of a run."
-    if mode in OF_PUBLISHED:
-      reason += f" Name it so: --checkpoint {values.workdir}."
-    raise ValueError(f"--workdir {values.workdir}: {reason}")
+  if "workdir" in USES[mode]:
+    _check_light(mode, values)
   missing = [f"--{name}" for name in needs if not getattr(values, name)]
   if missing:
     of_file = f" --backbone {values.backbone}" if mode in OF_PUBLISHED and values.backbone else ""
     hint = ""
-    if mode == "eval" and values.checkpoint and not values.backbone:
-      hint = " A published file needs --backbone NAME, --data and --out instead."
-    elif mode == "eval" and not values.backbone and not values.method:
-      hint = f" Without a run: --checkpoint {zoo.PREFIX}{zoo.BEST} --data A,B --out DIR."
+    if mode == "eval" and not values.backbone and not values.method:
+      if not values.checkpoint:
+        hint = f" Without a run: --checkpoint {zoo.BEST} --data A,B --out DIR."
+      elif not zoo.is_light(values.checkpoint):
+        hint = (
+          " A published file needs --backbone NAME, --data and --out instead; a trained network of "
+          f"this package is named --checkpoint {zoo.BEST}."
+        )
     raise ValueError(f"--mode {mode}{of_file} needs {' and '.join(missing)}.{hint}")
   if mode == "plan" and values.out and values.workdir:
     raise ValueError("--out and --workdir both name the folder for plan.json. Give one.")
   if mode == "table" and values.seeds and values.config is None:
     raise ValueError("--seeds chooses runs of a table. Name it (--config), or leave --seeds out.")
+
+
+def _check_light(mode, values):
+  """Raises ValueError if --workdir names a light branch, or --checkpoint does beside --workdir."""
+  checkpoint = getattr(values, "checkpoint", None)
+  if zoo.named(values.workdir):
+    zoo.place(values.workdir)
+    uses = {name: f"--checkpoint {values.workdir}" for name in OF_PUBLISHED}
+    uses["train"] = f"--config.train.init_from={values.workdir} --workdir FOLDER"
+    way = f" Name it so: {uses[mode]}." if mode in uses else ""
+    raise ValueError(f"--workdir {values.workdir}: It is no folder of a run.{way}")
+  if mode in OF_PUBLISHED and zoo.is_light(checkpoint):
+    if not values.backbone:
+      zoo.place(checkpoint)
+    if values.workdir:
+      raise ValueError(
+        f"--checkpoint {checkpoint} needs no run: leave --workdir out. Results go to --out."
+      )
 
 
 def _check_places(values):
@@ -251,8 +270,9 @@ def _published(mode, values):
     given = [f"--{name}" for name in _FILE if getattr(values, name)]
     if given:
       raise ValueError(
-        f"A run and a light.safetensors know their normalisation. Leave out {' and '.join(given)}, "
-        "or name a published network and its file: --backbone NAME --checkpoint FILE."
+        "A run, a light.safetensors and zoo:NAME know their normalisation. Leave out "
+        f"{' and '.join(given)}, or name a published network and its file: --backbone NAME "
+        "--checkpoint FILE."
       )
     if mode == "eval" and not values.workdir and zoo.is_light(values.checkpoint):
       return ("checkpoint", *OF_PUBLISHED[mode])
@@ -319,7 +339,6 @@ def _config_of_run(argv):
   """Returns the arguments with the config whose settings they change without naming it.
 
   It is --config=of_run.py:RUN, or without --workdir of_file.py:NETWORK or of_file.py:CHECKPOINT.
-  Prediction without any of them uses the best of the zoo.
   """
   words = arguments.given(argv[1:], ["config"])
   if arguments.mode_of(argv[1:]) not in OF_RUN or "config" in words or not words:
@@ -327,10 +346,7 @@ def _config_of_run(argv):
   values = {flag: arguments.values(argv, flag) for flag in ("backbone", "workdir", "checkpoint")}
   flag = next((flag for flag, found in values.items() if found), None)
   if flag is None:
-    has_method = arguments.values(argv, "method")
-    if has_method or arguments.mode_of(argv[1:]) != "predict":
-      return argv
-    flag, values["checkpoint"] = "checkpoint", [zoo.PREFIX + zoo.BEST]
+    return argv
   file = pathlib.Path(__file__).with_name("of_run.py" if flag == "workdir" else "of_file.py")
   return [argv[0], f"--config={file}:{values[flag][-1]}", *argv[1:]]
 

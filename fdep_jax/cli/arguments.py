@@ -17,6 +17,7 @@ _INSTEAD = {
   ("train", "checkpoint"): "A run continues from its own newest checkpoint; a new one starts from "
   "its seed.",
   ("train", "data"): "The dataset is a setting: --config.data.root=FOLDER.",
+  ("train", "input"): "Targets in frames are found by --mode predict.",
   ("train", "out"): "The results of a run are in its --workdir.",
   ("train", "seeds"): "The seed of a run is --config.seed=1.",
   ("sweep", "out"): "The runs are in --workdir; --mode table writes to --out.",
@@ -100,11 +101,14 @@ def check(
     elif "method" in seen:
       lines.append("--method NAME is no network and has no settings. Leave --config.… out.")
     elif (
-      mode == "eval"
+      mode in settings
       and not {"workdir", "backbone"} & {*seen}
       and not any(map(zoo.is_light, values(argv, "checkpoint")))
     ):
-      lines.append("--config.… changes a setting of a run: name its folder, --workdir RUN.")
+      lines.append(
+        "--config.… changes a setting of a run: name its folder, --workdir RUN, or a network, "
+        f"--checkpoint {zoo.BEST}."
+      )
   if lines:
     raise ValueError("\n".join(lines))
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fdep_jax import build, evaluate, settings, zoo
+from fdep_jax import build, evaluate, settings
 from fdep_jax import detector as detector_lib
 from fdep_jax.backbones import Backbone
 from fdep_jax.detector import Detector
@@ -76,10 +76,12 @@ def export(
       cannot be written.
     RuntimeError: a written file gives different numbers than the run.
   """
-  if zoo.is_light(which):
+  light = detector_lib.light_of(workdir, which)
+  if light is not None:
+    detector = detector_lib.load_light(light)
     if out is None:
-      raise ValueError(f"--checkpoint {which} is of no run. Name the folder to write, --out DIR.")
-    return export_detector(detector_lib.load(workdir, which), out)
+      raise ValueError(f"--checkpoint {light} is of no run. Name the folder to write, --out DIR.")
+    return export_detector(detector, out)
   run, _ = detector_lib.find_checkpoint(workdir, which)
   if settings.load(run).mode == "fdep_wo_coisd":
     raise ValueError(
@@ -307,7 +309,7 @@ def _about(detector: Detector) -> dict:
   multiple = f"height and width multiples of {net.stride}"
   return {
     "network": config.model.backbone,
-    "run": str(detector.folder),
+    "run": detector.exported.get("run", str(detector.folder)),
     "mode": config.mode,
     "step": detector.step,
     "parameters": build.count_parameters(nnx.state(net, nnx.Param)),
@@ -340,7 +342,7 @@ def _about(detector: Detector) -> dict:
       },
     },
     "threshold": THRESHOLD,
-    "metrics": _metrics(detector.folder, detector.step),
+    "metrics": detector.exported.get("metrics") or _metrics(detector.folder, detector.step),
   }
 
 

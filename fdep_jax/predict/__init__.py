@@ -139,7 +139,7 @@ def _detector(flags):
       )
     return untrained.Detector(flags.method)
   detector = detector_lib.of_flags(flags)
-  mesh.cache_programs(detector.config)
+  mesh.cache_programs(flags.config or detector.config)
   return detector
 
 

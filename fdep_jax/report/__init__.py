@@ -138,7 +138,9 @@ def of(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib
   absent = [str(f / "report.html") for f in folders if not (f / "report.html").is_file()]
   if absent:
     raise FileNotFoundError(
-      f"There is no {', no '.join(absent)}. Evaluate these runs first (--mode eval --workdir RUN)."
+      f"There is no {', no '.join(absent)}. Evaluate these runs first (--mode eval --workdir RUN). "
+      "A network of a file, or of the zoo: --mode eval --checkpoint FILE --data DATA --out DIR, "
+      "and then --runs DIR/DATA."
     )
   reports = [_read(folder / "report.html") for folder in folders]
   keys = ("name", "height", "width", "mask")

@@ -9,19 +9,19 @@ import pathlib
 
 from fdep_jax.runtime import files
 
-PREFIX = "zoo:"
-BEST = "acm"  # by the HSE of the held-out images, as the cards have it
+_PREFIX = "zoo:"
+BEST = "zoo:acm"  # by the HSE of the held-out images, as the cards have it
 _FOLDER = pathlib.Path(__file__).parent
 
 
 def names() -> list[str]:
-  """Lists the trained networks."""
+  """Lists the trained networks, without `zoo:`."""
   return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
 
 
 def named(checkpoint: str | os.PathLike | int | None) -> bool:
   """Tells whether a --checkpoint is `zoo:NAME`."""
-  return str(checkpoint).startswith(PREFIX)
+  return str(checkpoint).startswith(_PREFIX)
 
 
 def is_light(checkpoint: str | os.PathLike | int | None) -> bool:
@@ -37,8 +37,15 @@ def place(path: str | os.PathLike) -> pathlib.Path:
   """
   if not named(path):
     return files.expand(path)
-  name = str(path).removeprefix(PREFIX)
+  name = str(path).removeprefix(_PREFIX)
   if name not in names():
-    known = ", ".join(PREFIX + name for name in names())
-    raise ValueError(f"There is no {path}. The zoo has {known}.")
+    raise ValueError(f"There is no {path}.{hint(path)}")
   return _FOLDER / f"{name}.safetensors"
+
+
+def hint(checkpoint: str | os.PathLike) -> str:
+  """Says, for a checkpoint that does not exist, which network of the zoo may be meant."""
+  name = pathlib.Path(str(checkpoint).replace(":", "/")).stem.lower()
+  if name in names():
+    return f" Do you mean {_PREFIX}{name}?"
+  return f" Trained networks of this package: {', '.join(_PREFIX + n for n in names())}."

@@ -857,7 +857,7 @@ MUTANTS: list[Mutant] = [
   Mutant(
     "prediction without a run does not take the best of the zoo",
     "fdep_jax/detector.py",
-    "    which = zoo.PREFIX + zoo.BEST",
+    "    which = zoo.BEST",
     "    which = None",
     _tests("zoo", "test_the_shipped_frame_is_a_scene_whose_targets_are_all_found"),
   ),
