@@ -211,19 +211,17 @@ def check_given(mode, values):
 
 def _check_light(mode, values):
   """Raises ValueError if --workdir names a light branch, or --checkpoint does beside --workdir."""
-  checkpoint = getattr(values, "checkpoint", None)
   if zoo.named(values.workdir):
     zoo.place(values.workdir)
     uses = {name: f"--checkpoint {values.workdir}" for name in OF_PUBLISHED}
     uses["train"] = f"--config.train.init_from={values.workdir} --workdir FOLDER"
     way = f" Name it so: {uses[mode]}." if mode in uses else ""
     raise ValueError(f"--workdir {values.workdir}: It is no folder of a run.{way}")
-  if mode in OF_PUBLISHED and zoo.is_light(checkpoint):
-    if not values.backbone:
-      zoo.place(checkpoint)
+  if mode in OF_PUBLISHED and zoo.is_light(values.checkpoint):
+    zoo.place(values.checkpoint)
     if values.workdir:
       raise ValueError(
-        f"--checkpoint {checkpoint} needs no run: leave --workdir out. Results go to --out."
+        f"--checkpoint {values.checkpoint} needs no run: leave --workdir out. Results go to --out."
       )
 
 
