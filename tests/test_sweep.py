@@ -501,6 +501,15 @@ def test_rows_are_compared_with_the_baseline_that_they_name(toy, tmp_path):
   assert names == ["training.png", "pr.png", "found_toy-fdep_wo_coisd.png"]
 
 
+def test_a_curve_of_losses_is_averaged_over_pieces():
+  steps, values = [*range(200)], [*range(100), *[5] * 100]
+  found = figures._means(steps, values)
+  np.testing.assert_allclose(found[0], 1.5 + 4 * np.arange(50))
+  np.testing.assert_allclose(found[1], [*(1.5 + 4 * np.arange(25)), *[5] * 25])
+  np.testing.assert_allclose(figures._means([3, 7], [1, 2]), [[3, 7], [1, 2]])
+  assert figures._means([], []).shape[1] == 0
+
+
 def with_maps(tmp_path, toy):
   """Two rows whose maps are known: the first finds nothing, the second everything, and one more."""
   for run in six(tmp_path, toy):

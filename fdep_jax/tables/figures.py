@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from fdep_jax import data
+from fdep_jax import data, forward
 from fdep_jax.data import Sample
 from fdep_jax.metrics import hse, per_image
 from fdep_jax.report import plots
@@ -44,18 +44,22 @@ def write(results, out: pathlib.Path) -> list[pathlib.Path]:
 
 
 def training(path: pathlib.Path, results) -> pathlib.Path:
-  """Draws loss and HSE of the deployed branch on the selection images; one line a seed."""
+  """Draws loss and HSE of the deployed branch on the selection images; one line a seed.
+
+  A point of the loss is the mean over a fiftieth of the run: single steps differ too much.
+  """
   figure, (left, right) = plots.figure(1, 2, (10, 4))
   for number, result in enumerate(results):
     for i, run in enumerate(result.runs):
       lines = _log(run)
       style = {"color": f"C{number % 10}", "alpha": 0.8, "lw": 1}
       style |= {"label": result.row.name} if not i else {}
-      left.plot(*_pairs((line["step"], line.get("loss")) for line in lines), **style)
-      branch = "main" if run.config.mode == "fdep_wo_coisd" else "light"
+      branch = forward.deployed_branch(run.config.mode)
+      losses = ((line["step"], line.get(f"loss_{branch}", line.get("loss"))) for line in lines)
+      left.plot(*_means(*_pairs(losses)), **style)
       scores = ((line["step"], line.get("eval", {}).get(branch, {}).get("hse")) for line in lines)
       right.plot(*_pairs(scores), **style, marker=".")
-  left.set(xlabel="step", ylabel="loss", yscale="log")
+  left.set(xlabel="step", ylabel="loss of the deployed branch", yscale="log")
   right.set(xlabel="step", ylabel="HSE on the selection images, fraction", ylim=(0, 1))
   right.legend(fontsize=7)
   return plots.save(figure, path)
@@ -208,6 +212,18 @@ def _test_images(root: str, synthetic: tuple[int, int]) -> list[Sample]:
 def _log(run: Run) -> list[dict]:
   path = run.folder / "metrics.jsonl"
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _means(steps: list, values: list, parts: int = 50) -> np.ndarray:
+  """Averages a curve over so many pieces of equal length; a shorter one stays as it is.
+
+  Returns:
+    (2, pieces): mean step and mean value of each.
+  """
+  curve = np.array([steps, values], float)
+  if len(steps) <= parts:
+    return curve
+  return np.stack([piece.mean(1) for piece in np.array_split(curve, parts, axis=1)], axis=1)
 
 
 def _pairs(points) -> tuple[list, list]:
