@@ -22,6 +22,30 @@ def collected(name: str) -> tuple[experiments.Table, list[table.Result]]:
   return found, table.collect(found, start, ROOT / "results" / name / "runs")
 
 
+def chapter(name: str) -> str:
+  """Returns what the text says of a table, from its heading on."""
+  return TEXT.split(f"## `{name}`")[1].split("\n## ")[0]
+
+
+def gaps(name: str) -> dict[tuple[str, str], dict]:
+  """Returns (comparison, metric) -> the committed difference, if it has seeds enough to test."""
+  paired = json.loads((ROOT / "results" / name / "table.json").read_text())["paired"]
+  return {
+    (comparison, metric): gap
+    for comparison, found in paired.items()
+    for metric, gap in found.items()
+    if len(gap["by_seed"]) > 1
+  }
+
+
+def t_interval(gap: dict) -> tuple[float, float]:
+  return bootstrap.t_interval(gap["by_seed"])
+
+
+def signed(*values: float) -> str:
+  return " … ".join(f"{value:+.2f}".replace("-", "−") for value in values)
+
+
 def test_there_are_results():
   assert "nuaa_cpu" in NAMES
 
@@ -29,7 +53,9 @@ def test_there_are_results():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_run_is_of_todays_config_and_in_the_table(name):
   found, results = collected(name)
-  assert not any(result.why for result in results)  # none is missing, none of another config
+  reasons = [result.why for result in results if result.why]
+  assert all("not run, seed" in why for why in reasons)  # so no run is of another config
+  assert bool(reasons) == ("(under way" in chapter(name).splitlines()[0])
   folder = ROOT / "results" / name
   committed = json.loads((folder / "table.json").read_text())
   comparisons = {
@@ -46,24 +72,30 @@ def test_every_run_is_of_todays_config_and_in_the_table(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_in_the_text_is_in_its_table(name):
   """Every number of two decimals in the chapter on a table is a number of the table."""
-  chapter = TEXT.split(f"## `{name}`")[1].split("\n## ")[0].split("### Outcome")[1]
+  outcome = chapter(name).split("### Outcome")[1]
   committed = (ROOT / "results" / name / "table.json").read_text()
   known = {f"{float(n):.2f}" for n in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", committed)}
+  known |= {f"{end:.2f}" for gap in gaps(name).values() for end in t_interval(gap)}
   for row in json.loads(committed)["rows"]:
     known |= {f"{statistics.fmean(v):.2f}" for v in row["main_branch"].values()}
   for path in (ROOT / f"results/{name}/runs").glob("*/metrics.json"):
     newest = json.loads(path.read_text())["last"]
     known |= {f"{100 * newest[b]['hse']:.2f}" for b in ("light", "main") if b in newest}
-  written = re.findall(r"[+−]?\d+\.\d\d", chapter)
+  written = re.findall(r"[+−]?\d+\.\d\d", outcome)
   assert len(written) > 5
   assert {w.lstrip("+").replace("−", "-") for w in written} <= known
 
 
 def test_the_readme_has_the_tables_means():
-  page = (ROOT / "results/nuaa_cpu/table.md").read_text()
   readme = (ROOT / "README.md").read_text()
   written = re.findall(r"\d+\.\d\d ± \d+\.\d\d", readme)
-  assert len(written) == 4 and all(f"| {mean} (3) |" in page for mean in written)
+  assert len(written) == 8
+  for name, seeds, means in (("nuaa_cpu", 3, written[:4]), ("sirst3_cpu", 5, written[4:])):
+    page = (ROOT / f"results/{name}/table.md").read_text()
+    assert all(f"| {mean} ({seeds}) |" in page for mean in means)
+  gap = gaps("sirst3_cpu")["acm-fdep − acm-original, 5 seeds", "hse"]
+  claim = f"higher by {gap['mean']:.2f}, with a 95 % t interval over the five seeds of "
+  assert claim + signed(*t_interval(gap)) in " ".join(readme.split())
 
 
 def test_the_rows_of_the_text_are_those_of_the_table():
@@ -125,6 +157,60 @@ def test_the_newest_checkpoints_of_the_text_are_those_of_the_runs():
     for choice in ("", "-released", "-shared")
   )
   assert f"the three have {ours}, {released} and {shared}" in text
+
+
+SHORT = {  # of the rows of sirst3_cpu, in the text
+  "acm-original": "ACM as published",
+  "acm-fdep_wo_coisd": "FDEP w/o CO-ISD",
+  "acm-fdep": "FDEP",
+}
+
+
+def test_the_study_says_the_scores_of_its_runs():
+  """From the runs alone, so that the table is checked, too."""
+
+  def hse_of(row: str, seed: int) -> float:
+    path = ROOT / f"results/sirst3_cpu/runs/{row}_seed{seed}/metrics.json"
+    metrics = json.loads(path.read_text())
+    return 100 * metrics[metrics["deployed"]]["hse"]
+
+  text = " ".join(chapter("sirst3_cpu").split())
+  scores = {row: [hse_of(row, seed) for seed in range(5)] for row in SHORT}
+  for row, values in scores.items():
+    cells = " | ".join(f"{value:.2f}" for value in (*values, statistics.fmean(values)))
+    assert re.search(rf"\| {re.escape(SHORT[row])}[^|]* \| {re.escape(cells)} \|", text), row
+  pairs = zip(scores["acm-fdep"], scores["acm-original"], strict=True)
+  differences = [ours - theirs for ours, theirs in pairs]
+  low, high = bootstrap.t_interval(differences)
+  assert f"differs by HSE {signed(statistics.fmean(differences))} on average." in text
+  assert f"The 95 % t interval over the five seeds, {signed(low, high)}, holds 0." in text
+  assert low < 0 < high < 75.81 - 68.05  # the gain of the paper
+  assert sum(d > 0 for d in differences) == 4
+
+
+def test_the_study_says_the_differences_of_its_table():
+  text, found = chapter("sirst3_cpu"), gaps("sirst3_cpu")
+  comparisons = sorted({comparison for comparison, _ in found if comparison.endswith("seeds")})
+  assert comparisons
+  for comparison in comparisons:
+    row, baseline = comparison.split(", ")[0].split(" − ")
+    parts = ("", ", NUAA-SIRST", ", NUDT-SIRST", ", IRSTD-1K")
+    differences = [found[comparison + part, "hse"] for part in parts]
+    cells = [f"{signed(gap['mean'])} ({signed(*t_interval(gap))})" for gap in differences]
+    count = len(differences[0]["by_seed"])
+    assert f"| {SHORT[row]} − {SHORT[baseline]} | {count} | {' | '.join(cells)} |" in text
+  primary = found["acm-fdep − acm-original, 5 seeds", "hse"]
+  image = signed(primary["low"], primary["high"])
+  assert f"the 95 % interval of the same mean is {image}." in " ".join(text.split())
+
+
+def test_the_study_says_which_intervals_hold_0():
+  text, found = " ".join(chapter("sirst3_cpu").split()), gaps("sirst3_cpu")
+  off = [key for key, gap in found.items() if t_interval(gap)[0] * t_interval(gap)[1] > 0]
+  assert off == [("acm-fdep_wo_coisd − acm-original, 5 seeds, NUDT-SIRST", "fa_1e6")]
+  ends = signed(*t_interval(found[off[0]]))
+  assert f"Of the {len(found)} intervals one does not" in text
+  assert f"(Fa {signed(found[off[0]]['mean'])}, {ends})" in text
 
 
 COUNTED = sorted(ROOT.glob("results/**/counts.npz"))
