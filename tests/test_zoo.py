@@ -17,6 +17,7 @@ from fdep_jax.cli import arguments
 from fdep_jax.data import frames, synthetic
 from fdep_jax.metrics import hse
 from fdep_jax.runtime import checkpoint
+from fdep_jax.tables import figures
 
 README = (ROOT / "README.md").read_text()
 FRAME = ROOT / "docs/frame.png"
@@ -96,11 +97,26 @@ def run_of(name: str):
   return ROOT / "results" / workdir[-2] / "runs" / workdir[-1]
 
 
+def evaluations(run) -> dict[int, float]:
+  """Returns step -> HSE on the held-out images."""
+  lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+  return {line["step"]: line["eval"]["light"]["hse"] for line in lines if "eval" in line}
+
+
 def held_out(name: str) -> float:
-  lines = map(json.loads, (run_of(name) / "metrics.jsonl").read_text().splitlines())
-  found = {line["step"]: line["eval"]["light"]["hse"] for line in lines if "eval" in line}
+  found = evaluations(run_of(name))
   assert found[exported(name)["step"]] == max(found.values())
   return max(found.values())
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_a_network_is_the_best_seed_on_held_out_images(name):
+  row = run_of(name).name.rpartition("_seed")[0]
+  runs = sorted(run_of(name).parent.glob(f"{row}_seed*"))
+  best = {run: max(evaluations(run).values()) for run in runs}
+  assert run_of(name) == max(best, key=best.get)
+  text = " ".join(card(name).split())
+  assert [f"{100 * score:.2f}" for score in best.values() if f"{100 * score:.2f}" not in text] == []
 
 
 def test_the_best_is_the_one_with_the_highest_held_out_score():
@@ -136,6 +152,17 @@ def test_the_shipped_frame_is_a_scene_whose_targets_are_all_found(
   (frame,) = content["frames"]
   hit = {int(label[round(t["row"]), round(t["col"])]) for t in frame["targets"]}
   assert hit == {*range(1, number + 1)} and len(frame["targets"]) == number
+
+
+def test_the_card_says_how_many_targets_of_synthetic_scenes_are_found():
+  predictor, kinds = predict.Predictor(predict.load("zoo:acm")), []
+  for index in range(120):
+    sample = synthetic.scene(SCENE[0], index, *SCENE[2:])[0]
+    kinds += [kind for kind, _ in figures.found(predictor(sample.image), sample.mask)]
+  hits, targets = kinds.count("hit"), kinds.count("hit") + kinds.count("miss")
+  text = " ".join(card("acm").split())
+  assert f"of the {targets} targets in the 120 of" in text
+  assert f"it finds {100 * hits / targets:.0f} %" in text
 
 
 def test_a_network_is_the_same_by_every_door(tmp_path, monkeypatch):

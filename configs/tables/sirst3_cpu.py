@@ -8,8 +8,8 @@
       --out results/sirst3_cpu
 
 Needs data/SIRST3 (links to the three datasets will do) and weights/dinov2_vits14_pretrain.pth. What
-was asked, how the settings were chosen and how the results are read was written down before any run
-was scored on the test set: results/sirst3_cpu/PLAN.md. What is not set here is as in nuaa_cpu.py.
+was asked, how the settings were chosen and how the results are read was written down before the
+first run of the study: results/sirst3_cpu/PLAN.md. What is not set here is as in nuaa_cpu.py.
 
 All runs of a seed see the same crops in the same order; those with one prior share its levels of
 them, 5.6 GB a seed and prior. ACM's rows run first, then the controls, then ALCNet seed by seed.

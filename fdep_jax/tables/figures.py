@@ -46,7 +46,7 @@ def write(results, out: pathlib.Path) -> list[pathlib.Path]:
 def training(path: pathlib.Path, results) -> pathlib.Path:
   """Draws loss and HSE of the deployed branch on the selection images; one line a seed.
 
-  A point of the loss is the mean over a fiftieth of the run: single steps differ too much.
+  A point of the loss is the mean of a fiftieth of the logged steps: single ones differ too much.
   """
   figure, (left, right) = plots.figure(1, 2, (10, 4))
   for number, result in enumerate(results):
@@ -215,13 +215,13 @@ def _log(run: Run) -> list[dict]:
 
 
 def _means(steps: list, values: list, parts: int = 50) -> np.ndarray:
-  """Averages a curve over so many pieces of equal length; a shorter one stays as it is.
+  """Averages a curve over `parts` pieces; one of fewer than two points a piece stays as it is.
 
   Returns:
     (2, pieces): mean step and mean value of each.
   """
   curve = np.array([steps, values], float)
-  if len(steps) <= parts:
+  if len(steps) < 2 * parts:
     return curve
   return np.stack([piece.mean(1) for piece in np.array_split(curve, parts, axis=1)], axis=1)
 
