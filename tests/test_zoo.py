@@ -165,6 +165,18 @@ def test_the_card_says_how_many_targets_of_synthetic_scenes_are_found():
   assert f"it finds {100 * hits / targets:.0f} %" in text
 
 
+@pytest.mark.slow  # 500 frames
+def test_the_card_says_in_how_many_scenes_all_targets_are_found():
+  predictor, whole = predict.Predictor(predict.load("zoo:acm")), []
+  for index in range(500):
+    sample = synthetic.scene(SCENE[0], index, *SCENE[2:])[0]
+    kinds = [kind for kind, _ in figures.found(predictor(sample.image), sample.mask)]
+    if len(kinds) >= 3 and set(kinds) == {"hit"}:
+      whole.append(index)
+  assert SCENE[1] in whole and len(whole) == 4
+  assert "In four of 500, it finds three or more targets and nothing else" in card("acm")
+
+
 def test_a_network_is_the_same_by_every_door(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   one = detector.load("zoo:acm")  # as predict.load
