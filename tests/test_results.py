@@ -18,9 +18,6 @@ NAMES = [path.parent.name for path in sorted(ROOT.glob("results/*/table.json"))]
 TEXT = (ROOT / "results/README.md").read_text()
 
 
-CONTROLS = ("acm-fdep-untrained", "acm-original-twice")
-
-
 def collected(name: str) -> tuple[experiments.Table, list[table.Result]]:
   found = experiments.load(ROOT / f"configs/tables/{name}.py")
   start = importlib.import_module(f"configs.tables.{name}").get_config()
@@ -47,6 +44,12 @@ def t_interval(gap: dict) -> tuple[float, float]:
   return bootstrap.t_interval(gap["by_seed"])
 
 
+def turned(gap: dict) -> dict:
+  """Returns the difference the other way round."""
+  ends = {"low": -gap["high"], "high": -gap["low"]}
+  return {"mean": -gap["mean"], "by_seed": [-value for value in gap["by_seed"]]} | ends
+
+
 def signed(*values: float) -> str:
   return " … ".join(f"{value:+.2f}".replace("-", "−") for value in values)
 
@@ -61,8 +64,8 @@ def test_every_run_is_of_todays_config_and_in_the_table(name):
   reasons = {result.row.name: result.why for result in results if result.why}
   # No run is of another config, and none is missing but those that the heading says are to come.
   assert all(re.fullmatch(r"not run, seed [\d, ]+", why) for why in reasons.values()), reasons
-  if "(under way: the controls, and ALCNet)" in chapter(name).splitlines()[0]:
-    assert all(row.startswith("alcnet-") or row in CONTROLS for row in reasons)
+  if "(under way: ALCNet)" in chapter(name).splitlines()[0]:
+    assert all(row.startswith("alcnet-") for row in reasons)
   else:
     assert not reasons
   folder = ROOT / "results" / name
@@ -84,7 +87,10 @@ def test_every_number_in_the_text_is_in_its_table(name):
   outcome = chapter(name).split("### Outcome")[1]
   committed = (ROOT / "results" / name / "table.json").read_text()
   known = {f"{float(n):.2f}" for n in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", committed)}
-  known |= {f"{end:.2f}" for gap in gaps(name).values() for end in t_interval(gap)}
+  for gap in gaps(name).values():
+    known |= {f"{end:.2f}" for end in t_interval(gap)}
+    other = turned(gap)  # a comparison may be read either way
+    known |= {f"{n:.2f}" for n in (other["mean"], other["low"], other["high"], *t_interval(other))}
   for row in json.loads(committed)["rows"]:
     known |= {f"{statistics.fmean(v):.2f}" for v in row["main_branch"].values()}
   for path in (ROOT / f"results/{name}/runs").glob("*/metrics.json"):
@@ -116,6 +122,9 @@ def test_the_readme_has_the_tables_means():
   claim = f"higher by {gap['mean']:.2f}, with a 95 % t interval over the five seeds of "
   over_images = f"and {signed(gap['low'], gap['high'])} over the test images."
   assert f"{claim}{signed(*t_interval(gap))}, {over_images}" in readme
+  gap = turned(gaps("sirst3_cpu")["acm-fdep-untrained − acm-fdep, 3 seeds", "hse"])
+  claim = f"untrained ViT, HSE is lower by {gap['mean']:.2f}, with an interval over three seeds of "
+  assert f"{claim}{signed(*t_interval(gap))}." in readme
 
 
 def test_the_rows_of_the_text_are_those_of_the_table():
@@ -184,6 +193,10 @@ SHORT = {  # of the rows of sirst3_cpu, in the text
   "acm-fdep_wo_coisd": "FDEP w/o CO-ISD",
   "acm-fdep": "FDEP",
 }
+CONTROLS = {
+  "acm-fdep-untrained": "FDEP with an untrained ViT",
+  "acm-original-twice": "ACM alone, twice the steps",
+}
 PARTS = ("", "NUAA-SIRST", "NUDT-SIRST", "IRSTD-1K")  # the first: the whole union
 
 
@@ -203,6 +216,11 @@ def test_the_study_says_the_scores_of_its_runs():
   for row, values in scores.items():
     cells = " | ".join(f"{v:.2f}" for v in (*values, statistics.fmean(values), paper[row]))
     assert re.search(rf"\| {re.escape(SHORT[row])}[^|]* \| {re.escape(cells)} \|", text), row
+  controls = {row: [100 * study(row, seed)["hse"] for seed in range(3)] for row in CONTROLS}
+  for row, values in controls.items():
+    cells = " | ".join(f"{value:.2f}" for value in values)
+    line = rf"\| {CONTROLS[row]}[^|]* \| {cells} \| \| \| {statistics.fmean(values):.2f} \| \|"
+    assert re.search(line, text), row
   assert f"are {min(below):.0f} to {max(below):.0f} points of HSE below the paper's" in text
   pairs = zip(scores["acm-fdep"], scores["acm-original"], strict=True)
   differences = [ours - theirs for ours, theirs in pairs]
@@ -217,6 +235,7 @@ def test_the_study_says_the_scores_of_its_runs():
   assert "ahead with four of the five seeds and behind with one" in text
   assert [d > 0 for d in differences].count(True) == 4
   ious = [100 * study(row, seed)["iou"] for row in SHORT for seed in range(5)]
+  ious += [100 * study(row, seed)["iou"] for row in CONTROLS for seed in range(3)]
   assert f"No training failed, in any row: the lowest IoU is {min(ious):.2f}" in text
   assert min(ious) > 10
 
@@ -241,14 +260,18 @@ def test_the_study_says_how_many_seeds_would_decide():
 def test_the_study_says_the_differences_of_its_table():
   text, found = chapter("sirst3_cpu"), gaps("sirst3_cpu")
   comparisons = sorted({comparison for comparison, _ in found if comparison.endswith("seeds")})
-  assert comparisons
+  assert len(comparisons) == 4
+  names_of = SHORT | CONTROLS
   for comparison in comparisons:
-    row, baseline = comparison.split(", ")[0].split(" − ")
+    rows = comparison.split(", ")[0].split(" − ")
     places = [f"{comparison}, {part}".removesuffix(", ") for part in PARTS]
     differences = [found[place, "hse"] for place in places]
+    if rows[0] in CONTROLS:  # the plan has these the other way round
+      rows.reverse()
+      differences = [turned(gap) for gap in differences]
     cells = [f"{signed(gap['mean'])} ({signed(*t_interval(gap))})" for gap in differences]
-    count = len(differences[0]["by_seed"])
-    assert f"| {SHORT[row]} − {SHORT[baseline]} | {count} | {' | '.join(cells)} |" in text
+    names, count = [names_of[row] for row in rows], len(differences[0]["by_seed"])
+    assert f"| {' − '.join(names)} | {count} | {' | '.join(cells)} |" in text
   text = " ".join(text.split())
   primary = "acm-fdep − acm-original, 5 seeds"
   images = {key: signed(found[primary, key]["low"], found[primary, key]["high"])
@@ -258,11 +281,47 @@ def test_the_study_says_the_differences_of_its_table():
     gap = found[primary, key]
     ends = f"({signed(*t_interval(gap))}; {images[key]})"
     assert f"{label} {signed(gap['mean'])}{unit} {ends}" in text
-  off = [key for key, gap in found.items() if t_interval(gap)[0] * t_interval(gap)[1] > 0]
-  assert off == [("acm-fdep_wo_coisd − acm-original, 5 seeds, NUDT-SIRST", "fa_1e6")]
-  assert f"Of the {len(found) - 1} secondary intervals over seeds one does not hold 0" in text
-  ends = signed(*t_interval(found[off[0]]))
-  assert f"(Fa {signed(found[off[0]]['mean'])}·10⁻⁶, {ends})" in text
+
+
+def test_the_study_says_what_its_controls_show():
+  text, found = " ".join(chapter("sirst3_cpu").split()), gaps("sirst3_cpu")
+  untrained, twice = (turned(found[f"{row} − acm-fdep, 3 seeds", "hse"]) for row in CONTROLS)
+  low, high = t_interval(untrained)
+  assert low < 0 < high and "learnt? Not decided.**" in text
+  assert f"FDEP has an HSE lower by {untrained['mean']:.2f} on average" in text
+  assert f"advantage over it, {signed(low, high)}, holds 0." in text
+  assert f"The same over images is {signed(untrained['low'], untrained['high'])}." in text
+  low, high = t_interval(twice)
+  assert low < 0 < high and "gradients? Not decided either.**" in text
+  assert f"Its HSE is higher than FDEP's by {-twice['mean']:.2f} on average" in text
+  assert "FDEP was behind it with two of them and ahead with one" in text
+  assert sorted(value > 0 for value in twice["by_seed"]) == [False, False, True]
+  assert f"advantage, {signed(low, high)}, is wide" in text
+  assert f"Over images it is {signed(twice['low'], twice['high'])}." in text
+
+
+def test_the_study_names_every_secondary_interval_without_0():
+  text, found = " ".join(chapter("sirst3_cpu").split()), gaps("sirst3_cpu")
+  wo, untrained, twice = (
+    "acm-fdep_wo_coisd − acm-original, 5 seeds",
+    "acm-fdep-untrained − acm-fdep, 3 seeds",
+    "acm-original-twice − acm-fdep, 3 seeds",
+  )
+  sentences = {  # (comparison, metric) -> how the text says it
+    (f"{wo}, NUDT-SIRST", "fa_1e6"): "than ACM alone on NUDT-SIRST (Fa {}·10⁻⁶, {})",
+    (twice, "pd"): "more targets than FDEP on SIRST3 (Pd {}, {})",
+    (f"{twice}, NUAA-SIRST", "pd"): "on NUAA-SIRST (Pd {}, {})",
+    (f"{twice}, NUDT-SIRST", "pd"): "on NUDT-SIRST (Pd {}, {})",
+    (f"{twice}, NUAA-SIRST", "hse"): "the higher HSE on NUAA-SIRST ({}, {})",
+    (f"{untrained}, NUDT-SIRST", "iou"): "lower IoU than FDEP on NUDT-SIRST ({}, {})",
+  }
+  off = {key for key, gap in found.items() if t_interval(gap)[0] * t_interval(gap)[1] > 0}
+  assert off == set(sentences)
+  for key, sentence in sentences.items():
+    gap = found[key]
+    assert sentence.format(signed(gap["mean"]), signed(*t_interval(gap))) in text
+  assert f"Six of the {len(found) - 1} secondary intervals over seeds do not hold 0." in text
+  assert round(0.05 * (len(found) - 1)) == 3 and "about three would do so" in text
 
 
 def test_the_differences_of_the_studys_table_are_those_of_its_runs():
@@ -283,7 +342,7 @@ def test_the_differences_of_the_studys_table_are_those_of_its_runs():
       assert gap["mean"] == pytest.approx(statistics.fmean(gap["by_seed"]))
       assert len(gap["by_seed"]) == count
   # metrics, the whole and its parts, seeds of two comparisons, and of the controls
-  assert compared == 4 * 4 * (2 * 5 + 2 * 1)
+  assert compared == 4 * 4 * (2 * 5 + 2 * 3)
 
 
 def test_the_studys_intervals_over_images_are_those_of_its_counts():
