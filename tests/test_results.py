@@ -96,6 +96,8 @@ def test_every_number_in_the_text_is_in_its_table(name):
   for path in (ROOT / f"results/{name}/runs").glob("*/metrics.json"):
     newest = json.loads(path.read_text())["last"]
     known |= {f"{100 * newest[b]['hse']:.2f}" for b in ("light", "main") if b in newest}
+  for path in (ROOT / f"results/{name}").glob("*/metrics.json"):  # beside the table's runs
+    known.add(f"{100 * json.loads(path.read_text())['light']['hse']:.2f}")
   written = re.findall(r"[+−]?\d+\.\d\d", outcome)
   assert len(written) > 5
   assert {w.lstrip("+").replace("−", "-") for w in written} <= known
@@ -356,6 +358,54 @@ def test_the_studys_intervals_over_images_are_those_of_its_counts():
       assert [gap.low, gap.high] == pytest.approx([expected["low"], expected["high"]], abs=1e-6)
 
 
+def test_what_the_text_says_of_few_frames_is_in_its_runs():
+  """From the runs alone, but for the differences, which the table has from the counts."""
+  text, found = " ".join(chapter("few_frames").split()), gaps("few_frames")
+  folder = ROOT / "results/few_frames"
+  trainings = {
+    "scratch": "From scratch",
+    "tuned": "Fine-tuned",
+    "tuned_fdep": "Fine-tuned with FDEP",
+  }
+  scores, alarms = {}, {}
+  for images in (20, 50, 200):
+    for name, label in trainings.items():
+      paths = [folder / f"runs/{name}{images}_seed{draw}/metrics.json" for draw in range(3)]
+      runs = [json.loads(path.read_text())["light"] for path in paths]
+      scores[name, images] = [100 * run["hse"] for run in runs]
+      alarms[name, images] = statistics.fmean(1e6 * run["fa"] for run in runs)
+      values = (*scores[name, images], statistics.fmean(scores[name, images]))
+      assert f"| {images} | {label} | {' | '.join(f'{v:.2f}' for v in values)} |" in text
+  for name, other in (("tuned", "scratch"), ("tuned_fdep", "tuned")):
+    cells = []
+    for images in (20, 50, 200):
+      gap = found[f"{name}{images} − {other}{images}, 3 seeds", "hse"]
+      pairs = zip(scores[name, images], scores[other, images], strict=True)
+      assert gap["by_seed"] == pytest.approx([a - b for a, b in pairs], abs=0.15)
+      assert t_interval(gap)[0] < 0 < t_interval(gap)[1]
+      ends = f"({signed(*t_interval(gap))}; {signed(gap['low'], gap['high'])})"
+      cells.append(f"{signed(gap['mean'])} {ends}")
+    assert f"| {trainings[name]} − {trainings[other]} | {' | '.join(cells)} |" in text
+  for images, claim in ((50, "HSE differs by {} on average, and by {}, {} and {} by draw."),
+                        (20, "it differs by {}, and by {}, {} and {}.")):  # fmt: skip
+    gap = found[f"tuned{images} − scratch{images}, 3 seeds", "hse"]
+    assert claim.format(*map(signed, (gap["mean"], *gap["by_seed"]))) in text
+  assert "ahead with all three draws" in text
+  assert min(found["tuned200 − scratch200, 3 seeds", "hse"]["by_seed"]) > 0
+  lowest, apart = min(map(min, scores.values())), max(max(v) - min(v) for v in scores.values())
+  untuned = 100 * json.loads((folder / "untuned/metrics.json").read_text())["light"]["hse"]
+  assert untuned < lowest
+  assert (
+    f"has an HSE of {untuned:.2f} on these images, and the lowest of the 27 has {lowest:.2f}"
+    in text
+  )
+  assert f"lie up to {apart:.0f} points apart" in text
+  claim = (
+    f"Fa is {alarms['scratch', 200]:.2f}·10⁻⁶ with 200 images and {alarms['scratch', 50]:.2f}·10⁻⁶"
+  )
+  assert claim in text and sum(scores["scratch", 200]) < sum(scores["scratch", 50])
+
+
 COUNTED = sorted(ROOT.glob("results/**/counts.npz"))
 
 
@@ -439,8 +489,10 @@ def test_what_the_text_says_of_the_methods_without_training_is_in_their_rows():
 
 
 def test_the_text_says_which_runs_have_counts():
-  trained = [p.parent for p in COUNTED if "sirst3_cpu" in p.parts]
-  assert trained == sorted(p.parent for p in ROOT.glob("results/sirst3_cpu/runs/*/config.json"))
+  tables = ("few_frames", "sirst3_cpu")
+  trained = [p.parent for p in COUNTED if p.parents[2].name in tables]
+  runs = [p.parent for name in tables for p in ROOT.glob(f"results/{name}/runs/*/config.json")]
+  assert trained == sorted(runs)
   others = [p for p in COUNTED if p.parent not in trained]
   assert len(others) == 12 and sum(p.stat().st_size for p in others) < 9e5
   assert max((folder / "counts.npz").stat().st_size for folder in trained) < 3e5

@@ -12,7 +12,8 @@ from helpers import ROOT, make_folder
 from PIL import Image
 from scipy import ndimage
 
-from fdep_jax import cli, data, detector, export, predict, report, start, zoo
+from configs import finetune
+from fdep_jax import cli, data, detector, export, predict, report, settings, start, zoo
 from fdep_jax.cli import arguments
 from fdep_jax.data import frames, synthetic
 from fdep_jax.metrics import hse
@@ -286,3 +287,13 @@ def test_onnxruntime_repeats_an_exported_network(tmp_path, name):
   expected = predict.Predictor(predict.load(f"zoo:{name}"))(frame)
   np.testing.assert_allclose(found, expected, rtol=0, atol=export.TOLERANCE)
   assert (expected > 0.5).any()
+
+
+def test_the_config_for_fine_tuning_goes_on_with_a_network_of_the_zoo():
+  config = finetune.get_config()
+  settings.check(config)
+  assert start.read(config.train.init_from, config.model.backbone)
+  before = exported(config.train.init_from.removeprefix("zoo:"))["config"]
+  for name in ("model.bn_momentum", "data.crop", "data.crop_margin", "train.batch_size"):
+    section, field = name.split(".")
+    assert config[section][field] == before[section][field], name
