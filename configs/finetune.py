@@ -3,8 +3,8 @@
   python main.py --config configs/finetune.py --config.data.root=data/mine --workdir runs/mine
 
 Starts from zoo:acm, with the crops and the BatchNorm momentum of its training. --config.mode=fdep
-trains it with FDEP, which needs weights/dinov2_vits14_pretrain.pth. What 20, 50 and 200 images
-give: results/README.md.
+trains it with FDEP, which needs weights/dinov2_vits14_pretrain.pth. What 20, 50 and 200 images of
+IRSTD-1K gave, from a network that had not seen IRSTD-1K: results/README.md.
 """
 
 from configs import base
@@ -39,6 +39,6 @@ def get_config():
     "decay_steps": "steps",
   }
   c.eval.batch_size = 8
-  c.eval.least_steps = STEPS  # the last checkpoint: so few held-out images select by chance
+  c.eval.least_steps = STEPS  # take the last: few held-out images choose by chance
   c.checkpoint.every_steps = 200
   return c

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from configs.tables import sirst3_cpu
+from fdep_jax import settings
 from fdep_jax.metrics import bootstrap, hse, per_image
 from fdep_jax.tables import experiments, figures, sweep, table
 
@@ -96,8 +98,9 @@ def test_every_number_in_the_text_is_in_its_table(name):
   for path in (ROOT / f"results/{name}/runs").glob("*/metrics.json"):
     newest = json.loads(path.read_text())["last"]
     known |= {f"{100 * newest[b]['hse']:.2f}" for b in ("light", "main") if b in newest}
-  for path in (ROOT / f"results/{name}").glob("*/metrics.json"):  # beside the table's runs
-    known.add(f"{100 * json.loads(path.read_text())['light']['hse']:.2f}")
+  for path in (ROOT / f"results/{name}").glob("untuned/metrics.json"):
+    before = json.loads(path.read_text())
+    known |= {f"{100 * found['light']['hse']:.2f}" for found in (before, before["last"])}
   written = re.findall(r"[+−]?\d+\.\d\d", outcome)
   assert len(written) > 5
   assert {w.lstrip("+").replace("−", "-") for w in written} <= known
@@ -125,6 +128,9 @@ def test_the_readme_has_the_tables_means():
   over_images = f"and {signed(gap['low'], gap['high'])} over the test images."
   assert f"{claim}{signed(*t_interval(gap))}, {over_images}" in readme
   gap = turned(gaps("sirst3_cpu")["acm-fdep-untrained − acm-fdep, 3 seeds", "hse"])
+  twice = turned(gaps("sirst3_cpu")["acm-original-twice − acm-fdep, 3 seeds", "hse"])
+  assert f"an HSE higher than FDEP's by {-twice['mean']:.2f}; the interval of" in readme
+  assert f"FDEP's advantage is {signed(*t_interval(twice))}." in readme
   claim = f"untrained ViT, HSE is lower by {gap['mean']:.2f}, with an interval over three seeds of "
   assert f"{claim}{signed(*t_interval(gap))}." in readme
 
@@ -347,15 +353,18 @@ def test_the_differences_of_the_studys_table_are_those_of_its_runs():
   assert compared == 4 * 4 * (2 * 5 + 2 * 3)
 
 
-def test_the_studys_intervals_over_images_are_those_of_its_counts():
-  rows = {result.row.name: result for result in collected("sirst3_cpu")[1]}
-  found = table.paired([rows["acm-original"], rows["acm-fdep"]])
-  committed = json.loads((ROOT / "results/sirst3_cpu/table.json").read_text())["paired"]
-  assert len(found) == len(PARTS)
+@pytest.mark.parametrize("name", ["few_frames", "sirst3_cpu"])
+def test_the_differences_of_a_table_are_those_of_its_counts(name):
+  results = [result for result in collected(name)[1] if not result.why]
+  found = table.paired(results)
+  committed = json.loads((ROOT / f"results/{name}/table.json").read_text())["paired"]
+  assert found.keys() == committed.keys() and len(found) > 5
   for comparison, differences in found.items():
     for metric, gap in differences.items():
       expected = committed[comparison][metric]
-      assert [gap.low, gap.high] == pytest.approx([expected["low"], expected["high"]], abs=1e-6)
+      assert gap.by_seed == pytest.approx(expected["by_seed"], abs=1e-6)
+      ends = [gap.mean, gap.low, gap.high]
+      assert ends == pytest.approx([expected[key] for key in ("mean", "low", "high")], abs=1e-6)
 
 
 def test_what_the_text_says_of_few_frames_is_in_its_runs():
@@ -367,13 +376,13 @@ def test_what_the_text_says_of_few_frames_is_in_its_runs():
     "tuned": "Fine-tuned",
     "tuned_fdep": "Fine-tuned with FDEP",
   }
-  scores, alarms = {}, {}
+  untuned = json.loads((folder / "untuned/metrics.json").read_text())["light"]
+  scores, runs = {}, {}
   for images in (20, 50, 200):
     for name, label in trainings.items():
       paths = [folder / f"runs/{name}{images}_seed{draw}/metrics.json" for draw in range(3)]
-      runs = [json.loads(path.read_text())["light"] for path in paths]
-      scores[name, images] = [100 * run["hse"] for run in runs]
-      alarms[name, images] = statistics.fmean(1e6 * run["fa"] for run in runs)
+      runs[name, images] = [json.loads(path.read_text())["light"] for path in paths]
+      scores[name, images] = [100 * run["hse"] for run in runs[name, images]]
       values = (*scores[name, images], statistics.fmean(scores[name, images]))
       assert f"| {images} | {label} | {' | '.join(f'{v:.2f}' for v in values)} |" in text
   for name, other in (("tuned", "scratch"), ("tuned_fdep", "tuned")):
@@ -392,18 +401,43 @@ def test_what_the_text_says_of_few_frames_is_in_its_runs():
     assert claim.format(*map(signed, (gap["mean"], *gap["by_seed"]))) in text
   assert "ahead with all three draws" in text
   assert min(found["tuned200 − scratch200, 3 seeds", "hse"]["by_seed"]) > 0
-  lowest, apart = min(map(min, scores.values())), max(max(v) - min(v) for v in scores.values())
-  untuned = 100 * json.loads((folder / "untuned/metrics.json").read_text())["light"]["hse"]
-  assert untuned < lowest
-  assert (
-    f"has an HSE of {untuned:.2f} on these images, and the lowest of the 27 has {lowest:.2f}"
-    in text
-  )
+  apart = max(max(values) - min(values) for values in scores.values())
   assert f"lie up to {apart:.0f} points apart" in text
-  claim = (
-    f"Fa is {alarms['scratch', 200]:.2f}·10⁻⁶ with 200 images and {alarms['scratch', 50]:.2f}·10⁻⁶"
-  )
-  assert claim in text and sum(scores["scratch", 200]) < sum(scores["scratch", 50])
+  assert sum(scores["tuned", 20]) < sum(scores["tuned", 50]) < sum(scores["tuned", 200])
+  ious = [statistics.fmean(100 * run["iou"] for run in runs["tuned", n]) for n in (20, 50, 200)]
+  assert "IoU falls ({:.2f}, {:.2f}, {:.2f})".format(*ious) in text
+  assert ious == sorted(ious, reverse=True)
+  means = [statistics.fmean(scores[name, 20]) for name in trainings]
+  assert [*map(round, (untuned["hse"] * 100, statistics.fmean(means)))] == [22, 41]
+
+
+def test_what_the_text_says_of_the_network_before_fine_tuning_is_in_its_files():
+  text, folder = " ".join(chapter("few_frames").split()), ROOT / "results/few_frames"
+  before = json.loads((folder / "untuned/metrics.json").read_text())
+  pretraining = json.loads((folder / "pretraining/metrics.json").read_text())
+  paths = sorted(folder.glob("runs/*/metrics.json"))
+  metrics = [json.loads(path.read_text()) for path in paths]
+  assert {m["test_sha256"] for m in metrics} == {before["test_sha256"]}
+  assert before["checkpoint"] == pretraining["checkpoint"] and before["data"] == "data/IRSTD-1K"
+  config = sirst3_cpu.get_config()
+  config.model.backbone, config.data.root, config.train.steps = "acm", "data/NUAA-NUDT", 2950
+  expected = json.loads(json.dumps(settings.as_dict(config)))
+  assert json.loads((folder / "pretraining/config.json").read_text()) == expected
+  runs = {path.parent.name: m["light"] for path, m in zip(paths, metrics, strict=True)}
+  assert len(runs) == 27
+  light, scores = before["light"], [run["hse"] for run in runs.values()]
+  assert light["hse"] < min(scores) and light["iou"] < min(run["iou"] for run in runs.values())
+  last = f"the last one has {100 * before['last']['light']['hse']:.2f})"
+  best = f"{100 * light['hse']:.2f} (checkpoint {before['checkpoint']}, the best on its own"
+  assert f"{best} held-out images; {last}, the lowest of the 27 is {100 * min(scores):.2f}." in text
+  assert [run["pd"] < light["pd"] for run in runs.values()].count(True) == 11
+  assert [run["fa"] > light["fa"] for run in runs.values()].count(True) == 6
+  assert "eleven of the 27 find fewer targets than it, and six have more false alarms" in text
+  much = {name for name, run in runs.items() if run["iou"] < 0.26}
+  assert max(runs[name]["iou"] for name in much) < 0.26 and len(much) == 7
+  assert min(runs[name]["iou"] for name in {*runs} - much) > 0.3
+  with_200 = {f"scratch200_seed{draw}" for draw in range(3)} | {"tuned200_seed1"}
+  assert much == with_200 | {f"{kind}50_seed1" for kind in ("scratch", "tuned", "tuned_fdep")}
 
 
 COUNTED = sorted(ROOT.glob("results/**/counts.npz"))

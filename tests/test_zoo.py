@@ -294,6 +294,13 @@ def test_the_config_for_fine_tuning_goes_on_with_a_network_of_the_zoo():
   settings.check(config)
   assert start.read(config.train.init_from, config.model.backbone)
   before = exported(config.train.init_from.removeprefix("zoo:"))["config"]
-  for name in ("model.bn_momentum", "data.crop", "data.crop_margin", "train.batch_size"):
+  for name in (
+    "model.bn_momentum",
+    "data.crop",
+    "data.crop_margin",
+    "data.augment",
+    "data.target_crop_prob",
+    "train.batch_size",
+  ):
     section, field = name.split(".")
     assert config[section][field] == before[section][field], name

@@ -8,9 +8,9 @@
 
 IRSTD-1K stands for somebody's own camera. The first command trains FDEP on the union of NUAA-SIRST
 and NUDT-SIRST (data/NUAA-NUDT, links will do), 60 epochs. The rows start from scratch or from that
-run, and see so many train images of IRSTD-1K, drawn by the seed, for equally many steps. What is
-not set here is as in configs/finetune.py. How the settings were chosen, and the results:
-results/README.md.
+run, and see so many train images of IRSTD-1K, drawn by the seed, for equally many steps. From
+scratch and fine-tuned have settings of their own, each the best of its tries. What is not set here
+is as in configs/finetune.py. How the settings were chosen, and the results: results/README.md.
 """
 
 from configs import finetune
