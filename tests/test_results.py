@@ -287,10 +287,15 @@ def test_the_study_says_the_differences_of_its_table():
   images = {key: signed(found[primary, key]["low"], found[primary, key]["high"])
             for key in ("hse", "iou", "pd", "fa_1e6")}  # fmt: skip
   assert f"the 95 % interval of the same mean is {images['hse']}." in text
-  for label, key, unit in (("IoU", "iou", ""), ("Pd", "pd", ""), ("Fa", "fa_1e6", "·10⁻⁶")):
+  for label, key in (
+    ("HSE (primary)", "hse"),
+    ("IoU", "iou"),
+    ("Pd", "pd"),
+    ("Fa in 10⁻⁶ (more is worse)", "fa_1e6"),
+  ):
     gap = found[primary, key]
-    ends = f"({signed(*t_interval(gap))}; {images[key]})"
-    assert f"{label} {signed(gap['mean'])}{unit} {ends}" in text
+    cells = (signed(gap["mean"]), signed(*t_interval(gap)), images[key])
+    assert f"| {label} | {' | '.join(cells)} |" in text
 
 
 def test_the_study_says_what_its_controls_show():
