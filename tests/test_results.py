@@ -9,11 +9,11 @@ import statistics
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
+from scipy import ndimage, stats
 
 from benchmarks import few_frames
 from configs.tables import sirst3_cpu
-from fdep_jax import settings
+from fdep_jax import data, settings
 from fdep_jax.metrics import bootstrap, hse, per_image
 from fdep_jax.tables import experiments, figures, sweep, table
 
@@ -100,6 +100,9 @@ def test_every_number_in_the_text_is_in_its_table(name):
   for path in (ROOT / f"results/{name}/runs").glob("*/metrics.json"):
     newest = json.loads(path.read_text())["last"]
     known |= {f"{100 * newest[b]['hse']:.2f}" for b in ("light", "main") if b in newest}
+  for path in (ROOT / f"results/{name}/swapped").glob("*/metrics.json"):
+    light = json.loads(path.read_text())["light"]
+    known |= {f"{100 * light[metric]:.2f}" for metric in ("iou", "hse")}
   for path in (ROOT / f"results/{name}").glob("untuned/metrics.json"):
     before = json.loads(path.read_text())
     known |= {f"{100 * found['light']['hse']:.2f}" for found in (before, before["last"])}
@@ -455,6 +458,89 @@ def test_what_the_text_says_of_the_network_before_fine_tuning_is_in_its_files():
   assert (
     "Seven of the 27 trainings mark far too much, with an IoU of 25 to 26: the three from" in text
   )
+
+
+SPOILING = {"XDU601": 149, "XDU774": 446}  # places in the train split of IRSTD-1K
+SWAPPED = {  # folder -> what the text says of it
+  "scratch50_draw1_without": "XDU601 and XDU774 taken out",
+  "tuned50_draw1_without": "XDU601 and XDU774 taken out",
+  "scratch50_draw0_XDU601": "XDU601 put in",
+  "tuned50_draw0_XDU601": "XDU601 put in",
+  "scratch50_draw0_XDU774": "XDU774 put in",
+  "scratch50_draw0_XDU325": "XDU325 put in",
+}
+
+
+def test_the_trainings_that_mark_far_too_much_have_a_spoiling_image():
+  count = {True: 0, False: 0}  # has a spoiling image -> trainings
+  for path in (ROOT / "results/few_frames/runs").glob("*/metrics.json"):
+    images, draw = map(int, re.search(r"(\d+)_seed(\d)", path.parent.name).groups())
+    drawn = set(np.random.default_rng(draw).permutation(800)[:images])  # as `data.draw`
+    spoilt = not drawn.isdisjoint(SPOILING.values())
+    count[spoilt] += 1
+    assert spoilt or json.loads(path.read_text())["light"]["iou"] > 0.3
+  assert count == {True: 7 + 5, False: 15}
+  text = " ".join(chapter("few_frames").split())
+  assert "All seven have the image XDU601 or XDU774 in their draw. Five other trainings" in text
+  assert "have one too; none of the fifteen without them marks far too much" in text
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_the_text_says_what_exchanged_images_change(name):
+  kind, draw, _ = name.split("_")
+  folder, seed = ROOT / "results/few_frames", int(draw[-1])
+  label = {"scratch50": "From scratch", "tuned50": "Fine-tuned"}[kind]
+  before = json.loads((folder / f"runs/{kind}_seed{seed}/metrics.json").read_text())
+  after = json.loads((folder / f"swapped/{name}/metrics.json").read_text())
+  assert after["test_sha256"] == before["test_sha256"]
+  scores = [
+    [f"{100 * found['light'][metric]:.2f}" for metric in ("iou", "hse")]
+    for found in (before, after)
+  ]
+  cells = [f"draw {seed}", label, *scores[0], SWAPPED[name], *scores[1]]
+  assert f"| {' | '.join(cells)} |" in chapter("few_frames")
+  # Nothing but the images differs.
+  ours = json.loads((folder / f"swapped/{name}/config.json").read_text())
+  theirs = json.loads((folder / f"runs/{kind}_seed{seed}/config.json").read_text())
+  for config in (ours, theirs):
+    del config["data"]["root"], config["data"]["train_images"], config["host_devices"]
+    del config["log"]
+  assert ours == theirs
+  if "draw0_XDU601" in name:
+    rounded = [f"{float(hse):.0f}" for _, hse in scores]
+    training = " ".join((ROOT / "docs/training.md").read_text().split())
+    assert f"from {rounded[0]} to {rounded[1]} in a " in training
+
+
+@pytest.mark.slow  # needs the dataset
+@pytest.mark.parametrize("name", SWAPPED)
+def test_an_exchanged_list_is_a_draw_but_for_these_images(name, shared):
+  split = (shared / "data/IRSTD-1K/splits/train.txt").read_text().split()
+  assert {image: split.index(image) for image in SPOILING} == SPOILING and len(split) == 800
+  seed = int(name.split("_")[1][-1])
+  drawn = [split[i] for i in np.random.default_rng(seed).permutation(800)[:50]]
+  ours = (ROOT / f"results/few_frames/swapped/{name}/train.txt").read_text().split()
+  assert len({*ours}) == 50
+  changed = {*ours} ^ {*drawn}
+  meant = {*SPOILING} if name.endswith("without") else {name[-6:]}
+  assert meant <= changed and len(changed) == 2 * len(meant)
+  assert (meant <= {*drawn}) == name.endswith("without")
+
+
+@pytest.mark.slow  # needs the dataset
+def test_the_text_says_how_large_the_masks_of_the_exchanged_images_are(shared):
+  largest = {}
+  for sample in data.load(shared / "data/IRSTD-1K", "train"):
+    label, _ = ndimage.label(sample.mask, np.ones((3, 3)))
+    largest[sample.name] = np.bincount(label.ravel())[1:].max()
+  text = " ".join(chapter("few_frames").split())
+  assert f"The mask of XDU601 has {largest['XDU601']} pixels" in text
+  assert f"that of XDU774 has {largest['XDU774']} and" in text
+  assert f"XDU325 has a mask of {largest['XDU325']} pixels" in text
+  median = f"{statistics.median(largest.values()):.0f}"
+  assert f"median of the 800 train images, the largest target has {median}." in text
+  training = " ".join((ROOT / "docs/training.md").read_text().split())
+  assert f"has {largest['XDU601']} pixels (the median is {median})" in training
 
 
 def test_the_figure_of_few_frames_is_drawn_from_its_table(tmp_path):
