@@ -100,6 +100,19 @@ def test_every_number_in_the_text_is_in_its_table(name):
   for path in (ROOT / f"results/{name}/runs").glob("*/metrics.json"):
     newest = json.loads(path.read_text())["last"]
     known |= {f"{100 * newest[b]['hse']:.2f}" for b in ("light", "main") if b in newest}
+  if name == "zoo":  # compares itself with the study, and tells its held-out scores
+    study_table = json.loads((ROOT / "results/sirst3_cpu/table.json").read_text())
+    for row in study_table["rows"]:
+      if row["name"] in ("acm-original", "acm-fdep"):
+        values = [
+          cell for cells in row["cells"].values() for cell in (cells["paper"], *cells["ours"][:1])
+        ]
+        known |= {f"{value:.2f}" for value in values if value is not None}
+    light = json.loads((ROOT / "results/zoo/runs/mlcl-fdep_seed0/metrics.json").read_text())[
+      "light"
+    ]
+    known |= {f"{100 * end:.2f}" for end in light["intervals"]["hse"]}
+    known |= {f"{100 * value:.2f}" for value in held_out("zoo/runs/mlcl-fdep_seed0")}
   for path in (ROOT / f"results/{name}/swapped").glob("*/metrics.json"):
     light = json.loads(path.read_text())["light"]
     known |= {f"{100 * light[metric]:.2f}" for metric in ("iou", "hse")}
@@ -109,6 +122,45 @@ def test_every_number_in_the_text_is_in_its_table(name):
   written = re.findall(r"[+−]?\d+\.\d\d", outcome)
   assert len(written) > 5
   assert {w.lstrip("+").replace("−", "-") for w in written} <= known
+
+
+def held_out(run: str) -> list[float]:
+  """Returns the HSE of each evaluation on held-out images."""
+  lines = map(json.loads, (ROOT / f"results/{run}/metrics.jsonl").read_text().splitlines())
+  return [line["eval"]["light"]["hse"] for line in lines if "eval" in line]
+
+
+def test_the_text_says_what_the_training_of_the_zoo_reaches():
+  text = " ".join(chapter("zoo").split())
+  run = ROOT / "results/zoo/runs/mlcl-fdep_seed0"
+  ours, acm = json.loads((run / "metrics.json").read_text())["light"], study("acm-fdep", 0)
+  paper = {
+    (row["network"], row["mode"]): row
+    for row in json.loads((ROOT / "configs/tables/paper.json").read_text())["table1"]
+  }
+  scales = dict.fromkeys(("iou", "niou", "pd", "fa", "hse_p", "hse_t", "hse"), 100) | {"fa": 1e6}
+  theirs = paper["MLCL-Net", "fdep"]
+  for label, cells in (
+    ("MLCL-Net with FDEP, seed 0", [scale * ours[key] for key, scale in scales.items()]),
+    ("ACM with FDEP, seed 0 (`sirst3_cpu`)", [scale * acm[key] for key, scale in scales.items()]),
+    ("MLCL-Net with FDEP in the paper", [theirs.get(key, theirs["fa_1e6"]) for key in scales]),
+  ):
+    assert f"| {label} | {' | '.join(f'{cell:.2f}' for cell in cells)} |" in text
+  alone = paper["ACM", "original"]
+  assert f"That has IoU {alone['iou']:.2f} and HSE {alone['hse']:.2f}." in text
+  assert 100 * ours["iou"] > alone["iou"] and 100 * ours["hse"] < alone["hse"]
+  low, high = (100 * end for end in ours["intervals"]["hse"])
+  assert f"has HSE {100 * ours['hse']:.2f}, with a 95 % interval over the test images of " in text
+  assert f"{low:.2f} … {high:.2f}." in text
+  *first, last = (f"{100 * value:.2f}" for value in held_out("zoo/runs/mlcl-fdep_seed0"))
+  assert f"HSE is {', '.join(first)} and {last} after a quarter, a half" in text and len(first) == 3
+  assert ours["hse_t"] < acm["hse_t"] and ours["pd"] > acm["pd"]
+  assert "HSE-T is below that of ACM here, and Pd at the threshold 0.5 is above" in text
+  twice = [
+    study("acm-original-twice", s)["hse"] > study("acm-original", s)["hse"] for s in range(3)
+  ]
+  assert "twice the steps raised HSE in two of three trainings of ACM alone" in text
+  assert twice.count(True) == 2
 
 
 def test_the_readme_has_the_tables_means():
@@ -636,7 +688,7 @@ def test_what_the_text_says_of_the_methods_without_training_is_in_their_rows():
 
 
 def test_the_text_says_which_runs_have_counts():
-  tables = ("few_frames", "sirst3_cpu")
+  tables = ("few_frames", "sirst3_cpu", "zoo")
   trained = [p.parent for p in COUNTED if p.parents[2].name in tables]
   runs = [p.parent for name in tables for p in ROOT.glob(f"results/{name}/runs/*/config.json")]
   assert trained == sorted(runs)
