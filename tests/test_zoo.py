@@ -122,6 +122,8 @@ def test_a_network_is_the_best_seed_on_held_out_images(name):
 
 def test_the_best_is_the_one_with_the_highest_held_out_score():
   assert zoo.BEST == "zoo:" + max(zoo.names(), key=held_out)
+  best, other = (f"{100 * held_out(name):.2f}" for name in ("mlcl", "acm"))
+  assert f"on held-out train images ({best}; `zoo:acm` has {other})" in " ".join(README.split())
 
 
 @pytest.mark.slow  # needs the datasets; the other tests of the cards do not

@@ -1,10 +1,11 @@
 """Trains zoo:mlcl: MLCL-Net with FDEP on SIRST3 on two cores, one seed.
 
+  mkdir -p runs/zoo && ln -s ../sirst3_cpu/bank_seed0 runs/zoo/  # if that sweep has run
   python main.py --mode sweep --config configs/tables/zoo.py --workdir runs/zoo
   python main.py --mode table --config configs/tables/zoo.py --workdir runs/zoo --out results/zoo
 
-Settings, data and held-out images are those of sirst3_cpu.py, whose runs the zoo's other networks
-are. A link makes both share DINOv2's levels: ln -s ../sirst3_cpu/bank_seed0 runs/zoo/bank_seed0
+Settings, data and held-out images are those of sirst3_cpu.py; zoo:acm is a run of that table. The
+link makes both share DINOv2's levels of the crops.
 """
 
 from configs import tables
