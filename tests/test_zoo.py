@@ -294,12 +294,18 @@ def test_onnxruntime_repeats_an_exported_network(tmp_path, name):
   assert (expected > 0.5).any()
 
 
-def test_the_config_for_fine_tuning_goes_on_with_a_network_of_the_zoo():
+@pytest.mark.parametrize("name", zoo.names())
+def test_the_config_for_fine_tuning_goes_on_with_a_network_of_the_zoo(name):
   config = finetune.get_config()
+  if name == "mlcl":  # with the flags of docs/training.md
+    flags = ("--config.model.backbone=mlcl", "--config.train.init_from=zoo:mlcl")
+    assert " ".join(flags) in (ROOT / "docs/training.md").read_text()
+    config.model.backbone, config.train.init_from = "mlcl", "zoo:mlcl"
   settings.check(config)
+  assert config.train.init_from == f"zoo:{name}"
   assert start.read(config.train.init_from, config.model.backbone)
-  before = exported(config.train.init_from.removeprefix("zoo:"))["config"]
-  for name in (
+  before = exported(name)["config"]
+  for setting in (
     "model.bn_momentum",
     "data.crop",
     "data.crop_margin",
@@ -307,5 +313,5 @@ def test_the_config_for_fine_tuning_goes_on_with_a_network_of_the_zoo():
     "data.target_crop_prob",
     "train.batch_size",
   ):
-    section, field = name.split(".")
-    assert config[section][field] == before[section][field], name
+    section, field = setting.split(".")
+    assert config[section][field] == before[section][field], setting
