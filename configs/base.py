@@ -99,7 +99,8 @@ def get_config():
   c.train.labels = "true"  # true | pseudo | both: masks of the train images (appendix D)
   c.train.teacher = ""  # the finished run whose selected main branch makes the pseudo-labels
   c.train.nonfinite = "stop"  # stop | skip (and count): a step that is not finite
-  c.train.dtype = "float32"  # of activations; parameters, statistics and losses stay float32
+  # Of activations; parameters, statistics and losses stay float32. OUR CHOICE; PAL: also float16.
+  c.train.dtype = "float32"
   # none | products: what the backward pass computes again to save memory; fdep_jax/step.py: REMAT
   c.train.remat = "none"
   # Steps that one call on the devices computes. More than 1 saves the host's time between short
@@ -111,7 +112,8 @@ def get_config():
   # Least number of steps between two such evaluations: an epoch of a small set is a few steps.
   # OUR CHOICE.
   c.eval.least_steps = 20
-  c.eval.select_on = "val"  # val | test: what the best checkpoint is chosen on. PAL: test
+  # val | test: what the best checkpoint is chosen on. PAL: test, which shows it the answers.
+  c.eval.select_on = "val"
   # hse | iou: the deployed branch's score that chooses it. PAL: iou. OUR CHOICE: the paper's metric
   c.eval.select_by = "hse"
   # all | deployed: branches that are scored. Of both, the light one is deployed and needs no prior,

@@ -1,6 +1,6 @@
 """Fine-tunes a network of the zoo on few images of your own: minutes on two cores, no DINOv2.
 
-  python main.py --config configs/finetune.py --config.data.root=data/mine --workdir runs/mine
+  python main.py --config configs/finetune.py --config.data.root=data/mine --workdir runs/mine_tuned
 
 Starts from zoo:acm, with the crops and the BatchNorm momentum of its training. --config.mode=fdep
 trains it with FDEP, which needs weights/dinov2_vits14_pretrain.pth. What 20, 50 and 200 images of

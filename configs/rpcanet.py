@@ -3,8 +3,8 @@
   python main.py --config configs/rpcanet.py --workdir runs/rpcanet
 
 It has no top feature, so FDEP cannot be attached to it: mode original only. All of its work is at
-full resolution, twice MSDA-Net's; --config.train.remat=products saves memory. Images are grey
-levels / 255 without normalisation.
+full resolution, twice MSDA-Net's; --config.train.remat=products saves memory on TPUs. Images are
+grey levels / 255 without normalisation.
 
 Paper, Tab. S3, SIRST3 test set (%; Fa in 10⁻⁶):
 

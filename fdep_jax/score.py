@@ -622,9 +622,9 @@ def _table(metrics, sets):
       lines.append(f"Warning: {sets[name]['title']}: {warning}")
   if "comparison" in metrics:
     compared = metrics["comparison"]
-    chances = [compared.get(c.key, {}).get("a_is_better") for c in columns.METRICS.values()]
+    shares = [compared.get(c.key, {}).get("a_is_better") for c in columns.METRICS.values()]
     lines.append(
-      line("first is better (prob.)", ["-" if p is None else f"{p:.3f}" for p in chances])
+      line("first is better (share)", ["-" if p is None else f"{p:.3f}" for p in shares])
     )
   return "\n".join(lines)
 

@@ -246,7 +246,7 @@ def test_two_folders_are_compared_image_by_image(folders, tmp_path, capsys):
   assert got["comparison"]["iou"]["difference"] == pytest.approx(
     got["predictions"]["iou"] - got["compared"]["iou"]
   )
-  assert "first is better" in capsys.readouterr().out
+  assert "first is better (share)" in capsys.readouterr().out
 
 
 def test_both_detectors_are_in_every_file_and_can_be_told_apart(

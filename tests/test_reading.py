@@ -58,8 +58,32 @@ def test_the_search_finds_a_reading_that_is_there_and_confirms_it_on_the_others(
 def test_the_page_shows_what_the_command_found():
   if not reading.RESULT.exists():
     pytest.skip("results/classical/reading.json is not there yet")
-  text = reading.PAGE.read_text()
-  assert reading.fill(text, reading.page(json.loads(reading.RESULT.read_text()))) == text
+  text, result = reading.PAGE.read_text(), json.loads(reading.RESULT.read_text())
+  assert reading.fill(text, reading.page(result)) == text
+  text = " ".join(text.split())
+  ours, paper = (result["scored"]["8 bits, rounded (ours)"]["SIRST3"], result["paper"]["SIRST3"])
+  claim = (
+    f"ours is {ours['fa_1e6']:.2f}, the paper's {paper['fa_1e6']:.2f}, and DNANet's rule gives"
+  )
+  assert f"{claim} {ours['fa_by_area']:.2f}." in text
+  nipps = json.loads((reading.RESULT.parent / "runs/nipps-SIRST3/metrics.json").read_text())[
+    "light"
+  ]
+  theirs = next(row for row in reading.tables.paper("tableS3") if row["method"] == "NIPPS")
+  assert f"NIPPS has {1e6 * nipps['fa']:.2f} against {theirs['fa_1e6']:.2f}." in text
+  off = [
+    abs(row[name] - result["paper"][name]["hse_t"])
+    for row in result["hse_t"][1:-1]
+    for name in reading.SETS
+  ]
+  assert len(off) == 8 * 4 and round(max(off)) == 5
+  assert "the eight readings that agree to 0.01 on the searched sets are off by up to five" in text
+  best, ours = result["hse_t"][-1], result["hse_t"][0]
+  worse = [abs(row[n] - result["paper"][n]["hse_t"]) for row in (best, ours) for n in reading.SETS]
+  assert all(mine < default for mine, default in zip(worse[:4], worse[4:], strict=True))
+  assert max(worse[:4]) == pytest.approx(result["least_worst_on_all_sets"])
+  assert "The last row fits all four sets better than ours." in text
+  assert best["reading"].endswith("mean precision · mean recall")  # no area
 
 
 def test_our_corner_is_the_metric_and_the_others_differ(tmp_path):

@@ -86,8 +86,13 @@ def test_a_card_has_the_numbers_of_its_run(name):
       alarms = light["false_alarms"] / light["pixels"] * 512**2
       assert f"{alarms:.2f} on {key}" in text
   light = metrics["light"]
-  assert f"{100 * light['precision']:.0f} % belong" in text
-  assert f"it marks {100 * light['recall']:.0f} %" in text
+  right = light["recall"] * light["target_pixels"]
+  alarms = light["fa"] * light["pixels"] / (right / light["precision"] - right)
+  claim = (
+    f"{100 * light['precision']:.0f} % belong to a target; of the others, {100 * alarms:.0f} %"
+  )
+  assert f"{claim} lie in false alarms." in text
+  assert f"Of the targets' pixels it marks {100 * light['recall']:.0f} %" in text
   assert metrics["checkpoint"] == exported(name)["step"]
   assert f"{100 * held_out(name):.2f}" == re.search(r"held-out HSE is (\d+\.\d\d)", text)[1]
 
@@ -165,8 +170,8 @@ def test_a_card_says_how_many_targets_of_synthetic_scenes_are_found(name):
     kinds += [kind for kind, _ in figures.found(predictor(sample.image), sample.mask)]
   hits, targets = kinds.count("hit"), kinds.count("hit") + kinds.count("miss")
   text = " ".join(card(name).split())
-  assert f"of the {targets} targets in the 120 of" in text
-  assert f"it finds {100 * hits / targets:.0f} %" in text
+  assert "in the 120 scenes `scene(7, i, 256, 320)`, i from 0 to 119" in text
+  assert f"it finds {100 * hits / targets:.0f} % of the {targets} targets." in text
 
 
 @pytest.mark.slow  # 500 frames
@@ -180,7 +185,8 @@ def test_a_card_says_in_how_many_scenes_all_targets_are_found(name):
       whole.append(index)
   text = " ".join(card(name).split())
   assert SCENE[1] in whole
-  assert f"In {len(whole)} of 500, it finds three or more targets and nothing else" in text
+  claim = f"Of the first 500 such scenes, it solves {len(whole)} that have three or more targets"
+  assert claim in text
 
 
 def test_a_network_is_the_same_by_every_door(tmp_path, monkeypatch):

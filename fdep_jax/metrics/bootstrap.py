@@ -51,8 +51,8 @@ def compare(a, b, resamples=1000, level=0.95, seed=0):
     a, b: totals as for `intervals`, of the same images in the same order, with the same options.
 
   Returns:
-    {metric: {"difference": a − b, "low", "high", "a_is_better": probability}}; a tie counts half,
-    and for Fa less is better.
+    {metric: {"difference": a − b, "low", "high", "a_is_better": share of the draws}}; a tie
+    counts half, and for Fa less is better. The share says nothing of other trainings of the two.
 
   Raises:
     ValueError: the images or the options differ.

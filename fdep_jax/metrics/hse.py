@@ -28,7 +28,7 @@ _PENDING = 1 << 18  # active pixels that are gathered before they are labelled t
 class Options:
   """Options for everything that the paper leaves open about its metrics.
 
-  The defaults are OUR CHOICE: with them a public ACM scores within 1 of the paper's on NUAA-SIRST.
+  The defaults are OUR CHOICE; docs/metric.md holds other readings against the paper's numbers.
 
   Attributes:
     thresholds: thresholds τ of HSE-T, in [0, 1); compared as float32, `prob > τ`.
