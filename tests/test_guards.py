@@ -222,7 +222,7 @@ def test_rows_are_timed_anew_at_the_papers_size_in_one_process(monkeypatch):
   monkeypatch.setattr(build, "load_prior", lambda config: "prior")
   monkeypatch.setattr(build, "create_model", lambda config, prior: f"model of {config.mode}")
   results = []
-  for mode in ("original", "fdep_wo_coisd", "fdep", "none"):
+  for mode in ("original", "fdep_wo_coisd", "fdep", "none", "classical"):
     row = Row(mode, (mode,), {}, {}, note="before" if mode == "fdep" else "")
     cells = {"time_s": table.Cell(0.1, (7.0, 8.0), same_unit=False)}
     runs = [types.SimpleNamespace(config=toy_config(mode=mode))] if mode != "none" else []
@@ -231,6 +231,9 @@ def test_rows_are_timed_anew_at_the_papers_size_in_one_process(monkeypatch):
   assert [(mode, prior, size) for mode, _, prior, size in ran] == [
     ("original", None, 448), ("fdep_wo_coisd", "prior", 448), ("fdep", None, 448),
   ]  # fmt: skip
-  assert [r.cells["time_s"].values for r in timed] == [(1.5,), (2.5,), (3.5,), (7.0, 8.0)]
+  assert [r.cells["time_s"].values for r in timed] == [
+    (1.5,), (2.5,), (3.5,), (7.0, 8.0), (7.0, 8.0),
+  ]  # fmt: skip
   assert "448×448, least of 3" in timed[0].row.note and "median 9.000 s" in timed[0].row.note
   assert timed[2].row.note.startswith("before; ") and timed[3] is results[3]
+  assert "not taken anew" in timed[4].row.note  # without training: no network

@@ -97,7 +97,8 @@ def retime(results: Sequence[Result], repeats: int = 20) -> list[Result]:
   """Times every row with a finished run anew, one after the other in this process.
 
   The image is `TIMED_SIZE`² pixels, as the paper's crops. The note of a row has the median, which
-  shows how much other work on the machine disturbed the time.
+  shows how much other work on the machine disturbed the time. A method without training has no
+  network to time: it keeps the time of its evaluation, and its note says so.
   """
   timed = []
   for result in results:
@@ -105,6 +106,9 @@ def retime(results: Sequence[Result], repeats: int = 20) -> list[Result]:
       timed.append(result)
       continue
     config = result.runs[0].config
+    if config.mode == "classical":
+      timed.append(_noted(result, "time not taken anew: mean over images of its evaluation"))
+      continue
     light = forward.deployed_branch(config.mode) == "light"
     prior = None if light else build.load_prior(config)
     model = build.create_model(config, prior)
@@ -116,9 +120,14 @@ def retime(results: Sequence[Result], repeats: int = 20) -> list[Result]:
     )
     logging.info("%s: %.3f s, median %.3f s", result.row.name, seconds, median)
     cells = {**result.cells, "time_s": result.cells["time_s"]._replace(values=(seconds,))}
-    row = result.row._replace(note="; ".join(filter(None, (result.row.note, note))))
-    timed.append(result._replace(row=row, cells=cells))
+    timed.append(_noted(result._replace(cells=cells), note))
   return timed
+
+
+def _noted(result: Result, text: str) -> Result:
+  """Adds a text to the note of a row."""
+  note = "; ".join(filter(None, (result.row.note, text)))
+  return result._replace(row=result.row._replace(note=note))
 
 
 def collect(table: Table, base: ConfigDict, workdir: str | os.PathLike) -> list[Result]:
