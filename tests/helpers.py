@@ -95,6 +95,16 @@ def make_folder(path: pathlib.Path, count: int = 4) -> pathlib.Path:
   return path
 
 
+def deep_set(root: pathlib.Path, low: int = 7000, high: int = 9000) -> pathlib.Path:
+  """A dataset of 16-bit images: noise in a narrow range."""
+  root = make_folder(root)
+  rng = np.random.default_rng(0)
+  for path in (root / "images").iterdir():
+    counts = rng.integers(low, high, (40, 48)).astype(np.uint16)
+    Image.fromarray(counts).save(path)
+  return root
+
+
 # Toy runs.
 
 

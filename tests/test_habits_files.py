@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from helpers import ROOT, Bright, detector, make_folder, toy_config
+from helpers import ROOT, Bright, deep_set, detector, make_folder, toy_config
 from PIL import Image
 
 from configs import nuaa_cpu
@@ -496,16 +496,6 @@ def test_the_config_for_own_frames_on_a_cpu_needs_no_prior(tmp_path):
 
 
 # Cameras.
-
-
-def deep_set(root, low=7000, high=9000):
-  """A dataset of 16-bit images: noise in a narrow range, and a bright target."""
-  root = make_folder(root)
-  rng = np.random.default_rng(0)
-  for path in (root / "images").iterdir():
-    counts = rng.integers(low, high, (40, 48)).astype(np.uint16)
-    Image.fromarray(counts).save(path)
-  return root
 
 
 def test_sixteen_bit_images_are_refused_with_the_setting_that_reads_them(tmp_path):

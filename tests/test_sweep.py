@@ -18,12 +18,12 @@ import time
 import numpy as np
 import pytest
 import sweeping
-from helpers import command, samples_and_maps, write_report
+from helpers import command, deep_set, samples_and_maps, toy_config, write_report
 from ml_collections import ConfigDict
 
-from fdep_jax import evaluate, forward, settings
+from fdep_jax import build, data, evaluate, forward, settings
 from fdep_jax.metrics import per_image
-from fdep_jax.runtime import files
+from fdep_jax.runtime import checkpoint, files
 from fdep_jax.tables import experiments, figures, sweep, table
 from fdep_jax.tables.experiments import Row, Table
 
@@ -516,7 +516,7 @@ def with_maps(tmp_path, toy):
     fake(run, 0.5)
     branch = forward.deployed_branch(run.config.mode)
     (run.folder / "probs" / branch).mkdir(parents=True)
-    for sample in figures._test_images("synthetic", figures._synthetic(run)):
+    for sample in figures.test_images(run):
       prob = np.full(sample.mask.shape, 0.1, np.float32)
       if run.row.name == "toy-fdep":
         prob[sample.mask] = 0.9
@@ -542,6 +542,24 @@ def test_rows_with_maps_are_compared_on_the_same_images(toy, tmp_path):
   assert low <= difference <= high and difference > 50
   assert np.mean(by_seed) == pytest.approx(difference)
   assert "Paired over test images" in table.markdown(sweeping.table(), results)
+
+
+@pytest.mark.parametrize("text", ["7100,8900", "auto"])
+def test_maps_of_a_run_with_a_range_are_counted_on_the_images_of_its_evaluation(tmp_path, text):
+  config = toy_config(**{"data.root": str(deep_set(tmp_path / "data")), "data.range": text})
+  values = (7100.0, 8900.0)  # not what would be measured now
+  samples = build.load_test(config, values)
+  run = sweep.Run(None, 0, config, tmp_path / "run", None)
+  (run.folder / "probs" / "light").mkdir(parents=True)
+  for sample in samples:
+    np.save(run.folder / "probs" / "light" / figures._file(sample), np.float32(sample.mask))
+  about = {"deployed": "light", "test_sha256": data.fingerprint(samples)}
+  files.write_json(run.folder / "metrics.json", about)
+  if text == "auto":
+    with checkpoint.Checkpoints(run.folder) as checkpoints:
+      checkpoints.save(1, {"params": np.zeros(1)}, {"range": values})
+  assert figures.totals(run).result().iou == 1
+  np.testing.assert_array_equal(figures.test_images(run)[1].image, samples[1].image)
 
 
 def test_a_difference_has_an_interval_over_images_and_one_over_seeds():

@@ -3,13 +3,16 @@
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import FrozenConfigDict
 
-from fdep_jax import data, forward
-from fdep_jax.data import Sample
+from fdep_jax import build, data, forward
+from fdep_jax.data import Sample, frames
 from fdep_jax.metrics import hse, per_image
 from fdep_jax.report import plots
+from fdep_jax.runtime import checkpoint
 from fdep_jax.tables import experiments
 from fdep_jax.tables.sweep import Run
 
@@ -81,7 +84,7 @@ def grid(path: pathlib.Path, results) -> pathlib.Path:
   Circles mark hits in green, missed targets in yellow and false alarms in red, at 0.5.
   """
   runs = [result.runs[0] for result in results]
-  samples = _test_images(runs[0].config.data.root, _synthetic(runs[0]))
+  samples = test_images(runs[0])
   places = [i for i, sample in enumerate(samples) if sample.mask.any()]
   places = places[:: max(len(places) // IMAGES, 1)][:IMAGES]
   titles = ["image", "truth", *(r.row.name for r in results)]
@@ -130,7 +133,7 @@ def totals(run: Run, branch: str = "") -> hse.Accumulator | None:
     run: a finished run.
     branch: "light" or "main"; by default the deployed one.
   """
-  return _totals(run.folder, branch, run.config.data.root, _synthetic(run))
+  return _totals(run.folder, branch, _images_of(run))
 
 
 def counts(run: Run, branch: str = "") -> per_image.PerImage | None:
@@ -166,17 +169,17 @@ def counts(run: Run, branch: str = "") -> per_image.PerImage | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _totals(folder: pathlib.Path, branch: str, root: str, synthetic) -> hse.Accumulator | None:
+def _totals(folder: pathlib.Path, branch: str, config: FrozenConfigDict) -> hse.Accumulator | None:
   maps = _maps_folder(folder, branch)
   if maps is None:
     return None
-  total, images = hse.Accumulator(), _test_images(root, synthetic)
+  total, images = hse.Accumulator(), _test_images(config, _range(folder, config))
   # Of the images that were evaluated; older versions did not write it.
   known = json.loads((folder / "metrics.json").read_text()).get("test_sha256")
   if known is not None and known != data.fingerprint(images):
     raise ValueError(
-      f"{folder} was evaluated on different test images or masks than {root} has now. Put the data "
-      "back, or evaluate the run again (--mode eval)."
+      f"{folder} was evaluated on different test images or masks than {config.data.root} has "
+      "now. Put the data back, or evaluate the run again (--mode eval)."
     )
   for sample in images:
     total.update(np.load(maps / _file(sample)), sample.mask)
@@ -198,15 +201,35 @@ def _file(sample: Sample) -> str:
   return f"{sample.name.replace('/', '_')}.npy"
 
 
-def _synthetic(run: Run) -> tuple[int, int]:
-  return run.config.data.synthetic_test, run.config.data.synthetic_size
+def test_images(run: Run) -> Sequence[Sample]:
+  """Loads a run's test images, with the grey levels of its evaluation."""
+  config = _images_of(run)
+  return _test_images(config, _range(run.folder, config))
+
+
+def _images_of(run: Run) -> FrozenConfigDict:
+  """Returns the settings that choose a run's test images, as a key of caches."""
+  names = ("root", "range", "lazy", "synthetic_test", "synthetic_size")
+  return FrozenConfigDict({"data": {name: run.config.data[name] for name in names}})
+
+
+def _range(folder: pathlib.Path, config: FrozenConfigDict) -> frames.Range:
+  """Returns the range of a run's grey levels; what "auto" measured is in its checkpoints.
+
+  Without any it is measured anew. Other levels than those of the evaluation are found by the
+  fingerprint in metrics.json.
+  """
+  checkpoints = checkpoint.Checkpoints(folder)
+  best = checkpoints.best_step() is not None
+  if config.data.range != "auto" or not checkpoints.steps(best=best):
+    return build.grey_range(config)
+  _, meta = checkpoints.read(best=best)
+  return tuple(meta["range"])
 
 
 @functools.lru_cache(maxsize=4)
-def _test_images(root: str, synthetic: tuple[int, int]) -> list[Sample]:
-  if root == "synthetic":
-    return data.scenes(*synthetic, seed=2)
-  return data.load(root, "test")
+def _test_images(config: FrozenConfigDict, values: frames.Range) -> Sequence[Sample]:
+  return build.load_test(config, values)
 
 
 def _log(run: Run) -> list[dict]:
