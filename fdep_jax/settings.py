@@ -319,6 +319,11 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   for name, choices in _CHOICES.items():
     if values[name] not in choices:
       problems.append(f"{name} is {values[name]!r}; it must be one of {', '.join(choices)}.")
+  problems += [
+    f"{name} is {value}; it must be a finite number, which config.json can hold."
+    for name, value in values.items()
+    if trains and files.finite(value) != value
+  ]
   problems += [f"{n} is {values[n]}; it must be positive." for n in _POSITIVE if not values[n] > 0]
   if values["train.steps"] <= 0 and values["train.epochs"] <= 0:
     problems.append("train.steps and train.epochs are both 0; one of them must be positive.")

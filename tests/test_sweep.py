@@ -4,6 +4,7 @@ import contextlib
 import csv
 import fcntl
 import json
+import math
 import os
 import pathlib
 import random
@@ -675,6 +676,30 @@ def test_a_table_leaves_a_report_of_its_first_rows(toy, tmp_path):
   page = (out / "report.html").read_text()
   first = [result.runs[0].folder.name for result in results if result.runs]
   assert len(first) > 1 and all(name in page for name in first)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_set_without_targets_has_no_gap_and_no_detections_to_draw(toy, tmp_path, monkeypatch):
+  results, load = with_maps(tmp_path, toy), figures._test_images
+  empty = lambda *key: [s._replace(mask=np.zeros_like(s.mask)) for s in load(*key)]  # noqa: E731
+  monkeypatch.setattr(figures, "_test_images", empty)
+  text = table.write(sweeping.table(), results, tmp_path)
+  assert "nan" not in text and text.splitlines()[-1].split(" | ")[2::2] == ["–", "– |"]  # Pd, HSE
+  found = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
+  gaps = found["paired"]["toy-fdep − toy-original, 2 seeds"]
+  assert gaps["hse"] == {"mean": None, "low": None, "high": None, "by_seed": [None, None]}
+  assert gaps["fa_1e6"]["mean"] > 0
+  assert figures.grid(tmp_path / "grid.png", results) is None
+
+
+def test_no_json_file_holds_what_json_lacks(tmp_path):
+  for value in (math.nan, math.inf):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+      files.write_json(tmp_path / "a.json", {"a": [value]})
+    config = toy_config(**{"loss.distill_weight": value})
+    with pytest.raises(ValueError, match=f"loss.distill_weight is {value}; it must be a finite"):
+      settings.check(config)
+  assert not list(tmp_path.iterdir())
 
 
 def test_hits_misses_and_false_alarms_are_distinguished():

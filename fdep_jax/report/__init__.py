@@ -247,19 +247,10 @@ def _write(path: pathlib.Path, images: list[dict], runs: list[dict]) -> None:
     "images": images,
     "runs": runs,
   }
-  text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
+  text = json.dumps(files.finite(data), separators=(",", ":"), allow_nan=False)
   text = text.replace("<", "\\u003c")  # no text may end the surrounding <script>
   page = pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
   files.write(path, _PLACE.sub(lambda m: m[1] + text + m[3], page, count=1))
-
-
-def _finite(value):
-  """Replaces numbers that JSON lacks (NaN, infinity) by None."""
-  if isinstance(value, dict):
-    return {key: _finite(inner) for key, inner in value.items()}
-  if isinstance(value, list | tuple):
-    return [_finite(inner) for inner in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(path: pathlib.Path) -> dict:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import pathlib
 import socket
@@ -77,8 +78,21 @@ def write(path: str | os.PathLike, content: bytes | str) -> None:
 
 
 def write_json(path: str | os.PathLike, value) -> None:
-  """Writes a value as indented JSON, whole or not at all."""
-  write(path, json.dumps(value, indent=2) + "\n")
+  """Writes a value as indented JSON, whole or not at all.
+
+  Raises:
+    ValueError: it holds NaN or infinity, which JSON lacks (`finite` replaces them).
+  """
+  write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def finite(value):
+  """Replaces numbers that JSON lacks (NaN, infinity) by None."""
+  if isinstance(value, dict):
+    return {key: finite(inner) for key, inner in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(inner) for inner in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def write(results, out: pathlib.Path) -> list[pathlib.Path]:
   for baseline in dict.fromkeys(baselines[r.row.name] for r in mapped):
     alike = [r for r in mapped if baselines[r.row.name] == baseline]
     written.append(grid(out / f"found_{baseline.replace('/', '_')}.png", alike))
-  return written
+  return [path for path in written if path is not None]
 
 
 def training(path: pathlib.Path, results) -> pathlib.Path:
@@ -78,14 +78,19 @@ def precision_recall(path: pathlib.Path, results) -> pathlib.Path:
   return plots.save(figure, path)
 
 
-def grid(path: pathlib.Path, results) -> pathlib.Path:
+def grid(path: pathlib.Path, results) -> pathlib.Path | None:
   """Draws image, truth and each row's probabilities side by side, as the paper's Fig. 3.
 
   Circles mark hits in green, missed targets in yellow and false alarms in red, at 0.5.
+
+  Returns:
+    `path`; None if no test image has a target, and so nothing is drawn.
   """
   runs = [result.runs[0] for result in results]
   samples = test_images(runs[0])
   places = [i for i, sample in enumerate(samples) if sample.mask.any()]
+  if not places:
+    return None
   places = places[:: max(len(places) // IMAGES, 1)][:IMAGES]
   titles = ["image", "truth", *(r.row.name for r in results)]
   figure, axes = plots.figure(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -69,6 +70,8 @@ class Gap(NamedTuple):
   def __str__(self):
     from fdep_jax.metrics import bootstrap
 
+    if not math.isfinite(self.mean):  # in a set without targets
+      return "–"
     text = f"{self.mean:+.2f} ({self.low:+.2f} … {self.high:+.2f}"
     if len(self.by_seed) < 2:
       return text + ")"
@@ -244,11 +247,12 @@ def write(table: Table, results: Sequence[Result], out: pathlib.Path) -> str:
   """Writes `table.{md,csv,tex,json}`; returns the Markdown."""
   out.mkdir(parents=True, exist_ok=True)
   comparisons = paired(results)
+  content = as_json(table, results) | {"paired": _plain(comparisons)}
   texts = {
     "md": markdown(table, results, comparisons),
     "csv": as_csv(table, results),
     "tex": latex(table, results),
-    "json": json.dumps(as_json(table, results) | {"paired": _plain(comparisons)}, indent=1) + "\n",
+    "json": json.dumps(content, indent=1, allow_nan=False) + "\n",
   }
   for suffix, text in texts.items():
     files.write(out / f"table.{suffix}", text)
@@ -257,7 +261,7 @@ def write(table: Table, results: Sequence[Result], out: pathlib.Path) -> str:
 
 def _plain(comparisons: dict[str, dict[str, Gap]]) -> dict:
   return {
-    name: {metric: gap._asdict() for metric, gap in found.items()}
+    name: {metric: files.finite(gap._asdict()) for metric, gap in found.items()}
     for name, found in comparisons.items()
   }
 
@@ -535,7 +539,10 @@ def paired(results: Sequence[Result], resamples: int = 1000) -> dict[str, dict[s
         for metric in _PAIRED:
           _, key, factor, _ = METRICS[metric]
           by_seed = factor * np.array([left[key] - right[key] for left, right in each])
-          low, high = np.nanquantile(by_seed[:, 1:].mean(0), [0.025, 0.975]).tolist()
+          spread = by_seed[:, 1:].mean(0)
+          spread = spread[~np.isnan(spread)]
+          ends = np.quantile(spread, [0.025, 0.975]) if len(spread) else np.full(2, np.nan)
+          low, high = ends.tolist()
           gaps[metric] = Gap(float(by_seed[:, 0].mean()), low, high, by_seed[:, 0].tolist())
         found[", ".join(filter(None, (name, part)))] = gaps
   return found
