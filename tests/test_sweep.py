@@ -653,6 +653,21 @@ def test_the_main_branch_of_a_run_that_deploys_the_light_one_is_listed_and_compa
   text = table.markdown(sweeping.table(), results)
   assert "| toy-fdep | 2.50 (2) |" in text  # a tenth of IoU 25
   assert table.as_json(sweeping.table(), results)["rows"][2]["main_branch"]["hse"] == [5.0, 5.0]
+  # A seed evaluated with eval.branches=deployed has no main branch, whatever maps it keeps.
+  run = results[2].runs[1]
+  metrics = {name: value for name, value in results[2].metrics[1].items() if name != "main"}
+  files.write_json(run.folder / "metrics.json", metrics)
+  for saved in (False, True):
+    if saved:
+      total = figures.totals(run)
+      metrics["light"] |= total.result().as_dict()
+      files.write_json(run.folder / "metrics.json", metrics)
+      per_image.save(run.folder / per_image.FILE, {"light": total})
+    found = table.paired(table.collect(sweeping.table(), sweeping.config(""), tmp_path), 5)
+    assert [name for name in found if name.startswith("toy-fdep,") or "fdep −" in name] == [
+      "toy-fdep − toy-original, 2 seeds",
+      "toy-fdep, main branch − toy-original, 1 seed",
+    ]
 
 
 def test_figures_show_the_runs_that_exist(toy, tmp_path):

@@ -149,18 +149,21 @@ def counts(run: Run, branch: str = "") -> per_image.PerImage | None:
     branch: "light" or "main"; by default the deployed one.
 
   Returns:
-    The counts, in the order of the test split; None if the run has neither.
+    The counts, in the order of the test split; None if the run has neither, or was evaluated
+    without this branch (eval.branches).
 
   Raises:
     ValueError: the file is damaged, or of another evaluation than metrics.json.
   """
   path = run.folder / per_image.FILE
-  if not path.exists():
-    total = totals(run, branch)
-    return total and per_image.of(total)
   metrics = json.loads((run.folder / "metrics.json").read_text())
   branch = branch or metrics["deployed"]
+  if not path.exists():
+    total = totals(run, branch) if branch in metrics else None
+    return total and per_image.of(total)
   found = per_image.load(path).get(branch)
+  if found is None and branch not in metrics:
+    return None
   known = {name: metrics.get(branch, {}).get(name) for name in ("images", "targets", "hits")}
   if found is not None:
     half = found.options.of_grid()[1]
