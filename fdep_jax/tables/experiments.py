@@ -84,9 +84,16 @@ def _problems(table: Table) -> list[str]:
     problems += [f"columns: there is no {n!r}, but {', '.join(METRICS)}." for n in wrong]
   if not rows:
     problems.append("it has no rows.")
-  names = [row.name for row in rows]
+  names, first = [row.name for row in rows], {}
   for row in rows:
     problems += [f"row {row.name!r}: {text}" for text in _row_problems(row, table, names)]
+    place = f"label {row.label!r}" + (f" and the side {row.side!r}" if row.side else "")
+    other = first.setdefault(place, row.name)
+    if other != row.name:
+      problems.append(
+        f"row {row.name!r}: it has the {place} of row {other!r}, whose place in the table it would "
+        "take. Change the label or the side of one of them."
+      )
   return list(dict.fromkeys(problems))
 
 
@@ -95,7 +102,7 @@ def _row_problems(row: Row, table: Table, names: list[str]) -> Iterator[str]:
     yield "its name is that of a folder: a text without spaces and slashes."
   if names.count(row.name) > 1:
     yield f"{names.count(row.name)} rows have this name, and would share a folder."
-  if not _are(row.label, _is_text):
+  if not isinstance(row.label, tuple) or not _are(row.label, _is_text):  # rows are found by it
     yield f"label is {row.label!r}; it must be a tuple of texts (a comma: ('ACM',))."
   elif len(row.label) != len(table.head):
     yield f"its label {row.label!r} has {len(row.label)} parts, and head {len(table.head)}."
