@@ -277,6 +277,8 @@ WRONG = {  # of a table with one right row a: a change, and what is said
   "rows=(ROW._replace(paper={'f1': 1.0}),)": "row 'a': paper has 'f1'; there are iou",
   "rows=(ROW._replace(paper=None),)": "row 'a': paper is None; it must be a dict",
   "rows=(ROW._replace(teacher='b'),)": "row 'a': its teacher is 'b', which is not a row",
+  "rows=(ROW._replace(seeds=(0,)), STUDENT)": "row 'b': it runs with every seed, and its teacher",
+  "rows=(ROW._replace(seeds=(0,)), STUDENT._replace(seeds=(0, 1)))": "with seeds (0, 1), and its",
   "rows=(ROW._replace(baseline='b'),)": "row 'a': its baseline is 'b', which is not a row",
   "rows=(ROW._replace(seeds=(0, 7)),)": "row 'a': it has seeds [7], which the table has not",
   "rows=(ROW._replace(seeds='0'),)": "row 'a': seeds is '0'; it must be a tuple",
@@ -288,6 +290,7 @@ def write_table(tmp_path, change: str):
   path.write_text(
     "from fdep_jax.tables.experiments import Row, Table\n"
     "ROW = Row('a', ('a',), {}, {})\n"
+    "STUDENT = Row('b', ('b',), {}, {}, teacher='a')\n"
     f"get_table = lambda: Table('', ('a',), ('iou',), (ROW,), (0, 1))._replace({change})\n"
   )
   return path
@@ -305,6 +308,8 @@ def test_a_wrong_table_is_refused_when_it_is_read(tmp_path, change):
 
 def test_all_problems_of_a_table_are_told_at_once(tmp_path):
   assert experiments.load(write_table(tmp_path, "")).seeds == (0, 1)
+  right = "rows=(ROW._replace(seeds=(0, 1)), STUDENT._replace(seeds=(1,)))"
+  assert len(experiments.load(write_table(tmp_path, right)).rows) == 2
   changes = ", ".join(
     ("seeds=(0)", "columns=('f1',)", "rows=(ROW._replace(paper={'p': 1}, seeds=1),)")
   )

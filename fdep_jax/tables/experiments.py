@@ -84,9 +84,9 @@ def _problems(table: Table) -> list[str]:
     problems += [f"columns: there is no {n!r}, but {', '.join(METRICS)}." for n in wrong]
   if not rows:
     problems.append("it has no rows.")
-  names, first = [row.name for row in rows], {}
+  first = {}
   for row in rows:
-    problems += [f"row {row.name!r}: {text}" for text in _row_problems(row, table, names)]
+    problems += [f"row {row.name!r}: {text}" for text in _row_problems(row, table)]
     place = f"label {row.label!r}" + (f" and the side {row.side!r}" if row.side else "")
     other = first.setdefault(place, row.name)
     if other != row.name:
@@ -97,7 +97,8 @@ def _problems(table: Table) -> list[str]:
   return list(dict.fromkeys(problems))
 
 
-def _row_problems(row: Row, table: Table, names: list[str]) -> Iterator[str]:
+def _row_problems(row: Row, table: Table) -> Iterator[str]:
+  names = [other.name for other in table.rows]
   if not _is_text(row.name) or not re.fullmatch(r"[^/\s]+", row.name):
     yield "its name is that of a folder: a text without spaces and slashes."
   if names.count(row.name) > 1:
@@ -120,6 +121,15 @@ def _row_problems(row: Row, table: Table, names: list[str]) -> Iterator[str]:
     yield f"seeds is {row.seeds!r}; it must be a tuple of whole numbers, as in (0,)."
   elif _are(table.seeds, _is_seed) and (strange := sorted(set(row.seeds) - set(table.seeds))):
     yield f"it has seeds {strange}, which the table has not."
+  elif row.teacher in names:
+    theirs = table.rows[names.index(row.teacher)].seeds
+    # A row without seeds of its own runs with whatever --seeds names.
+    if _are(theirs, _is_seed) and not (row.seeds and set(row.seeds) <= set(theirs)):
+      ours = f"seeds {row.seeds}" if row.seeds else "every seed"
+      yield (
+        f"it runs with {ours}, and its teacher {row.teacher!r} with {theirs} alone. Give it seeds "
+        "of its teacher, or leave out the teacher's."
+      )
 
 
 def _are(values, kind: Callable[[object], bool], least: int = 1) -> bool:
