@@ -304,6 +304,32 @@ def test_a_folder_with_every_kind_of_file_is_predicted(tmp_path):
   np.testing.assert_array_equal(prob > 32767, scene() == 250)
 
 
+def test_pages_before_one_that_is_refused_keep_their_own_numbers(tmp_path):
+  def read(*sides, range_=""):
+    pages = [np.full((side, side), 7 + side, np.uint8) for side in sides]
+    first, *others = map(Image.fromarray, pages)
+    first.save(tmp_path / "a.tif", save_all=True, append_images=others)
+    unreadable, bar = {}, types.SimpleNamespace(update=lambda: None)
+    inputs = {"a.tif": (tmp_path / "a.tif", "a")}
+    found = predict._read(inputs, None, range_, unreadable, bar, at_most_40)
+    return [
+      (page, output, int(levels[0, 0]) - 7) for (_, page, output, levels), _ in found
+    ], unreadable
+
+  def at_most_40(size):
+    if size[0] > 40:
+      raise frames.FrameError("too large")
+
+  one, two = (0, "a_page0000", 30), (1, "a_page0001", 31)
+  assert read(30, 31, 50) == ([one, two], {"a.tif": "page 2: too large"})
+  assert read(30, 50, 31) == ([one], {"a.tif": "page 1: too large"})
+  assert read(30, 31) == ([one, two], {})
+  assert read(30) == ([(None, "a", 30)], {})
+  assert read(50) == ([], {"a.tif": "too large"})  # the only page has no number
+  found, unreadable = read(30, range_="full")
+  assert not found and unreadable["a.tif"].startswith("has 8 bits per channel")
+
+
 def test_one_of_a_thing_is_not_written_as_several(tmp_path, capsys):
   Image.fromarray(scene()).save(tmp_path / "a.png")
   found = predict.run(tmp_path / "a.png", tmp_path / "out", detector(Bright()))

@@ -278,19 +278,20 @@ def _read(inputs, values, trained, unreadable, bar, check_size) -> Iterator:
   taken = {stem.lower() for _, stem in inputs.values()}
   for file, (path, stem) in inputs.items():
     held = None  # one frame back: the first page gets a number only if a second follows
-    count = 0
+    usable = 0  # frames so far, so that it is also the page that is being read
     try:
-      for count, frame in enumerate(frames.read(path), 1):
+      for frame in frames.read(path):
         levels = levels_of(frame, values, trained)
         check_size(levels.shape[:2])
         if held is not None:
-          yield _item(file, count - 2, stem, taken, held)
+          yield _item(file, usable - 1, stem, taken, held)
         held = levels
+        usable += 1
     except frames.FrameError as error:
-      unreadable[file] = f"page {count}: {error}" if count else str(error)
+      unreadable[file] = f"page {usable}: {error}" if usable else str(error)
     if held is not None:
-      several = count > 1 or file in unreadable
-      yield _item(file, count - 1 if several else None, stem, taken, held)
+      several = usable > 1 or file in unreadable
+      yield _item(file, usable - 1 if several else None, stem, taken, held)
     bar.update()
 
 
