@@ -321,7 +321,8 @@ class Loop:
     step = self.progress.step
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     metrics["images_per_second"] = rate = clock.rate(step)
-    metrics["learning_rate"] = float(self.schedule(step - 1))
+    # Of the last update. A step that is left out is none, so the schedule does not count it.
+    metrics["learning_rate"] = float(self.schedule(max(step - self.progress.skipped - 1, 0)))
     if self.config.train.nonfinite == "skip":
       metrics["skipped"] = self.progress.skipped
     log.write(step, metrics)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -553,13 +554,15 @@ def test_a_run_stops_at_a_step_that_is_not_finite_and_goes_on_without_it(
   monkeypatch.setattr(mesh, "put_batch", fifth_is_bad)
   score_by_step(monkeypatch, {8: 0.1})
   changes = {"checkpoint.every_steps": 3, "log.every_steps": 100, "eval.every_epochs": 100.0}
-  first = 0
+  first, config = 0, small(**changes)
+  config.train.schedule = "linear_schedule"
+  config.train.schedule_args = {"init_value": 8e-4, "end_value": 0.0, "transition_steps": "steps"}
   with pytest.raises(FloatingPointError) as info:
-    train.train(small(**changes), tmp_path)
+    train.train(config, tmp_path)
   message = str(info.value)  # noticed before step 6 is saved, though nothing was logged
   assert "not finite at step 5" in message and "good checkpoint is step 3" in message
   assert checkpoint.Checkpoints(tmp_path).steps() == [3]
-  first, config = 3, small(**changes, **{"train.nonfinite": "skip"})
+  first, config.train.nonfinite = 3, "skip"
   seen.clear()
   train.train(config, tmp_path)
   state = parameters(tmp_path, config)
@@ -567,6 +570,21 @@ def test_a_run_stops_at_a_step_that_is_not_finite_and_goes_on_without_it(
   assert int(state["skipped/count"]) == 1 and int(state["skipped/first"]) == 5
   last = [line for line in lines(tmp_path) if "loss" in line][-1]
   assert last["step"] == 8 and last["skipped"] == 1
+  assert last["learning_rate"] == pytest.approx(2e-4)  # of the seventh update
+  assert {int(v) for k, v in state.items() if k.startswith("opt/") and k.endswith("count")} == {7}
+
+
+def test_the_logged_learning_rate_is_that_of_the_last_update():
+  loop, written = object.__new__(train.Loop), []
+  loop.config, loop.schedule = small(**{"train.nonfinite": "skip"}), lambda count: 1 - count / 10
+  loop.score, loop.minutes = "", log.Minutes(10, 0, shown=True)
+  loop.progress = train.Progress()
+  file = types.SimpleNamespace(write=lambda step, values: written.append(values["learning_rate"]))
+  bar = types.SimpleNamespace(set_postfix=lambda **_: None)
+  for step, skipped in enumerate((1, 1, 2, 3, 3), 1):  # updates are made at steps 2 and 5
+    loop.progress.step, loop.state = step, {"skipped": {"count": skipped, "first": 1}}
+    loop._log({"loss": 1.0}, file, train.Clock(0, 1), bar)
+  assert written == [1, 1, 1, 1, 0.9]
 
 
 # Devices and memory
