@@ -20,7 +20,7 @@ from fdep_jax.data import resident
 from fdep_jax.metrics import columns
 from fdep_jax.priors import Prior, bank
 from fdep_jax.runtime import checkpoint, files, mesh
-from fdep_jax.runtime.log import Log, Minutes, Profile
+from fdep_jax.runtime.log import Log, Minutes, Profile, check_profile
 from fdep_jax.runtime.signals import Preempted, Signals
 
 
@@ -63,6 +63,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     weights = start.read(source, config.model.backbone)
   # Refuses wrong arguments before reading data; the number of epochs' steps is not yet known.
   step_lib.check_schedule(config, config.train.steps or 10**6)
+  check_profile(config, config.train.steps or 10**6)
   the_mesh = mesh.make(config.host_devices, config.train.batch_size)
   with Signals(mesh.minimum, jax.process_count()) as signals:
     images = build.load_images(config)
@@ -132,6 +133,7 @@ class Loop:
       self.memory = resident.Resident(images.train, config.data.crop, the_mesh)
     self.steps = step_lib.total_steps(config, len(images.train))
     step_lib.check_schedule(config, self.steps)
+    check_profile(config, self.steps)
     self.claimed = False
     self.meta = {
       "steps": self.steps,
@@ -230,11 +232,12 @@ class Loop:
       contextlib.closing(iterator),
       Log(self.workdir, config, self.start) as log,
       tqdm(total=self.steps, initial=self.start, disable=not shown) as bar,
+      Profile(self.workdir, config) as profile,
     ):
       if progress.best_step == self.start and self.start:
         if self.checkpoints.best_step() != self.start:
           self.save(to_best=True)  # the process was killed between the two saves
-      profile, clock = Profile(self.workdir, config), Clock(self.start, config.train.batch_size)
+      clock = Clock(self.start, config.train.batch_size)
       try:
         if self.start:  # the evaluation at this step may have been interrupted
           self._after(self.start, log, clock)

@@ -1,5 +1,6 @@
 """Training end to end on a toy detector: determinism, resuming, what is and is not trained."""
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -9,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import plain
 import pytest
 from helpers import batch, lines, parameters, parts, toy_config
 
 from configs import base
 from fdep_jax import build, data, evaluate, forward, report, settings, train
 from fdep_jax import step as step_lib
-from fdep_jax.runtime import checkpoint, mesh
+from fdep_jax.runtime import checkpoint, log, mesh
 
 
 def test_same_seed_and_an_interruption_give_identical_parameters(toy, tmp_path, monkeypatch):
@@ -226,13 +228,40 @@ def test_any_optax_schedule_is_named_by_the_config():
 
 
 def test_a_trace_of_some_steps_is_written(toy, tmp_path):
-  train.train(toy_config(**{"mode": "original", "profile_steps": "2-3"}), tmp_path)
+  # The run has 8 steps: it ends before the last of those to trace.
+  train.train(toy_config(**{"mode": "original", "profile_steps": "7-10"}), tmp_path)
   (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
   with gzip.open(trace, "rt") as file:
     names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
   assert "PjitFunction(step)" in names
   with pytest.raises(ValueError, match="profile_steps is '3-2'; it must be FIRST-LAST"):
     settings.check(toy_config(profile_steps="3-2"))
+  with pytest.raises(ValueError, match="profile_steps is 9-10, but the run has 8 steps. Name"):
+    train.train(toy_config(profile_steps="9-10"), tmp_path / "never")
+  epochs = toy_config(**{"train.steps": 0, "train.epochs": 2, "profile_steps": "3-4"})
+  with pytest.raises(ValueError, match="profile_steps is 3-4, but the run has 2 steps. Name"):
+    plain.loop_of(epochs, tmp_path / "epochs")  # 4 images in batches of 4
+
+
+@pytest.mark.parametrize(
+  ("steps", "calls"),
+  [
+    ((1, 2, 3, 4), ["before 2", "stopped after 3"]),
+    ((3, 4, 5), ["before 3", "stopped after 3"]),  # goes on in the middle
+    ((1, 2), ["before 2", "stopped after 2"]),  # ends, or is stopped, before the last
+    ((4, 5), []),
+  ],
+)
+def test_steps_to_trace_that_the_run_does_not_all_take(monkeypatch, tmp_path, steps, calls):
+  found, step = [], 0
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: found.append(f"before {step}"))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: found.append(f"stopped after {step}"))
+  with contextlib.suppress(KeyError), log.Profile(tmp_path, toy_config(profile_steps="2-3")) as it:
+    for step in steps:
+      it.before(range(step, step + 1))
+      it.after(range(step, step + 1), {})
+    raise KeyError
+  assert found == calls
 
 
 def test_epochs_count_every_image_once():

@@ -116,25 +116,55 @@ def _duration(seconds: float) -> str:
   return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def check_profile(config: ConfigDict, steps: int) -> None:
+  """Raises ValueError if `profile_steps` begin after the last step of a run of this many."""
+  first, _ = _profile_steps(config)
+  if first > steps:
+    raise ValueError(
+      f"profile_steps is {config.profile_steps}, but the run has {steps} steps. Name steps that it "
+      "takes, or leave profile_steps out."
+    )
+
+
+def _profile_steps(config: ConfigDict) -> tuple[int, int]:
+  """Returns the first and the last step to trace; (0, 0) if there is none."""
+  first, last = map(int, config.profile_steps.split("-")) if config.profile_steps else (0, 0)
+  return first, last
+
+
 class Profile:
-  """Traces the steps `profile_steps` into workdir/profile, for TensorBoard and Perfetto."""
+  """Traces the steps `profile_steps` into workdir/profile, for TensorBoard and Perfetto.
+
+  A run that goes on within these steps traces the rest of them. Leaving the context writes the
+  trace of a run that ends before the last one.
+  """
 
   def __init__(self, workdir: pathlib.Path, config: ConfigDict):
-    steps = config.profile_steps
-    self._first, self._last = map(int, steps.split("-")) if steps else (0, 0)
+    self._first, self._last = _profile_steps(config)
     self._folder = workdir / "profile"
     self._running = False
 
+  def __enter__(self):
+    return self
+
   def before(self, steps: range) -> None:
-    if self._first in steps:
+    if not self._running and steps[0] <= self._last and steps[-1] >= self._first:
       jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
       self._running = True
 
   def after(self, steps: range, metrics: dict) -> None:
-    if self._running and self._last in steps:
+    if self._running and self._last <= steps[-1]:
       jax.block_until_ready(metrics)
-      jax.profiler.stop_trace()
-      logging.info("wrote a trace up to step %d to %s", steps[-1], self._folder)
+      self._stop()
+
+  def __exit__(self, *error):
+    if self._running:
+      self._stop()
+
+  def _stop(self) -> None:
+    self._running = False
+    jax.profiler.stop_trace()
+    logging.info("wrote a trace to %s", self._folder)
 
 
 def _scalars(prefix: str, values: dict):
