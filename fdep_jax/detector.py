@@ -50,8 +50,8 @@ def load(
   Args:
     workdir: of the run; None if `which` is a path. Alone, it may also be a light branch.
     which: "best" (the default; the newest if none was selected), "last", a step, or the path
-      of a checkpoint: `RUN`, `RUN/best`, `RUN/checkpoints/STEP`, or a light branch: an exported
-      `light.safetensors`, or `zoo:NAME`.
+      of a checkpoint: `RUN`, `RUN/best`, `RUN/best/STEP`, `RUN/checkpoints/STEP`, or a light
+      branch: an exported `light.safetensors`, or `zoo:NAME`.
     branch: "light", or "main", which needs the run's prior weights; default the deployed one.
     config: of the run, if the prior's file is not where its config.json says.
 
@@ -96,7 +96,7 @@ def load(
     step = meta["step"]
   finally:
     checkpoints.close()
-  if best and selection_doubt(meta):
+  if best and which == "best" and selection_doubt(meta):
     logging.warning("%s: %s", workdir, selection_doubt(meta))
   if prior:
     build.check_prior(prior.sha256, meta, workdir, config)
@@ -410,18 +410,17 @@ def _parse_checkpoint(workdir, which) -> tuple[pathlib.Path, str | int]:
       f"{path} is no checkpoint: give best, last, a step, a folder RUN, RUN/best or "
       f"RUN/checkpoints/STEP, or a light.safetensors.{zoo.hint(path)}"
     )
-  if path.name == "best" or path.parent.name == "best":
-    return (path.parent if path.name == "best" else path.parent.parent), "best"
-  if path.name == "checkpoints":
-    return path.parent, "last"
-  if path.parent.name == "checkpoints" and path.name.isdecimal():
+  # First, as a run may be called best, or lie below a folder of that name.
+  if (path / "config.json").exists():
+    return path, "best"
+  if path.name in ("best", "checkpoints"):
+    return path.parent, "best" if path.name == "best" else "last"
+  if path.parent.name in ("best", "checkpoints") and path.name.isdecimal():
     return path.parent.parent, int(path.name)
-  if not (path / "config.json").exists():
-    raise FileNotFoundError(
-      f"{path} is not the folder of a run: it has no config.json. It holds {_content(path)}. If "
-      f"one of these is a file for PyTorch, {_NAME_IT} --checkpoint FILE."
-    )
-  return path, "best"
+  raise FileNotFoundError(
+    f"{path} is not the folder of a run: it has no config.json. It holds {_content(path)}. If "
+    f"one of these is a file for PyTorch, {_NAME_IT} --checkpoint FILE."
+  )
 
 
 def choose_step(
@@ -432,15 +431,18 @@ def choose_step(
   Raises:
     FileNotFoundError, ValueError: there is no such checkpoint.
   """
-  steps, best = checkpoints.steps(), checkpoints.best_step()
-  if not steps and best is None:
+  steps, kept = checkpoints.steps(), checkpoints.steps(best=True)
+  if not steps and not kept:
     raise FileNotFoundError(f"{workdir} has no checkpoint yet. Train first (--mode train).")
-  if str(which) == "best" and best is not None:
+  if str(which) == "best" and kept:
     return None, True
   if str(which) in ("best", "last"):
     if not steps:
-      raise FileNotFoundError(f"{workdir} has only its best checkpoint, step {best}. Give best.")
+      raise FileNotFoundError(
+        f"{workdir} has only its best checkpoint, step {kept[-1]}. Give best."
+      )
     return None, False
-  if int(which) in steps or int(which) == best:
-    return int(which), int(which) not in steps
-  raise ValueError(f"{workdir} has no step {which}; it has {steps}, and best is step {best}.")
+  step = int(which)  # one that is in both folders has the same weights in both
+  if step in steps or step in kept:
+    return step, step not in steps
+  raise ValueError(f"{workdir} has no step {step}; it has {steps}, and best/ has {kept}.")

@@ -57,7 +57,7 @@ def _of_run(path, backbone: str) -> Weights:
     flat, meta = checkpoints.read(step, best=best)
   finally:
     checkpoints.close()
-  if best and detector.selection_doubt(meta):
+  if best and which == "best" and detector.selection_doubt(meta):
     logging.warning("%s: %s", run, detector.selection_doubt(meta))
   found = {}
   for name, array in flat.items():

@@ -467,6 +467,29 @@ def test_a_checkpoint_of_another_run_is_refused(begun, tmp_path):
     detector_lib.load(run, "light.safetensors")
 
 
+def test_a_path_names_the_checkpoint_of_its_step_and_a_run_of_any_name(tmp_path):
+  for name in ("best", "best/5", "checkpoints"):
+    run = written_run(tmp_path / name)
+    for part in ("best/5", "best/20", "checkpoints/20", "checkpoints/25"):
+      (run / part).mkdir(parents=True)
+    for part, which, chosen in (
+      ("", "best", (None, True)),
+      ("best", "best", (None, True)),
+      ("best/5", 5, (5, True)),
+      ("best/20", 20, (20, False)),
+      ("checkpoints", "last", (None, False)),
+      ("checkpoints/25", 25, (25, False)),
+    ):
+      found = detector_lib.find_checkpoint(None, run / part)
+      assert found == (run, which)
+      assert detector_lib.choose_step(checkpoint.Checkpoints(run), *found) == chosen
+  with pytest.raises(ValueError, match=r"no step 7; it has \[20, 25\], and best/ has \[5, 20\]"):
+    detector_lib.choose_step(checkpoint.Checkpoints(run), run, 7)
+  (run / "best" / "x").mkdir()
+  with pytest.raises(FileNotFoundError, match="best/x is not the folder of a run"):
+    detector_lib.find_checkpoint(None, run / "best" / "x")
+
+
 def test_a_run_of_the_main_branch_alone_is_not_exported_with_a_way_that_works(tmp_path):
   run = written_run(tmp_path / "run", mode="fdep_wo_coisd")
   with pytest.raises(ValueError, match="--mode predict --branch main"):
