@@ -320,7 +320,8 @@ def evaluate(
     workdir: folder of a run.
     config: of the run; default its config.json.
     loaded: (images, prior, model) if the caller has them.
-    which: scores this checkpoint only: "best", "last", a step, or a path in the run's folder.
+    which: scores this checkpoint only: "best", "last", a step, or a path in the run's folder. It
+      needs `out`.
     out: folder to write; default the run's.
 
   Returns:
@@ -329,14 +330,20 @@ def evaluate(
   Raises:
     FileNotFoundError: the run, its checkpoint, its data or its weights do not exist.
     ValueError: there is no such checkpoint, the prior's weights are not those of the training, or
-      `out` holds results of other inputs.
+      `out` holds results of other inputs, or `which` is given and `out` is the run's folder.
   """
   workdir = files.expand(workdir)
   out = workdir if out is None else files.expand(out)
+  own = out.resolve() == workdir.resolve()
+  if own and which is not None:
+    raise ValueError(
+      f"The results of checkpoint {which} are not those of {workdir}, whose metrics.json they "
+      "would replace. Name a folder for them, out=DIR, or leave which out."
+    )
   config = config or settings.load(workdir)
   settings.adopt(config)
   record = {}
-  if out != workdir:
+  if not own:
     record["inputs"] = _inputs_of_run(workdir, which, config)
     folder_lib.check(out, record, [config.data.root])
   images = None
@@ -372,7 +379,7 @@ def evaluate(
     words = _words(config, which, best, last)
     about = _about(config, images, best_state, words)
     about["prior, SHA-256 of its file"] = best["dino_sha256"] or "none"
-    name = workdir.resolve().name + (f" ({words}, {config.data.root})" if out != workdir else "")
+    name = workdir.resolve().name + (f" ({words}, {config.data.root})" if not own else "")
     _write(out, name, config, images, scored, metrics, about)
     doubt = detector.selection_doubt(best) if which is None and best["best_step"] else ""
     _print(config, metrics, words, newest, [doubt, *_merging(scored)])

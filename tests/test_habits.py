@@ -459,6 +459,13 @@ def test_eval_scores_the_checkpoint_that_is_named(begun, parse, tmp_path):
   assert not (tmp_path / "x").exists()
 
 
+def test_the_results_of_a_checkpoint_do_not_replace_those_of_the_run(tmp_path):
+  run = written_run(tmp_path / "run")
+  for out in (None, run, tmp_path / "run" / ".." / "run"):
+    with pytest.raises(ValueError, match="checkpoint 3 are not those of .* Name .* out=DIR"):
+      evaluate.evaluate(run, which=3, out=out)
+
+
 def test_a_checkpoint_of_another_run_is_refused(begun, tmp_path):
   run, *_ = begun
   with pytest.raises(ValueError, match="Leave --workdir out"):
