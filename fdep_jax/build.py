@@ -267,11 +267,6 @@ def named_model(checkpoint: str) -> tuple[type[Foundation], dict]:
   )
 
 
-def vit_arguments(checkpoint: str) -> dict:
-  """Derives a prior's arguments from a file name, as `named_model` does."""
-  return named_model(checkpoint)[1]
-
-
 def abstract(config: ConfigDict) -> tuple[Prior | None, nnx.Module]:
   """Builds prior and model as shapes only, without memory or weights.
 

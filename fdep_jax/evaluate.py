@@ -376,7 +376,7 @@ def evaluate(
     chosen = {name: metrics[name] for name in (*scored.totals, "checkpoint")}
     metrics["last"] = newest or chosen
   if mesh.writes():
-    words = _words(config, which, best, last)
+    words = _words(config, which, best)
     about = _about(config, images, best_state, words)
     about["prior, SHA-256 of its file"] = best["dino_sha256"] or "none"
     name = workdir.resolve().name + (f" ({words}, {config.data.root})" if not own else "")
@@ -607,7 +607,7 @@ def _maps_of(
   return maps
 
 
-def _words(config: ConfigDict, which: str | int | None, best: dict, last: dict) -> str:
+def _words(config: ConfigDict, which: str | int | None, best: dict) -> str:
   """Says which checkpoint is scored and why."""
   if which not in (None, "best"):
     return f"step {best['step']} (--checkpoint {which})"

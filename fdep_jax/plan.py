@@ -403,7 +403,7 @@ def _ways_out(
   for option in options:
     if option.get("train.remat") == "none":
       continue
-    tried = _attempt(config, parts, the_mesh, limit, option)
+    tried = _attempt(config, parts, the_mesh, option)
     helps.append({"options": option, "fits": tried <= limit, "hbm_bytes_per_chip": tried})
     if tried <= limit:
       break
@@ -412,18 +412,18 @@ def _ways_out(
   rows = min(int(config.train.batch_size * limit / needed), config.train.batch_size - 1)
   rows -= rows % devices
   while rows > 0:
-    if _attempt(config, parts, the_mesh, limit, {"train.batch_size": rows}) <= limit:
+    if _attempt(config, parts, the_mesh, {"train.batch_size": rows}) <= limit:
       break
     rows -= devices
   # Weights do not grow with the batch, so a larger one may fit as well.
   while gpu and rows and rows + devices < config.train.batch_size:
-    if _attempt(config, parts, the_mesh, limit, {"train.batch_size": rows + devices}) > limit:
+    if _attempt(config, parts, the_mesh, {"train.batch_size": rows + devices}) > limit:
       break
     rows += devices
   return {"helps": helps, "largest_batch": rows}
 
 
-def _attempt(config, parts: Parts, the_mesh: Mesh, limit, changes: dict) -> float:
+def _attempt(config, parts: Parts, the_mesh: Mesh, changes: dict) -> float:
   """Returns the bytes that the train step needs with some settings changed."""
   changed = config.copy_and_resolve_references()
   changed.update_from_flattened_dict(changes)

@@ -242,11 +242,14 @@ def test_a_step_is_at_most_six_tenths_of_two_passes(name):
 
 
 def test_the_vits_size_is_read_from_the_name_of_a_file_that_need_not_exist():
-  assert build.vit_arguments("nowhere/dinov2_vitl14_pretrain.pth")["depth"] == 24
-  assert build.vit_arguments("dinov2_vits14_reg4_pretrain.pth")["registers"] == 4
-  assert build.vit_arguments("dinov2_vitg14_pretrain.pth")["swiglu"]
+  for file, name, value in (
+    ("nowhere/dinov2_vitl14_pretrain.pth", "depth", 24),
+    ("dinov2_vits14_reg4_pretrain.pth", "registers", 4),
+    ("dinov2_vitg14_pretrain.pth", "swiglu", True),
+  ):
+    assert build.named_model(file)[1][name] == value
   with pytest.raises(ValueError, match="not contain the ViT's size.*dinov2_vitl14_pretrain.pth"):
-    build.vit_arguments("weights/prior.pth")
+    build.named_model("weights/prior.pth")
 
 
 MALFORMED = ["v5e", "v5e:4x4x4", "v4:2x2", "h100:2x4", "rtx4090:0", "rtx4080:1", "cpu:0", "cpu:2x2"]
@@ -460,7 +463,7 @@ def test_a_gpu_that_is_too_small_gets_the_largest_batch_and_the_dtype_that_helps
   needs = {12: 17.0, 13: 19.1, 14: 20.6, 15: 22.4}
   tried = []
 
-  def attempt(config, parts, the_mesh, limit, changes):
+  def attempt(config, parts, the_mesh, changes):
     tried.append(changes)
     if "train.batch_size" in changes:
       return needs[changes["train.batch_size"]]
