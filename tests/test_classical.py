@@ -51,6 +51,8 @@ def test_options_follow_the_name():
   assert classical.parse("nipps:weight=1,ratio=0.02") == ("nipps", {"weight": 1.0, "ratio": 0.02})
   with pytest.raises(ValueError, match="nipps has no option 'sizes'; it has weight, ratio"):
     classical.parse("nipps:sizes=3")
+  with pytest.raises(ValueError, match="mpcm has no option 'sizes'; it has bright_only[.]"):
+    classical.parse("mpcm:sizes=3")  # a sequence, which a number cannot be
   with pytest.raises(ValueError, match="option ratio of nipps is 'low'; give a number"):
     classical.parse("nipps:ratio=low")
 

@@ -60,7 +60,12 @@ def parse(text: str) -> tuple[str, dict[str, object]]:
     ValueError: there is no such method, or it has no such option.
   """
   name, _, rest = text.partition(":")
-  parameters = list(inspect.signature(method(name)).parameters)[1:]
+  # A sequence, such as the sizes of mpcm, cannot be written here.
+  parameters = [
+    key
+    for key, parameter in inspect.signature(method(name)).parameters.items()
+    if isinstance(parameter.default, int | float)
+  ]
   options: dict[str, object] = {}
   for item in filter(None, rest.split(",")):
     key, equals, value = item.partition("=")

@@ -1,4 +1,4 @@
-"""Checks of the classical detectors' input, and the map's way to probabilities."""
+"""Checks the input of the classical detectors."""
 
 import numpy as np
 
