@@ -21,6 +21,7 @@ import numpy as np
 
 from fdep_jax import report
 from fdep_jax.data import folders as datasets
+from fdep_jax.data import frames
 from fdep_jax.metrics import bootstrap, columns, hse
 from fdep_jax.metrics import masks as masks_lib
 from fdep_jax.report import folder as results
@@ -511,6 +512,8 @@ def _open(path, convert):
   with open(path, "rb") as file, Image.open(file) as image:  # as a stream: see data.frames
     if getattr(image, "n_frames", 1) > 1:
       raise ValueError(f"has {image.n_frames} pages; save one map per file")
+    if frames.bits(image) > 8 and image.mode[0] not in "IF":
+      raise ValueError("has several channels of more than 8 bits; save one channel")
     image.load()
     return convert(ImageOps.exif_transpose(image))
 

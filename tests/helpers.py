@@ -108,6 +108,36 @@ def deep_set(root: pathlib.Path, low: int = 7000, high: int = 9000) -> pathlib.P
 # Toy runs.
 
 
+def deep_tiff(array, planes=False) -> bytes:
+  """A TIFF of H×W×C uint16, which Pillow does not write: 3 channels are RGB, 4 are CMYK."""
+  height, width, channels = array.shape
+  strips = np.moveaxis(array, -1, 0) if planes else array[None]
+  size = strips[0].nbytes
+  fields = {
+    256: [width],
+    257: [height],
+    258: [16] * channels,
+    259: [1],
+    262: [2 if channels == 3 else 5],
+    273: [],
+    277: [channels],
+    278: [height],
+    279: [size] * len(strips),
+    284: [2 if planes else 1],
+  }
+  start = 8 + 2 + 12 * len(fields) + 4  # of what does not fit into a field
+  pixels = start + 4 * (channels + 2 * len(strips))
+  fields[273] = [pixels + i * size for i in range(len(strips))]
+  entries, long = b"", b""
+  for tag, values in fields.items():
+    body = struct.pack(f"<{len(values)}I", *values)
+    if len(values) > 1:
+      long, body = long + body, struct.pack("<I", start + len(long))
+    entries += struct.pack("<HHI", tag, 4, len(values)) + body
+  head = b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4) + long
+  return head.ljust(pixels, b"\0") + strips.astype("<u2").tobytes()
+
+
 def toy_config(**changes):
   """Synthetic 64×64 scenes, a small random prior, a few steps."""
   config = base.get_config()

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import deep_tiff
 from PIL import Image
 from scipy import ndimage
 
@@ -235,6 +236,8 @@ def test_16_bit_images_are_refused_never_mangled(tmp_path):
   save(tmp_path / "grey.png", np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000)
   save(tmp_path / "float.tif", np.ones((4, 4), np.float32))
   contents = [(tmp_path / n).read_bytes() for n in ("grey.png", "float.tif")] + [png_16_bit_rgb()]
+  deep = np.full((4, 4, 4), 300, np.uint16)  # the high byte alone is 1
+  contents += [deep_tiff(deep[..., :3]), deep_tiff(deep), deep_tiff(deep[..., :3], planes=True)]
   for content in contents:
     with pytest.raises(ValueError, match="more than 8 bits"):
       samples.decode_image(content)

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.io
+from helpers import deep_tiff
 from PIL import Image
 
 from fdep_jax import report, score
@@ -146,6 +147,7 @@ def test_every_bad_file_is_listed_in_one_error(folders, tmp_path):
     "ints": "int64",
     "text": "cannot be read",
     "colour": "colour image",
+    "sixteen": "several channels of more than 8 bits",
     "many": "holds the arrays a, b",
     "ones": "only 0 and 1; multiply it by 255",
     "twice": "has the same stem",
@@ -162,6 +164,7 @@ def test_every_bad_file_is_listed_in_one_error(folders, tmp_path):
   np.save(maps / "ints.npy", np.zeros((5, 6), int))
   (maps / "text.png").write_text("not an image")
   save(np.arange(90, dtype=np.uint8).reshape(5, 6, 3), maps / "colour.png")
+  (maps / "sixteen.tif").write_bytes(deep_tiff(np.zeros((5, 6, 3), np.uint16)))
   np.savez(maps / "many.npz", a=np.zeros((5, 6)), b=np.zeros((5, 6)))
   save(good, maps / "ones.png")
   save(good, maps / "twice.png")

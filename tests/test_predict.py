@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import ROOT, Bright, detector, make_folder, scene, toy_backbone, toy_config
+from helpers import (
+  ROOT,
+  Bright,
+  deep_tiff,
+  detector,
+  make_folder,
+  scene,
+  toy_backbone,
+  toy_config,
+)
 from PIL import Image
 
 from fdep_jax import build, evaluate, predict, settings, train
@@ -147,6 +156,29 @@ def test_every_bit_of_a_16_bit_png_is_read(tmp_path, kind, channels):
   png(tmp_path / "a.png", array, kind, turned.tobytes().removeprefix(b"Exif\0\0"))
   [shown] = frames.read(tmp_path / "a.png")
   np.testing.assert_array_equal(shown, np.rot90(frame, -1))
+
+
+def test_16_bit_colours_of_a_tiff_are_read_whole_or_refused(tmp_path):
+  array = np.random.default_rng(0).integers(0, 65536, (5, 7, 4), np.uint16)
+  path = tmp_path / "a.tif"
+  path.write_bytes(deep_tiff(array[..., :3]))
+  np.testing.assert_array_equal(next(frames.read(path)), array[..., :3])
+  for content, kind in (
+    (deep_tiff(array[..., :3], planes=True), "planes"),
+    (deep_tiff(array), "CMYK"),
+  ):
+    path.write_bytes(content)
+    with pytest.raises(frames.FrameError, match=f"more than 8 bits per channel as {kind}"):
+      next(frames.read(path))
+
+
+def test_a_bmp_of_16_bits_a_pixel_has_8_bits_a_channel(tmp_path):
+  head = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+  head += struct.pack("<III", 0xF800, 0x7E0, 0x1F)  # 5 bits of red, 6 of green, 5 of blue
+  content = b"BM" + struct.pack("<III", 14 + len(head) + 4, 0, 14 + len(head)) + head
+  (tmp_path / "a.bmp").write_bytes(content + struct.pack("<HH", 0xF800, 0x1F))
+  [frame] = frames.read(tmp_path / "a.bmp")
+  np.testing.assert_array_equal(frame, [[[255, 0, 0], [0, 0, 255]]])
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])

@@ -27,7 +27,10 @@ BLACK, WHITE = 0.1, 99.99
 Range = str | tuple[float, float]
 
 _FORMATS = ("PNG", "BMP", "TIFF", "JPEG")
-_REDUCED = 254  # TIFF's NewSubfileType; bit 0 marks a reduced copy of a page
+# Tags of TIFF.
+_REDUCED = 254  # bit 0 marks a reduced copy of a page
+_BITS = 258  # of each channel
+_PLANAR = 284  # 2: a plane for each channel
 
 
 def about_video(path: str | Path) -> str:
@@ -160,13 +163,29 @@ def _read_page(path: Path, page: int) -> np.ndarray | None:
       if picture.tag_v2.get(_REDUCED, 0) & 1:
         return None
     _check_size(*picture.size)
-    layout = _layout(picture)
-    if ";16" in layout and picture.mode in ("RGB", "RGBA", "LA"):
-      return _read_deep_colour(path, page, layout)
+    if bits(picture) > 8 and picture.mode[0] not in "IF":
+      planes = picture.format == "TIFF" and picture.tag_v2.get(_PLANAR, 1) != 1
+      if planes or picture.mode not in ("RGB", "RGBA", "LA"):
+        kind = "planes" if planes else picture.mode
+        raise FrameError(
+          f"holds more than 8 bits per channel as {kind}, of which 8 would be read; save one "
+          "channel, or RGB pixel by pixel"
+        )
+      return _read_deep_colour(path, page, _layout(picture))
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
       return np.array(picture)
     return np.array(picture.convert("L" if picture.mode in ("1", "L", "LA", "La") else "RGB"))
+
+
+def bits(picture: Image.Image) -> int:
+  """Returns the bits per channel of an opened file; call it before the pixels are read.
+
+  Pillow's mode does not tell: it reads colours of 16 bits as 8, most by dropping the low byte.
+  """
+  if picture.format == "TIFF":
+    return max(picture.tag_v2.get(_BITS, (1,)))
+  return 16 if picture.format == "PNG" and ";16" in _layout(picture) else 8
 
 
 def _layout(picture: Image.Image) -> str:

@@ -96,23 +96,21 @@ _DECODING_ERRORS = (
   zlib.error,
   Image.DecompressionBombError,
 )
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def _open(content: bytes, deep: bool = False) -> Image.Image:
   """Opens a picture as viewers show it, turned as its EXIF data say."""
   try:
     picture = Image.open(io.BytesIO(content), formats=_FORMATS)
+    bits = frames.bits(picture)
     picture.load()
     picture = ImageOps.exif_transpose(picture)
   except _DECODING_ERRORS as error:
     reason = re.sub(r" <_io[^>]*>", "", str(error))
     raise ValueError(f"cannot be decoded ({reason}); is it damaged? Fetch it again") from None
-  # Pillow opens 16-bit RGB PNGs as 8-bit ones by dropping the low byte, so its mode is not enough.
-  bits = content[24] if content[:8] == _PNG else 8
   if deep and (picture.mode in _EIGHT_BIT and bits <= 8 or picture.mode[0] in "IF"):
     return picture
-  if bits == 16 or picture.mode not in _EIGHT_BIT:
+  if bits > 8 or picture.mode not in _EIGHT_BIT:
     raise frames.RangeError(
       f"holds more than 8 bits per channel (mode {picture.mode})",
       "Name the range that becomes black to white: {option}=LOW,HIGH in the sensor's counts, full, "
