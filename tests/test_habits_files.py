@@ -312,6 +312,16 @@ def test_trainval_without_val_is_the_train_split(tmp_path):
   assert (names(root), names(root, "val")) == (["0"], ["1"])
 
 
+def test_a_trainval_that_is_not_read_takes_no_name_from_train(tmp_path):
+  root = make_folder(tmp_path / "data")
+  (root / "img_idx").mkdir()
+  (root / "splits/train.txt").rename(root / "img_idx/train_data.txt")
+  (root / "splits/val.txt").write_text("1\n")
+  (root / "splits/trainval.txt").write_text("0\n1\n")
+  with pytest.raises(data.DataError, match="1 is in both train and val"):
+    names(root)
+
+
 def test_a_validation_split_shares_no_name_and_is_not_the_test_split(tmp_path, caplog):
   root = make_folder(tmp_path / "data")
   (root / "splits/val.txt").write_text("1\n")

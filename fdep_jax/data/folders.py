@@ -54,6 +54,7 @@ _MASKS = ("masks", "irstd1k_label")
 _IMAGE_HALVES = ("img", "images", "image")  # inside a folder of a split
 _MASK_HALVES = ("mask", "masks", "label", "labels", "gt")
 _AFFIXES = ("_pixels0", "_mask", "_gt", "_label")  # that the names of masks may end in
+_TRAINVAL = "trainval.txt"  # read as the train split if there is no train.txt
 _SUFFIX = re.compile(r"\.(png|bmp|jpe?g|tiff?)$", re.IGNORECASE)
 _LAYOUTS = (
   "images/ and masks/ with img_idx/{train,test}_NAME.txt or splits/{train,test}.txt, PAL's "
@@ -396,13 +397,13 @@ def _list_by_split_files(part: Path) -> tuple[dict[str, list[_Pair]], list[_Prob
       problems.append(_Problem(text, missing=True))
     elif not files[kind]:
       problems.append(_Problem(f"{folder.name}: no {kind} files in this folder", missing=True))
-  names = {
-    split: [_resolve(name, files["image"]) for name in _split_names(part, split, problems)]
-    for split in (*SPLITS, VAL)
-  }
+  names, sources = {}, {}
+  for split in (*SPLITS, VAL):
+    listed, sources[split] = _split_names(part, split, problems)
+    names[split] = [_resolve(name, files["image"]) for name in listed]
   if names[VAL] and not _is_own(part, names):
     names[VAL] = []
-  if names[VAL] and _from_trainval(part):
+  if sources["train"] == _TRAINVAL:
     held_out = set(names[VAL])
     names["train"] = [name for name in names["train"] if name not in held_out]
   _check_names(names, problems)
@@ -419,17 +420,10 @@ def _is_own(part: Path, names: dict[str, list[str]]) -> bool:
   return False
 
 
-def _from_trainval(part: Path) -> bool:
-  places = (part, part / "splits")
-  return not any((p / "train.txt").is_file() for p in places) and any(
-    (p / "trainval.txt").is_file() for p in places
-  )
+def _split_names(part: Path, split: str, problems: list[_Problem]) -> tuple[list[str], str]:
+  """Reads the names in a split's file, without extension, and returns them with the file's name.
 
-
-def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
-  """Reads the names in a split's file, without extension.
-
-  Returns [] if there is none, and adds a problem unless the split is val.
+  Returns [], "" if there is none, and adds a problem unless the split is val.
   """
   index = part / "img_idx"
   looked_for = [
@@ -441,7 +435,7 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
   if not found:
     found = _split_folder(part, split, problems)
   if not found and split == "train":
-    found = [p.with_name("trainval.txt") for p in looked_for[1:]]
+    found = [p.with_name(_TRAINVAL) for p in looked_for[1:]]
     found = [p for p in found if p.is_file()]
   if not found:
     # A renamed folder still has the img_idx file of its old name. Of several, none is guessed.
@@ -449,9 +443,9 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
     if len(found) > 1:
       text = f"img_idx has {', '.join(p.name for p in found)}; rename the right one to"
       problems.append(_Problem(f"{text} {split}_{part.name}.txt", split))
-      return []
+      return [], ""
   if not found and split == VAL:
-    return []
+    return [], ""
   if not found:
     tried = " or ".join(str(p.relative_to(part)) for p in looked_for)
     others = sorted(p.relative_to(part).as_posix() for p in part.glob("**/*.txt"))[:10]
@@ -459,7 +453,7 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
     text += f"; there are {', '.join(others)}" if others else "; there are no .txt files"
     text += ". Such a file lists names of images: docs/data.md has commands that write it"
     problems.append(_Problem(text, split, missing=True, whole=True))
-    return []
+    return [], ""
   listed = []
   for path in found:
     try:
@@ -467,7 +461,7 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
     except UnicodeDecodeError:
       text = f"{path.relative_to(part)}: not a text in UTF-8, or UTF-16 with its mark"
       problems.append(_Problem(f"{text}; save it as UTF-8", split))
-      return []
+      return [], ""
     names = [line.strip().replace("\\", "/").strip("/") for line in lines if line.strip()]
     listed.append([_SUFFIX.sub("", name) for name in names])
     if not names:
@@ -475,7 +469,7 @@ def _split_names(part: Path, split: str, problems: list[_Problem]) -> list[str]:
   if any(set(names) != set(listed[0]) for names in listed):
     both = " and ".join(str(p.relative_to(part)) for p in found)
     problems.append(_Problem(f"{both} list different names; keep only the right one", split))
-  return listed[0]
+  return listed[0], found[0].name
 
 
 def _text(path: Path) -> str:
