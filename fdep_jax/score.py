@@ -9,6 +9,7 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import io
 import itertools
 import logging
 import math
@@ -120,11 +121,13 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
     FileNotFoundError: a folder does not exist.
   """
   options = hse.Options(**options)
-  if out is not None and (pathlib.Path(out) / "config.json").exists():
+  predictions, masks = _folder("predictions", predictions), _folder("masks", masks)
+  compare, out = _folder("predictions", compare), _folder("out", out)
+  if out is not None and (out / "config.json").exists():
     raise ValueError(f"--out {out} is the folder of a run, with its own results. Name another.")
   folders = {"predictions": predictions} | ({"compared": compare} if compare is not None else {})
   for folder in (*folders.values(), masks):
-    if not pathlib.Path(folder).is_dir():
+    if not folder.is_dir():
       raise FileNotFoundError(f"{folder} is not a folder; give a folder of {', '.join(READABLE)}.")
   if compare is not None and os.path.samefile(predictions, compare):
     raise ValueError(f"{predictions} and {compare} are the same folder. Name two to compare.")
@@ -147,26 +150,35 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
       if not (refused and name in _NEEDS_A_CURVE)
     }
   metrics |= record | {"files": {name: found["files"] for name, found in sets.items()}}
-  titles = report.names([pathlib.Path(folder) for folder in folders.values()])
+  titles = report.names(list(folders.values()))
   for found, title in zip(sets.values(), titles, strict=True):
     found["title"] = title
   print(_table(metrics, sets))
   if out is not None:
-    _write(pathlib.Path(out), metrics, sets)
+    _write(out, metrics, sets)
     print(f"wrote {out}")
   return metrics
+
+
+def _folder(flag, path):
+  """Returns a folder's path without ~; None if it is not named."""
+  if isinstance(path, str) and not path.strip():  # would mean the folder in which this runs
+    raise ValueError(
+      f"--{flag} has an empty name. Name a folder; in --predictions A,B leave no comma at the end."
+    )
+  return None if path is None else files.expand(path)
 
 
 def _inputs(folders, masks, split):
   """Returns what is scored: absolute paths, and the split if the masks are a dataset's."""
   places = {name: os.path.abspath(path) for name, path in {**folders, "masks": masks}.items()}
-  root = _dataset(pathlib.Path(masks), split)
+  root = _dataset(masks, split)
   return {**places, "split": (split or "test") if root else None}
 
 
 def _accumulate(folder, masks, split, options):
   """Reads a folder once. Returns ({"total", "parts", "rows", "refused", "files"}, problems)."""
-  pairs, parts, problems = _pairs(pathlib.Path(folder), pathlib.Path(masks), split)
+  pairs, parts, problems = _pairs(folder, masks, split)
   found, values, means = _Counts(parts, options), np.zeros(0, np.float32), _Means()
   for stem, (prob_path, mask_path) in pairs.items():
     prob, mask, problem = _read_pair(prob_path, mask_path)
@@ -633,22 +645,37 @@ def _table(metrics, sets):
 
 
 def _write(out, metrics, sets):
+  """Replaces all files of `out` together, so that none is of an earlier result."""
   out.mkdir(parents=True, exist_ok=True)
-  files.write_json(out / "metrics.json", metrics)
+  contents = {}
   for name, found in sets.items():
     ending = "_compared" if name == "compared" else ""
-    np.savez_compressed(out / f"curves{ending}.npz", **found["score"].curves)
-    with open(out / f"images{ending}.csv", "w", newline="") as file:
-      writer = csv.DictWriter(file, fieldnames=list(found["rows"][0]))
-      writer.writeheader()
-      writer.writerows(found["rows"])
+    curves, table = io.BytesIO(), io.StringIO(newline="")
+    np.savez_compressed(curves, **found["score"].curves)
+    writer = csv.DictWriter(table, fieldnames=list(found["rows"][0]))
+    writer.writeheader()
+    writer.writerows(found["rows"])
+    contents[f"curves{ending}.npz"] = curves.getvalue()
+    contents[f"images{ending}.csv"] = table.getvalue()
+  paths = [out / name for name in (*contents, "pr.png", "metrics.json")]
+  with files.replacing_all(paths) as partial:
+    *others, picture, numbers = partial
+    for path, content in zip(others, contents.values(), strict=True):
+      files.write(path, content)
+    _draw(picture, sets)
+    files.write_json(numbers, metrics)
+
+
+def _draw(path, sets):
+  """Draws `pr.png`, unless no set has curves, or matplotlib is not installed."""
   drawn = [found for found in sets.values() if not found["refused"]]
-  if drawn:
-    try:
-      figure, axes = plots.figure(1, 2, (9, 4))
-    except ModuleNotFoundError as error:
-      print(f"pr.png is left out, because {error.name.split('.')[0]} is not installed.")
-      return
-    for found in drawn:
-      plots.precision_recall(axes, found["score"], found["title"] if len(sets) > 1 else "")
-    plots.save(figure, out / "pr.png", dpi=120)
+  if not drawn:
+    return
+  try:
+    figure, axes = plots.figure(1, 2, (9, 4))
+  except ModuleNotFoundError as error:
+    print(f"pr.png is left out, because {error.name.split('.')[0]} is not installed.")
+    return
+  for found in drawn:
+    plots.precision_recall(axes, found["score"], found["title"] if len(sets) > 1 else "")
+  plots.save(figure, path, dpi=120)

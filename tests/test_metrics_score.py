@@ -122,6 +122,9 @@ def test_masks_with_nuaas_suffix_are_found(folders):
 @pytest.mark.parametrize("value", [255, 1])
 def test_a_binary_folder_has_no_hse_and_says_why_but_has_the_rest(folders, tmp_path, capsys, value):
   maps, masks, levels, truth = folders
+  shutil.copytree(maps, tmp_path / "binary")
+  score.run(tmp_path / "binary", masks, out=tmp_path / "out", resamples=0)
+  assert (tmp_path / "out" / "pr.png").exists()
   for stem, level in levels.items():
     save((level > 32767).astype(np.uint8) * value, tmp_path / "binary" / f"{stem}.png")
   got = score.run(tmp_path / "binary", masks, out=tmp_path / "out", resamples=20)["predictions"]
@@ -220,6 +223,37 @@ def test_results_of_other_inputs_are_not_replaced(folders, tmp_path):
   (out / "metrics.json").write_text("{}")  # of an earlier version
   with pytest.raises(ValueError, match="holds results of other inputs"):
     score.run(maps, masks, out=out)
+
+
+def test_results_are_of_one_scoring_whole_and_keep_names_that_are_not_utf8(folders, tmp_path):
+  maps, masks, *_ = folders
+  out, name = tmp_path / "out", "\udcff\udce4"  # as Python has the bytes ff e4 of a file name
+  score.run(maps, masks, out=out, resamples=0)
+  before = {path.name: path.read_bytes() for path in out.iterdir()}
+  for folder in (maps, masks):
+    (folder / "a.png").rename(folder / f"{name}.png")
+  with pytest.MonkeyPatch.context() as patch:  # a full disk, while the last file is written
+    patch.setattr(score.files, "write_json", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+      score.run(maps, masks, out=out, resamples=0)
+  assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+  score.run(maps, masks, out=out, resamples=0)
+  assert b"\r\n\xff\xe4," in (out / "images.csv").read_bytes()
+  assert {path.name for path in out.iterdir()} == before.keys()
+
+
+def test_home_is_resolved_in_every_name_and_an_empty_name_is_refused(folders, monkeypatch):
+  maps, masks, *_ = folders
+  monkeypatch.setenv("HOME", str(maps.parent))
+  monkeypatch.chdir(maps)
+  flags = ["--mode", "score", "--masks=~/masks", "--out=~/out"]
+  shutil.copytree(maps, maps.parent / "b")
+  score.command(score.parse([*flags, f"--predictions={maps},~/b"]))
+  inputs = json.loads((maps.parent / "out/metrics.json").read_text())["inputs"]
+  assert inputs["compared"] == str(maps.parent / "b") and inputs["masks"] == str(masks)
+  for flag in ("--predictions=~/maps,", "--masks=", "--out="):
+    with pytest.raises(ValueError, match=f"{flag.partition('=')[0]} has an empty name. Name a"):
+      score.command(score.parse([*flags, "--predictions=~/maps", flag]))
 
 
 def test_a_place_that_cannot_hold_results_is_refused_before_a_map_is_read(folders, tmp_path):
