@@ -471,13 +471,42 @@ def test_the_documented_commands_write_splits(tmp_path, alone, test):
 
 
 def test_validate_lists_the_problems_of_all_sets(tmp_path, capsys):
-  roots = [str(make_folder(tmp_path / name)) for name in "abc"]
+  roots = [str(make_folder(tmp_path / name)) for name in "abcd"]
   (tmp_path / "a/masks/0.png").unlink()
   (tmp_path / "c/masks/1.png").write_text("no picture")
+  for name in "01":  # the train images of d
+    Image.new("L", (48, 40), 90).save(tmp_path / f"d/images/{name}.png")
   with pytest.raises(data.DataError) as error:
     check.command(types.SimpleNamespace(range=None, data=roots, out=str(tmp_path / "out")))
-  assert "0 has no mask" in str(error.value) and "1.png" in str(error.value)
+  for said in ("0 has no mask", "1.png", "each of the 2 train images has one grey level only"):
+    assert said in str(error.value)
   assert f"{roots[1]}: no problems" in capsys.readouterr().out
+
+
+def test_every_set_that_is_validated_has_its_own_picture(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for name in "xy":
+    make_folder(tmp_path / name / "set")
+  out = tmp_path / "out"
+  flags = types.SimpleNamespace(range=None, data=[f"{tmp_path}/x/set", "~/y/set"], out=str(out))
+  check.command(flags)
+  assert (out / "x/set.png").is_file() and (out / "y/set.png").is_file()
+  monkeypatch.chdir(tmp_path / "x/set")
+  (tmp_path / "linked").symlink_to(tmp_path / "y/set")
+  for root, name in ((".", "set"), (f"{tmp_path}/linked", "linked")):
+    flags.data = [root]
+    check.command(flags)
+    assert (out / f"{name}.png").is_file()
+
+
+@pytest.mark.parametrize("values", ["auto", "7000,9000"])
+def test_a_range_for_images_of_tfds_is_refused(tmp_path, toy, values):
+  flags = types.SimpleNamespace(range=values, data=["tfds:sirst3"], out=str(tmp_path / "out"))
+  with pytest.raises(data.DataError, match="tfds:sirst3: images of TFDS have 8 bits, and --range"):
+    check.command(flags)
+  config = toy_config(**{"data.root": "tfds:sirst3", "data.range": values})
+  with pytest.raises(data.DataError, match="have 8 bits, and --config.data.range is for more"):
+    build.load_images(config)
 
 
 def test_an_empty_name_of_a_dataset_is_not_the_current_folder(tmp_path, monkeypatch, toy):

@@ -9,6 +9,7 @@ from fdep_jax.data.folders import (
   MissingDataError,
   check_all,
   check_named,
+  check_range,
   has_split,
   measure_range,
   parts,
@@ -83,8 +84,11 @@ def load(
   """Reads a dataset from a folder, or by `read_tfds` if `root` is "tfds:<name>" (tfds:sirst3).
 
   `values` is the range of a folder's images, as for `read`; `lazy` and `option` are as there.
+  A range for TFDS is refused.
   """
   check_named(root)
+  if values:
+    check_range(root, option)
   if str(root).startswith("tfds:"):
     return read_tfds(str(root).removeprefix("tfds:"), split, data_dir, manual_dir, lazy)
   return read(root, split, values, lazy, option)

@@ -1,13 +1,13 @@
 """Checks datasets and shows their first pairs (`--mode validate`)."""
 
 import logging
-import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fdep_jax import data
+from fdep_jax import data, report
 from fdep_jax.data import frames
 from fdep_jax.runtime import files
 
@@ -24,11 +24,11 @@ def command(flags) -> None:
     ValueError, FileNotFoundError: the message lists all problems of all datasets.
   """
   values, errors = frames.parse_range(flags.range) if flags.range else "", []
-  for root in flags.data:
+  for root, name in zip(flags.data, _names(flags.data), strict=True):
     try:
       own = data.measure_range(root, _OPTION) if values == "auto" else values
-      validate(root, flags.out or "validation", own)
-    except data.DataError as error:
+      validate(root, flags.out or "validation", own, name)
+    except ValueError as error:
       errors.append(error)
   if errors:
     missing = all(isinstance(error, data.MissingDataError) for error in errors)
@@ -36,7 +36,14 @@ def command(flags) -> None:
     raise kind("\n".join(map(str, errors)))
 
 
-def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
+def _names(roots: Sequence[str]) -> list[str]:
+  """Returns the names of the datasets' pictures, one for each."""
+  return report.names([files.expand(re.sub("^tfds:", "tfds/", root)) for root in roots])
+
+
+def validate(
+  root: str, out: str, values: frames.Range = "", name: str | None = None
+) -> dict[str, dict]:
   """Reads all splits, prints what is in them, and writes `<out>/<name>.png`.
 
   A folder may have no train split, as evaluation needs none.
@@ -45,6 +52,7 @@ def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
     root: folder of a dataset, or "tfds:<name>".
     out: folder, created if absent.
     values: range of the grey levels, as for `data.read`.
+    name: of the picture; default the dataset's.
 
   Returns:
     {split: facts}, see `facts`.
@@ -64,13 +72,12 @@ def validate(root: str, out: str, values: frames.Range = "") -> dict[str, dict]:
   if trains:
     data.check_contrast(root, first, **about)
   found = {split: facts(samples) for split, samples in splits.items()}
-  name = pathlib.Path(root.removeprefix("tfds:")).name
   print(f"{root}: no problems" + (f", range {frames.show_range(values)}" if values else ""))
   for split, values in found.items():
     print(f"  {split:<6}" + ", ".join(map(_said, values.items())))
   if not trains:
     print("  train none: the set can be evaluated, but not trained on")
-  path = pathlib.Path(out).expanduser() / f"{name}.png"
+  path = files.expand(out) / f"{name or _names([root])[0]}.png"
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as partial:

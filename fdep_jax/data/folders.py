@@ -34,6 +34,7 @@ from fdep_jax.data import frames
 from fdep_jax.data import samples as sample_lib
 from fdep_jax.data.samples import Sample
 from fdep_jax.metrics import masks as mask_rules
+from fdep_jax.runtime import files
 from fdep_jax.runtime.problems import shorten
 
 SPLITS = ("train", "test")
@@ -96,6 +97,19 @@ def check_named(root: str | Path) -> None:
     )
 
 
+def check_range(root: str | Path, option: str) -> None:
+  """Refuses a range for images of TFDS, which have 8 bits.
+
+  Raises:
+    DataError: it is a dataset of TFDS.
+  """
+  if str(root).startswith("tfds:"):
+    raise DataError(
+      f"{root}: images of TFDS have 8 bits, and {option} is for more. Leave {option} out, or name "
+      "the dataset's folder"
+    )
+
+
 def measure_range(root: str | Path, option: str = frames.OPTION) -> tuple[float, float]:
   """Measures the range of a dataset's train images: data.range=auto.
 
@@ -109,7 +123,9 @@ def measure_range(root: str | Path, option: str = frames.OPTION) -> tuple[float,
     DataError: as `read`; also if an image has 8 bits.
   """
   check_named(root)
-  parts, problems = _survey(Path(root))
+  check_range(root, option)
+  root = files.expand(root)
+  parts, problems = _survey(root)
   problems = [p for p in problems if p.split in (None, "train")]
   low, high = math.inf, -math.inf
   paths = [pair.image for pairs in parts.values() for pair in pairs["train"]]
@@ -122,7 +138,7 @@ def measure_range(root: str | Path, option: str = frames.OPTION) -> tuple[float,
         low, high = min(low, float(ends[0])), max(high, float(ends[1]))
     except ValueError as error:
       errors.append((path, error))
-  problems += _told(errors, Path(root), len(paths), option)
+  problems += _told(errors, root, len(paths), option)
   if problems or not low < high:
     texts = [p.text for p in problems] or [f"all train images hold the one value {low:g}"]
     raise DataError("\n  ".join([f"{root}: the range cannot be measured:", *shorten(texts)]))
@@ -164,7 +180,7 @@ def read(
   if split not in (*SPLITS, VAL, "all"):
     raise ValueError(f"split is {split!r}; it must be 'train', 'test', 'val' or 'all'")
   check_named(root)
-  root = Path(root)
+  root = files.expand(root)
   wanted = SPLITS if split == "all" else (split,)
   parts, problems = _survey(root)
   problems = [p for p in problems if p.split in (None, *wanted)]
@@ -197,9 +213,10 @@ def parts(root: str | Path, split: str) -> dict[str, int]:
 
   A dataset that is no union, or none of a folder, has no parts: {}.
   """
-  if not Path(root).is_dir() or _is_dataset(Path(root)):
+  root = files.expand(root)
+  if not root.is_dir() or _is_dataset(root):
     return {}
-  found, _ = _survey(Path(root))
+  found, _ = _survey(root)
   return {part.name: len(pairs[split]) for part, pairs in found.items()}
 
 
@@ -229,13 +246,13 @@ def check_all(roots: Sequence[str | Path], option: str = "--data", split: str = 
 
 def has_split(root: str | Path, split: str) -> bool:
   """Returns whether any part of a dataset has a file or a folder of the split."""
-  parts, problems = _survey(Path(root))
+  parts, problems = _survey(files.expand(root))
   return sum(p.whole and p.split == split for p in problems) < len(parts)
 
 
 def is_dataset(folder: str | Path) -> bool:
   """Returns whether a folder has images beside masks, or is a union of such folders."""
-  folder = Path(folder)
+  folder = files.expand(folder)
   children = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
   return any(map(_has_both, [folder, *children]))
 
@@ -262,7 +279,7 @@ def masks(root: str | Path, split: str) -> dict[str, dict[str, Path]]:
     DataError: split files, images or masks are missing.
   """
   wanted = SPLITS if split == "all" else (split,)
-  parts, problems = _survey(Path(root))
+  parts, problems = _survey(files.expand(root))
   texts = [p.text for p in problems if p.split in (None, *wanted)]
   if texts:
     raise MissingDataError("\n  ".join([f"{root}: split {split!r}", *shorten(texts)]))
@@ -275,7 +292,7 @@ def masks(root: str | Path, split: str) -> dict[str, dict[str, Path]]:
 def validate(root: str | Path) -> dict[str, int]:
   """Checks and decodes both splits as `read` does; returns the numbers of pairs by split."""
   read(root, "all")
-  parts, _ = _survey(Path(root))
+  parts, _ = _survey(files.expand(root))
   return {split: sum(len(pairs[split]) for pairs in parts.values()) for split in SPLITS}
 
 

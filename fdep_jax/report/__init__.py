@@ -230,7 +230,8 @@ def _curves(score: hse.Score) -> dict[str, list]:
 
 def names(folders: Sequence[pathlib.Path]) -> list[str]:
   """Returns the folders' names, or the part of each path after their common parent."""
-  paths = [folder.resolve() for folder in folders]
+  # Not resolved, so that a link keeps its own name.
+  paths = [pathlib.Path(os.path.abspath(folder)) for folder in folders]
   if len({path.name for path in paths}) == len(paths):
     return [path.name for path in paths]
   common = pathlib.Path(os.path.commonpath(paths))
