@@ -98,7 +98,7 @@ def compile_eval(config: ConfigDict, parts: Parts, the_mesh: Mesh) -> Cost:
   prior, model, state = parts
   apply = forward.make_forward(config, model, 0.5, 0.25)
   devices = the_mesh.devices.size
-  rows = -(-config.eval.batch_size // devices) * devices
+  rows = _eval_rows(config, devices)
   state = _placed({name: state[name] for name in ("params", "stats", "rng")}, the_mesh)
   image = _rows(rows, config.data.crop, the_mesh)["image"]
   return _compile(apply, state, _placed_prior(config, prior, the_mesh), {"image": image})
@@ -269,7 +269,8 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
 
   Returns:
     The content of `plan.json`. FLOPs and bytes of a step are summed over all devices; memory,
-    collectives and `…_per_chip` are for one device.
+    collectives and `…_per_chip` are for one device. "fits" is of both steps, "fits" in "evaluation"
+    of that step. If one does not fit, "helps" are the options for it.
 
   Raises:
     ValueError: the config or the slice is wrong, or the folder cannot be written.
@@ -311,8 +312,7 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
       raise DoesNotFitError(sum(cost.hbm.values()), cost.seconds)
     result |= {"fits": True, **_report(config, parts, cost, chip, len(devices), True)}
     logging.info("compiling the evaluation step")
-    evaluation = compile_eval(config, parts, the_mesh)
-    result["evaluation"] = _report(config, parts, evaluation, chip, len(devices), False)
+    result |= _evaluation(config, parts, the_mesh, chip, limit)
   except DoesNotFitError as error:
     result |= {"fits": False, "hbm_bytes_per_chip": error.needed, "compile_seconds": error.seconds}
     result |= _ways_out(config, parts, the_mesh, limit, error.needed, gpu is not None)
@@ -324,10 +324,40 @@ def plan(config: ConfigDict, name: str, out: str | os.PathLike) -> dict:
   return result
 
 
+def _evaluation(config, parts: Parts, the_mesh: Mesh, chip, limit: float) -> dict:
+  """Returns what a plan says of the evaluation step; if it does not fit, the batch that does."""
+  devices = the_mesh.devices.size
+  try:
+    cost = compile_eval(config, parts, the_mesh)
+    report = _report(config, parts, cost, chip, devices, False)
+  except DoesNotFitError as error:  # of the TPU compiler; the others compile any size
+    report = {"hbm_bytes_per_chip": error.needed, "compile_seconds": error.seconds}
+  needed = report["hbm_bytes_per_chip"]
+  report = {"fits": needed <= limit, **report}
+  if report["fits"]:
+    return {"evaluation": report}
+  helps, rows = [], _eval_rows(config, devices)
+  rows = min(int(rows * limit / needed), rows - 1)
+  rows -= rows % devices
+  while rows > 0 and not helps:
+    option = {"eval.batch_size": rows}
+    tried = _attempt(config, parts, the_mesh, option)
+    if tried <= limit:
+      helps.append({"options": option, "fits": True, "hbm_bytes_per_chip": tried})
+    rows -= devices
+  largest = config.train.batch_size  # the train step fits
+  return {"fits": False, "helps": helps, "largest_batch": largest, "evaluation": report}
+
+
+def _eval_rows(config: ConfigDict, devices: int) -> int:
+  """Returns the images of an evaluation step: the batch size, rounded up to share evenly."""
+  return -(-config.eval.batch_size // devices) * devices
+
+
 def _report(config, parts: Parts, cost: Cost, chip, devices: int, training: bool) -> dict:
   rows = config.train.batch_size
   if not training:
-    rows = -(-config.eval.batch_size // devices) * devices
+    rows = _eval_rows(config, devices)
   least = minimum(config, parts, rows, training)
   whole = "network" in least
   flops = cost.flops + cost.prior_flops
@@ -424,14 +454,15 @@ def _ways_out(
 
 
 def _attempt(config, parts: Parts, the_mesh: Mesh, changes: dict) -> float:
-  """Returns the bytes that the train step needs with some settings changed."""
+  """Returns the bytes that the step needs with some settings of training or evaluation changed."""
   changed = config.copy_and_resolve_references()
   changed.update_from_flattened_dict(changes)
   logging.info("compiling with %s", ", ".join(f"{k}={v}" for k, v in changes.items()))
   if "prior.dtype" in changes:
     parts = abstract(changed)
   try:
-    return sum(compile_train(changed, parts, the_mesh).hbm.values())
+    compile_step = compile_eval if "eval.batch_size" in changes else compile_train
+    return sum(compile_step(changed, parts, the_mesh).hbm.values())
   except DoesNotFitError as error:
     return error.needed
 
@@ -439,24 +470,32 @@ def _attempt(config, parts: Parts, the_mesh: Mesh, changes: dict) -> float:
 def table(result: dict) -> str:
   """Formats a plan as text."""
   gib = 2**30
+  evaluation = result.get("evaluation", {"fits": True})
+  if evaluation["fits"]:
+    judged, verdict = result, "fits" if result["fits"] else "DOES NOT FIT"
+  else:
+    judged, verdict = evaluation, "THE EVALUATION DOES NOT FIT"
   lines = [
     f"{result['backbone']}, {result['mode']}, on {result['topology']} ({result['chips']} devices): "
     f"batch {result['batch_size']}, {result['crop']}×{result['crop']}, {result['dtype']}, "
     f"remat {result['remat']}, {result['effort']}",
-    f"  {'fits' if result['fits'] else 'DOES NOT FIT'}: "
-    f"{result['hbm_bytes_per_chip'] / gib:.2f} of {result['hbm_limit_bytes'] / gib:.2f} GiB each",
+    f"  {verdict}: "
+    f"{judged['hbm_bytes_per_chip'] / gib:.2f} of {result['hbm_limit_bytes'] / gib:.2f} GiB each",
     *_gpu_lines(result),
   ]
   memory = "memory traffic" if "device" in result else "HBM traffic"
   if not result["fits"]:
-    lines += _memory_lines(result.get("hbm_by_kind", {}))
+    lines += _memory_lines(judged.get("hbm_by_kind", {}))
     for helped in result["helps"]:
       settings_ = " ".join(f"--config.{k}={v}" for k, v in helped["options"].items())
       verdict = "fits" if helped["fits"] else "does not fit"
       lines.append(
         f"  {settings_}: {verdict}, {helped['hbm_bytes_per_chip'] / gib:.2f} GiB (compiled)"
       )
-    lines.append(f"  largest batch that fits: {result['largest_batch']} (compiled)")
+    if judged is result:
+      lines.append(f"  largest batch that fits: {result['largest_batch']} (compiled)")
+    elif not result["helps"]:
+      lines.append("  no eval.batch_size fits (compiled)")
     return "\n".join(lines)
   for title, part in (("train step", result), ("evaluation step", result["evaluation"])):
     lines.append(f"  {title}, compiled in {part['compile_seconds']:.0f} s")

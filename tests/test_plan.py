@@ -289,6 +289,39 @@ def test_what_does_not_fit_names_the_options_that_help_and_the_largest_batch(
   assert all(h["fits"] == (h["hbm_bytes_per_chip"] <= limit) for h in result["helps"])
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_evaluation_that_does_not_fit_gets_a_smaller_batch(
+  toy, tmp_path, monkeypatch, capsys, refused
+):
+  # 10 GiB to train, 5 for each image of a device to evaluate, of 16.
+  gib = 2**30
+
+  def cost(size):
+    return plan.Cost({"parameters": size * gib}, 1e9, 0, 1e6, [], 1.0, None)
+
+  def compile_eval(config, parts, the_mesh):
+    size = 5 * config.eval.batch_size // 2
+    if refused and size > 16:  # as the TPU's compiler does, but no other
+      raise plan.DoesNotFitError(size * gib, 1.0)
+    return cost(size)
+
+  monkeypatch.setattr(plan, "compile_train", lambda *_: cost(10))
+  monkeypatch.setattr(plan, "compile_eval", compile_eval)
+  monkeypatch.setattr(topology, "host_memory", lambda: 2 * 16 * gib)
+  result = plan.plan(slice_config(**{"eval.batch_size": 16}), "cpu:2", tmp_path)
+  assert not result["fits"] and result["hbm_bytes_per_chip"] == 10 * gib
+  assert not result["evaluation"]["fits"]
+  assert result["evaluation"]["hbm_bytes_per_chip"] == 40 * gib
+  option = {"eval.batch_size": 6}
+  assert result["helps"] == [{"options": option, "fits": True, "hbm_bytes_per_chip": 15 * gib}]
+  assert result["largest_batch"] == 8
+  printed = capsys.readouterr().out
+  assert "THE EVALUATION DOES NOT FIT: 40.00 of 16.00 GiB" in printed
+  assert "--config.eval.batch_size=6: fits, 15.00 GiB" in printed
+  assert result == json.loads((tmp_path / "plan.json").read_text())
+  assert plan.plan(slice_config(**{"eval.batch_size": 4}), "cpu:2", tmp_path)["evaluation"]["fits"]
+
+
 def test_both_refusals_of_the_tpu_compiler_are_understood():
   gib = 2**30
   whole = "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
