@@ -273,7 +273,8 @@ def _each(flags, config: ConfigDict, source, inputs_of, score_one: Callable[...,
 
 def _named(roots: Sequence[str]) -> dict[str, str]:
   """Returns {name for results: root}, by the folders' own names where these differ."""
-  names = [pathlib.Path(root.removeprefix("tfds:")).name for root in roots]
+  paths = [files.expand(root.removeprefix("tfds:")) for root in roots]
+  names = [os.path.basename(os.path.abspath(path)) for path in paths]  # "." has none of its own
   if len(set(names)) < len(names):
     names = [f"{i}_{name}" for i, name in enumerate(names, 1)]
   return dict(zip(names, roots, strict=True))

@@ -13,7 +13,7 @@ from helpers import ROOT, Bright, deep_set, detector, make_folder, toy_config
 from PIL import Image
 
 from configs import nuaa_cpu
-from fdep_jax import build, data, predict, score, settings
+from fdep_jax import build, data, evaluate, predict, score, settings
 from fdep_jax.data import check, frames, samples
 from fdep_jax.metrics import hse, masks
 
@@ -497,6 +497,7 @@ def test_every_set_that_is_validated_has_its_own_picture(tmp_path, monkeypatch):
     flags.data = [root]
     check.command(flags)
     assert (out / f"{name}.png").is_file()
+    assert list(evaluate._named([root])) == [name]  # of its results
 
 
 @pytest.mark.parametrize("values", ["auto", "7000,9000"])
