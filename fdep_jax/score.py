@@ -20,7 +20,6 @@ import zipfile
 
 import numpy as np
 
-from fdep_jax import report
 from fdep_jax.data import folders as datasets
 from fdep_jax.data import frames
 from fdep_jax.metrics import bootstrap, columns, hse
@@ -150,7 +149,7 @@ def run(predictions, masks, out=None, compare=None, resamples=1000, split=None, 
       if not (refused and name in _NEEDS_A_CURVE)
     }
   metrics |= record | {"files": {name: found["files"] for name, found in sets.items()}}
-  titles = report.names(list(folders.values()))
+  titles = datasets.folder_names(list(folders.values()))
   for found, title in zip(sets.values(), titles, strict=True):
     found["title"] = title
   print(_table(metrics, sets))

@@ -13,7 +13,8 @@ import scipy.io
 from helpers import deep_tiff
 from PIL import Image
 
-from fdep_jax import report, score
+from fdep_jax import score
+from fdep_jax.data.folders import folder_names
 from fdep_jax.metrics import hse
 from fdep_jax.runtime import problems
 
@@ -307,7 +308,7 @@ def test_both_detectors_are_in_every_file_and_can_be_told_apart(
   printed = capsys.readouterr().out
   shown = [line.split()[0] for line in printed.splitlines()[1:]]
   assert [n for n in shown if n not in ("Warning:", "wrote")] == ["b/maps", "maps"]
-  assert report.names([maps, maps / "maps"]) == ["maps", "maps/maps"]
+  assert folder_names([maps, maps / "maps"]) == ["maps", "maps/maps"]
   for name, ending in (("predictions", ""), ("compared", "_compared")):
     rows = list(csv.DictReader(open(out / f"images{ending}.csv")))
     assert [row["file"] for row in rows] == sorted(levels)

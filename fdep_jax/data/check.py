@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fdep_jax import data, report
-from fdep_jax.data import frames
+from fdep_jax import data
+from fdep_jax.data import folders, frames
 from fdep_jax.runtime import files
 
 SHOWN = 6  # pairs in a picture
@@ -38,7 +38,7 @@ def command(flags) -> None:
 
 def _names(roots: Sequence[str]) -> list[str]:
   """Returns the names of the datasets' pictures, one for each."""
-  return report.names([files.expand(re.sub("^tfds:", "tfds/", root)) for root in roots])
+  return folders.folder_names([files.expand(re.sub("^tfds:", "tfds/", root)) for root in roots])
 
 
 def validate(

@@ -21,6 +21,7 @@ a part of a union has none, it is not read.
 import itertools
 import logging
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -248,6 +249,17 @@ def has_split(root: str | Path, split: str) -> bool:
   """Returns whether any part of a dataset has a file or a folder of the split."""
   parts, problems = _survey(files.expand(root))
   return sum(p.whole and p.split == split for p in problems) < len(parts)
+
+
+def folder_names(folders: Sequence[Path]) -> list[str]:
+  """Returns the folders' names, or the part of each path after their common parent."""
+  # Not resolved, so that a link keeps its own name.
+  paths = [Path(os.path.abspath(folder)) for folder in folders]
+  if len({path.name for path in paths}) == len(paths):
+    return [path.name for path in paths]
+  common = Path(os.path.commonpath(paths))
+  common = common.parent if common in paths else common
+  return [path.relative_to(common).as_posix() for path in paths]
 
 
 def is_dataset(folder: str | Path) -> bool:

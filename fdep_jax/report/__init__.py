@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from fdep_jax.data import Sample
+from fdep_jax.data.folders import folder_names
 from fdep_jax.metrics import bootstrap, columns, hse
 from fdep_jax.report import plots
 from fdep_jax.runtime import files
@@ -152,7 +153,7 @@ def of(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib
       "report can only compare runs on the same test images."
     )
   runs = [report["runs"][0] for report in reports]
-  for run, label in zip(runs, names(folders), strict=True):
+  for run, label in zip(runs, folder_names(folders), strict=True):
     run["name"] = label
   out = pathlib.Path(out).expanduser()
   try:
@@ -226,17 +227,6 @@ def _curves(score: hse.Score) -> dict[str, list]:
     "pixel": rounded(pixel),
     "target": rounded(target[np.isfinite(target).all(1)]),
   }
-
-
-def names(folders: Sequence[pathlib.Path]) -> list[str]:
-  """Returns the folders' names, or the part of each path after their common parent."""
-  # Not resolved, so that a link keeps its own name.
-  paths = [pathlib.Path(os.path.abspath(folder)) for folder in folders]
-  if len({path.name for path in paths}) == len(paths):
-    return [path.name for path in paths]
-  common = pathlib.Path(os.path.commonpath(paths))
-  common = common.parent if common in paths else common
-  return [path.relative_to(common).as_posix() for path in paths]
 
 
 def _write(path: pathlib.Path, images: list[dict], runs: list[dict]) -> None:
