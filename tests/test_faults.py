@@ -286,6 +286,15 @@ def test_every_damaged_file_is_noticed_or_does_not_matter(tmp_path, caplog):
   assert found[4] >= 12 and found[8] > 0
 
 
+@pytest.mark.parametrize("name", ["a#1", "50%", "a%20b", "a?b", "a:b", "a b|ä"])
+def test_a_checkpoint_is_read_below_any_folder_name(name, tmp_path):
+  workdir = written(tmp_path / name, 4)
+  state, meta = checkpoint.Checkpoints(workdir).restore(tree(0))
+  assert meta["step"] == 4
+  for ours, theirs in zip(*map(jax.tree.leaves, (state, tree(4))), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_flipped_bits_of_values_are_noticed(tmp_path):
   workdir, rng = written(tmp_path, 4, 8), random.Random(1)
   newest = workdir / "checkpoints" / "8"

@@ -275,7 +275,9 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
   try:
     meta = json.loads((folder / _META / "metadata").read_text())
     written = meta.pop(_CRC)
-    store = {"driver": "ocdbt", "base": f"file://{(folder / _STATE).absolute()}/"}
+    # Not as a URL, in which #, % and ? have a meaning.
+    base = {"driver": "file", "path": f"{(folder / _STATE).absolute()}/"}
+    store = {"driver": "ocdbt", "base": base}
     keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
     names = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
     arrays = {n: ts.open({"driver": "zarr", "kvstore": {**store, "path": n}}) for n in names}
