@@ -287,12 +287,8 @@ def _fill(the_table: Table, state, dtype, heads, variable) -> Foundation:
       if bad or missing:
         continue
       zeros = np.zeros(expected, np.float32)
-      lost = {name: part.size - int(np.isfinite(part).sum()) for name, part in parts.items()}
-      problems += [
-        f"{name}: {count} values are NaN or infinite; it fills {target}"
-        for name, count in lost.items()
-        if count
-      ]
+      for name, part in parts.items():
+        problems += _lost(name, part, target)
       pieces = [parts[name] if name else zeros for name in names]
       value = rule.kind.read(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])
     if target not in arrays:
@@ -329,9 +325,17 @@ def _check_depth(model: Foundation) -> None:
     )
 
 
+def _lost(name: str, stored: np.ndarray, target: str) -> list[str]:
+  """Says how many values of an array are not finite; [] if all are."""
+  count = stored.size - int(np.isfinite(stored).sum())
+  return [f"{name}: {count} values are NaN or infinite; it fills {target}"] if count else []
+
+
 def _fill_position(arrays, stored: np.ndarray, naming: Naming, grid: int) -> list[str]:
   if not _is_float(stored):
     return [f"{naming.position}: {stored.dtype} instead of floats"]
+  if lost := _lost(naming.position, stored, "position"):
+    return lost
   stored = stored.astype(np.float32)
   arrays["class_position"] = stored[:, :1]
   arrays["position"] = stored[0, 1:].reshape(grid, grid, -1)

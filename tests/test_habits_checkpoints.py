@@ -116,9 +116,10 @@ def test_a_dinov2_without_its_last_block_is_refused(vit, monkeypatch, tmp_path):
 
 
 def test_dinov2_weights_that_are_not_finite_are_refused(vit):
-  bad = vit | {"norm.weight": vit["norm.weight"] + np.float32(np.inf)}
-  with pytest.raises(ValueError, match="norm.weight: 64 values are NaN or infinite"):
-    converters.load_dinov2(bad)
+  for name, value in (("norm.weight", np.inf), ("pos_embed", np.nan)):  # no rule fills the second
+    bad = vit | {name: np.full_like(vit[name], value)}
+    with pytest.raises(ValueError, match=f"{name}: {vit[name].size} values are NaN or infinite"):
+      converters.load_dinov2(bad)
 
 
 # --checkpoint.
