@@ -1,9 +1,13 @@
 """The prior bank: the levels of its crops, what it is made of, and training from it."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import shutil
+import threading
+import types
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -11,7 +15,7 @@ import pytest
 from helpers import lines, parameters, toy_config
 
 from fdep_jax import build, data, train
-from fdep_jax.priors import bank
+from fdep_jax.priors import Prior, bank
 from fdep_jax.runtime import mesh
 
 
@@ -113,6 +117,52 @@ def test_an_interrupted_bank_is_continued_not_begun_again(tmp_path, prior, monke
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_bank_that_other_processes_began_is_begun_again(tmp_path, prior, monkeypatch):
+  crops, me = make_crops(count=8, per_image=1), threading.local()
+  numbers = {crops.crop(number)[0].tobytes(): number for number in range(8)}
+  for name, stand_in in (("put_batch", lambda batch, _: batch), ("local_rows", np.asarray)):
+    monkeypatch.setattr(mesh, name, stand_in)
+  monkeypatch.setattr(Prior, "placed", lambda self, the_mesh: self)
+
+  def fill(count, batches):
+    """Threads stand in for processes that end after some batches; a level is a crop's number."""
+    together, given = threading.Barrier(count, timeout=10), [0] * count
+
+    def minimum(value):
+      given[me.process] = value
+      together.wait()
+      least = min(given)
+      together.wait()
+      return least
+
+    def compute(prior, image):
+      me.batches += 1
+      if me.batches > batches:
+        raise KeyboardInterrupt
+      shape = (2, 2, prior.width)
+      levels = [np.full((len(prior.blocks), *shape), numbers[one.tobytes()]) for one in image]
+      return np.stack(levels).astype("bfloat16")
+
+    def process(index):
+      me.process, me.batches = index, 0
+      made = bank.Bank(tmp_path, crops, prior)
+      with contextlib.suppress(KeyboardInterrupt):
+        made.prepare(0, count, types.SimpleNamespace(devices=np.zeros(count)), progress=False)
+        return [int(number) for number in made.levels(range(8))[0][:, 0, 0, 0]]
+
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: me.process)
+    monkeypatch.setattr(mesh, "minimum", minimum)
+    monkeypatch.setattr(bank, "_barrier", lambda name: together.wait())
+    monkeypatch.setattr(bank, "_levels_of", lambda the_mesh: compute)
+    with futures.ThreadPoolExecutor(count) as pool:
+      return list(pool.map(process, range(count)))
+
+  assert fill(count=4, batches=1) == [None] * 4  # each has written one of its two crops
+  assert fill(count=2, batches=4) == [list(range(8))] * 2
+  assert fill(count=4, batches=0) == [list(range(8))] * 4  # a whole bank is read by any number
+
+
 @pytest.mark.parametrize(
   "change", [{"size": 42}, {"seed": 1}, {"augment": "none"}, {"count": 4}, {"crop_margin": 8}]
 )
@@ -120,6 +170,16 @@ def test_a_bank_of_other_crops_is_refused(tmp_path, prior, change):
   prepared(tmp_path, make_crops(), prior)
   with pytest.raises(ValueError, match="contains a different prior bank:\n.* there, .* here"):
     bank.Bank(tmp_path, make_crops(**change), prior)
+
+
+def test_of_different_runs_that_begin_a_bank_together_the_second_is_refused(tmp_path, prior):
+  first, second, third = (bank.Bank(tmp_path, make_crops(seed=seed), prior) for seed in range(3))
+  first.prepare(0, 4, mesh.make(1), progress=False)
+  with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+    second.prepare(0, 4, mesh.make(1), progress=False)
+  (tmp_path / "generation_0" / "shard_0.done").write_text("4")  # the first was ended before
+  with pytest.raises(ValueError, match="seed: 0 there, 2 here"):
+    third.prepare(0, 4, mesh.make(1), progress=False)
 
 
 def test_a_bank_of_other_weights_or_levels_is_refused(tmp_path, prior):

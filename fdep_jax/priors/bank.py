@@ -119,35 +119,48 @@ class Bank:
           shutil.rmtree(old)
 
   def _make(self, folder, generation: int, batch_size: int, the_mesh, progress: bool) -> None:
-    identity = self._identity | {"generation": generation}
-    path = folder / "bank.json"
-    shards = jax.process_count()
-    if path.exists():
-      shards = json.loads(path.read_text())["shards"]
-      if not self._complete(folder, shards) and shards != jax.process_count():
-        logging.info("%s was begun by %d processes; starting again", folder, shards)
-        shards = jax.process_count()
-    per_shard = -(-len(self._crops) // shards)
-    if not self._complete(folder, shards):
+    # The least: another run may fill the bank between two processes' looks at it.
+    if not mesh.minimum(self._complete(folder)):
       # Runs that share the folder wait for the one that fills it.
       with files.locked(folder, wait=True) if mesh.writes() else contextlib.nullcontext():
         _barrier("bank begins")
+        self._check_identity(folder / "bank.json")
         if mesh.writes():
-          files.write(path, json.dumps(identity | {"shards": shards}, indent=2))
+          self._describe(folder, generation)
         _barrier("bank is described")
-        self._fill(folder, generation, per_shard, batch_size, the_mesh, progress)
+        if _shard_count(folder) == jax.process_count():  # or another run has filled it meanwhile
+          self._fill(folder, generation, batch_size, the_mesh, progress)
         _barrier("bank is full")
+    self._check_identity(folder / "bank.json")  # again: different runs may begin at the same time
+    shards = _shard_count(folder)
+    shape = (self._per_shard(shards), *self.shape)
     self._shards = [
-      np.memmap(folder / f"shard_{p}.bin", np.uint16, "r", shape=(per_shard, *self.shape))
-      for p in range(shards)
+      np.memmap(folder / f"shard_{p}.bin", np.uint16, "r", shape=shape) for p in range(shards)
     ]
 
-  def _fill(self, folder, generation, per_shard, batch_size, the_mesh, progress) -> None:
+  def _describe(self, folder: pathlib.Path, generation: int) -> None:
+    """Writes `bank.json` for the processes of this run, unless the bank is complete.
+
+    Shards that a different number of processes began hold other crops, so they are removed.
+    """
+    if self._complete(folder):
+      return
+    shards, count = _shard_count(folder), jax.process_count()
+    if shards != count:
+      if shards:
+        logging.info("%s was begun by %d processes; starting again", folder, shards)
+      for path in folder.glob("shard_*"):
+        path.unlink()
+    described = self._identity | {"generation": generation, "shards": count}
+    files.write(folder / "bank.json", json.dumps(described, indent=2))
+
+  def _fill(self, folder, generation, batch_size, the_mesh, progress) -> None:
     """Writes this process's shard. Every process computes equally many batches."""
     process, count = jax.process_index(), jax.process_count()
     rows = max(batch_size // count, the_mesh.devices.size // count)
     compute = _levels_of(the_mesh)
     prior = self._prior.placed(the_mesh)
+    per_shard = self._per_shard(count)
     shape = (per_shard, *self.shape)
     bin_path, done_path = folder / f"shard_{process}.bin", folder / f"shard_{process}.done"
     done = int(done_path.read_text()) if done_path.exists() and bin_path.exists() else 0
@@ -171,15 +184,22 @@ class Bank:
         files.write(done_path, str(end))
         bar.update(end - start)
 
-  def _complete(self, folder: pathlib.Path, shards: int) -> bool:
-    per_shard = -(-len(self._crops) // shards)
+  def _complete(self, folder: pathlib.Path) -> bool:
+    shards = _shard_count(folder)
     done = [folder / f"shard_{p}.done" for p in range(shards)]
-    return all(path.exists() and int(path.read_text()) >= per_shard for path in done)
+    return shards > 0 and all(
+      path.exists() and int(path.read_text()) >= self._per_shard(shards) for path in done
+    )
+
+  def _per_shard(self, shards: int) -> int:
+    return -(-len(self._crops) // shards)
 
   def _total(self) -> int:
     return len(self._crops) * self.bytes_per_crop
 
   def _check_identity(self, path: pathlib.Path) -> None:
+    if not path.exists():
+      return
     theirs = {**_BEFORE, **json.loads(path.read_text())}
     lines = [
       f"{key}: {theirs.get(key)} there, {value} here"
@@ -211,6 +231,12 @@ class Bank:
         "the prior bank (%.1f GB) is larger than the memory (%.1f GB): batches are read from disk",
         self._total() / 1e9, memory / 1e9,
       )  # fmt: skip
+
+
+def _shard_count(folder: pathlib.Path) -> int:
+  """Returns the number of processes that the bank was begun by; 0 if there is none."""
+  path = folder / "bank.json"
+  return json.loads(path.read_text())["shards"] if path.exists() else 0
 
 
 def _levels_of(the_mesh) -> Callable:
