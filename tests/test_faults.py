@@ -477,6 +477,30 @@ def test_a_signal_outside_the_loop_ends_at_once():
 # Disks
 
 
+def test_two_writers_of_one_file_leave_the_whole_file_of_the_last(tmp_path):
+  path = tmp_path / "metrics.json"
+  with files.replacing(path) as last:
+    last.write_text("last")
+    with files.replacing(path) as first:
+      first.write_text("first")
+    assert path.read_text() == "first"
+    with files.replacing_all([path]) as (all_of_another,):
+      all_of_another.write_text("second")
+    assert path.read_text() == "second"
+  assert path.read_text() == "last" and list(tmp_path.iterdir()) == [path]
+
+
+def test_temporary_files_of_killed_processes_are_removed_those_of_running_ones_kept(tmp_path):
+  killed, running = (tmp_path / f"x.{i}0a1b2c3.partial" for i in range(2))
+  foreign = tmp_path / "x.iso.partial"  # as some browsers call theirs
+  for path in (killed, running, foreign):
+    path.write_text("{")
+  for path in (killed, foreign):
+    os.utime(path, (0, 0))
+  files.write(tmp_path / "x", "new")
+  assert {*tmp_path.iterdir()} == {running, foreign, tmp_path / "x"}
+
+
 def test_a_write_that_fails_late_keeps_the_checkpoint_before(tmp_path):
   big = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=300_000))}}
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

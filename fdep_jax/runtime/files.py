@@ -1,11 +1,14 @@
 """Writes files whole or not at all, and locks folders."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
 import pathlib
+import re
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +17,8 @@ from collections.abc import Iterator, Sequence
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 _MODE = 0o666 & ~_UMASK
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.partial")
+_ABANDONED = 3600.0  # seconds without a write, after which a temporary file has no writer any more
 _PATIENCE = 1.0  # seconds; a look at a lock (`holder`) holds it for far less
 
 
@@ -31,9 +36,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary path beside `path` that replaces it if the block succeeds.
 
   The temporary file is removed if the block fails. So `path` is old, new or absent, never partial.
+  Of several writers the last one wins.
   """
   path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".partial")
+  partial = _temporary(path)
   try:
     yield partial
     _put(partial, path)
@@ -49,7 +55,7 @@ def replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]
 
   A path whose temporary file was not written is removed, so that no older file remains.
   """
-  partial = [path.with_name(path.name + ".partial") for path in paths]
+  partial = [_temporary(path) for path in paths]
   try:
     yield partial
     for path, new in zip(paths, partial, strict=True):
@@ -60,6 +66,21 @@ def replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]
   finally:
     for new in partial:
       new.unlink(missing_ok=True)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+  """Makes a path beside `path` that no other writer has, on whatever machine it is."""
+  _remove_abandoned(path.parent)
+  return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
+@functools.cache  # once a process: a folder may have thousands of files
+def _remove_abandoned(folder: pathlib.Path) -> None:
+  """Removes the temporary files of killed processes."""
+  with contextlib.suppress(OSError):
+    for path in folder.iterdir():
+      if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED:
+        path.unlink(missing_ok=True)
 
 
 def _put(new: pathlib.Path, path: pathlib.Path) -> None:
