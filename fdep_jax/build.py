@@ -17,6 +17,7 @@ from fdep_jax.fdep import FDEP
 from fdep_jax.layers import basic
 from fdep_jax.metrics import columns
 from fdep_jax.priors import Foundation, Prior, dinov2
+from fdep_jax.runtime import files
 
 # Small DINOv2 of the quick start, which needs no weight file.
 RANDOM_PRIOR = dict(dinov2.DINOv2.small)
@@ -52,6 +53,11 @@ def check_network(config: ConfigDict) -> None:
     )
 
 
+def data_root(config: ConfigDict) -> str:
+  """Returns `data.root` with a leading ~ resolved; "synthetic" and "tfds:…" as they are."""
+  return os.path.expanduser(config.data.root)
+
+
 def check_inputs(config: ConfigDict) -> None:
   """Checks that the crop fits the network and that all files exist; one error names all missing.
 
@@ -63,13 +69,14 @@ def check_inputs(config: ConfigDict) -> None:
   missing = []
   root, checkpoint = config.data.root, config.prior.checkpoint
   data.check_named(root)
-  if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(root):
+  if root != "synthetic" and not root.startswith("tfds:") and not os.path.isdir(files.expand(root)):
     missing.append(
       f"data.root: there is no folder {_place(root)}. Download the dataset and lay it out as "
       "images/ masks/ splits/{train,test}.txt (docs/data.md), or set "
       "--config.data.root=PATH to a different folder (--mode eval then needs --out DIR, too)."
     )
-  if config.mode != "original" and checkpoint != "random" and not os.path.isfile(checkpoint):
+  weights = config.mode != "original" and checkpoint != "random"
+  if weights and not os.path.isfile(files.expand(checkpoint)):
     missing.append(
       f"prior.checkpoint: there is no file {_place(checkpoint)}. Download "
       "dinov2_vitl14_pretrain.pth from the facebookresearch/dinov2 repository, or another prior "
@@ -82,7 +89,7 @@ def check_inputs(config: ConfigDict) -> None:
 
 def _place(path: str) -> str:
   """Returns the path, and where it leads from here if it is relative."""
-  absolute = os.path.abspath(os.path.expanduser(path))
+  absolute = os.path.abspath(files.expand(path))
   return path if os.path.isabs(path) else f"{path} (here: {absolute})"
 
 
@@ -97,7 +104,7 @@ def load_images(config: ConfigDict) -> Images:
     values, train = "", data.scenes(config.data.synthetic_train, size, seed=1)
   else:
     values = grey_range(config)
-    train = data.load(config.data.root, "train", values=values, lazy=config.data.lazy)
+    train = data.load(data_root(config), "train", values=values, lazy=config.data.lazy)
   if config.data.train_images:
     train = data.draw(train, config.data.train_images, config.seed)
   data.check_contrast(config.data.root, train, values)
@@ -115,7 +122,7 @@ def load_images(config: ConfigDict) -> Images:
 
 def load_validation(config: ConfigDict, values: frames.Range = "") -> Sequence[data.Sample]:
   """Reads the dataset's own validation split; [] if it has none."""
-  root = config.data.root
+  root = data_root(config)
   if root == "synthetic" or root.startswith("tfds:"):
     return []
   val = data.load(root, "val", values=values, lazy=config.data.lazy)
@@ -129,13 +136,13 @@ def load_test(config: ConfigDict, values: frames.Range = "") -> Sequence[data.Sa
   """Reads the test split; `values` is the range of its grey levels."""
   if config.data.root == "synthetic":
     return data.scenes(config.data.synthetic_test, config.data.synthetic_size, seed=2)
-  return data.load(config.data.root, "test", values=values, lazy=config.data.lazy)
+  return data.load(data_root(config), "test", values=values, lazy=config.data.lazy)
 
 
 def grey_range(config: ConfigDict) -> frames.Range:
   """Returns the range that becomes the grey levels of the whole dataset, `data.range` resolved."""
   if config.data.range == "auto":
-    return data.measure_range(config.data.root)
+    return data.measure_range(data_root(config))
   return frames.parse_range(config.data.range) if config.data.range else ""
 
 
@@ -153,8 +160,9 @@ def load_prior(config: ConfigDict) -> Prior | None:
     model = dinov2.DINOv2(**RANDOM_PRIOR, dtype=dtype, variable=variable, rngs=nnx.Rngs(0))
     sha256 = "random"
   else:
-    model = converters.load_prior(config.prior.checkpoint, dtype=dtype, variable=variable)
-    sha256 = fingerprint(config.prior.checkpoint)
+    path = files.expand(config.prior.checkpoint)
+    model = converters.load_prior(path, dtype=dtype, variable=variable)
+    sha256 = fingerprint(path)
   return _prior(config, model, sha256)
 
 

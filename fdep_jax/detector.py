@@ -77,10 +77,11 @@ def load(
     )
   prior = None
   if branch == "main":
-    if config.prior.checkpoint != "random" and not os.path.isfile(config.prior.checkpoint):
+    weights = files.expand(config.prior.checkpoint)
+    if config.prior.checkpoint != "random" and not os.path.isfile(weights):
       raise FileNotFoundError(
         "The main branch needs the run's prior weights, but there is no file "
-        f"{config.prior.checkpoint} (here: {os.path.abspath(config.prior.checkpoint)}). Name it "
+        f"{config.prior.checkpoint} (here: {os.path.abspath(weights)}). Name it "
         "with --config.prior.checkpoint=FILE and --workdir RUN, or use --branch light if the run "
         "has one."
       )

@@ -296,7 +296,7 @@ def _inputs_of_file(network: detector.Detector, config: ConfigDict) -> dict:
 
 
 def _place(config: ConfigDict) -> dict[str, str]:
-  root = config.data.root
+  root = build.data_root(config)
   if root == "synthetic":
     scenes = columns.counted(config.data.synthetic_test, "scene")
     root = f"{scenes} of {config.data.synthetic_size} pixels"
@@ -465,7 +465,7 @@ def _facts(config: ConfigDict, images: build.Images, model, prior, scored: _Scor
     "images": len(images.test),
     "test_sha256": data.fingerprint(images.test),
     "data": config.data.root,
-    **_parts(config.data.root, scored.totals, len(images.test)),
+    **_parts(build.data_root(config), scored.totals, len(images.test)),
   }
 
 

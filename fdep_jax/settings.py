@@ -587,7 +587,7 @@ def _add(config: ConfigDict) -> None:
 
 
 def _read(workdir: str | os.PathLike) -> ConfigDict:
-  path = pathlib.Path(workdir) / "config.json"
+  path = files.expand(workdir) / "config.json"
   try:
     config = completed(json.loads(path.read_text()), str(path))
   except FileNotFoundError:

@@ -78,7 +78,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     crops = _crop_bank(config, images.train) if config.prior.bank else None
     levels = None
     if crops and prior:
-      folder = pathlib.Path(config.prior.bank_folder or workdir / "bank")
+      folder = files.expand(config.prior.bank_folder or workdir / "bank")
       levels = bank.Bank(folder, crops, prior, keep_old=bool(config.prior.bank_folder))
     with files.locked(workdir) if mesh.writes() else contextlib.nullcontext():
       settings.check_workdir(workdir, config, moved)  # again: now no other process can claim it

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -16,11 +17,24 @@ import pytest
 from helpers import ROOT, make_folder, toy_backbone, toy_config, written_run
 
 from configs import base
-from fdep_jax import build, cli, evaluate, export, losses, report, score, settings, train, untrained
+from fdep_jax import (
+  build,
+  cli,
+  evaluate,
+  export,
+  losses,
+  pseudo,
+  report,
+  score,
+  settings,
+  start,
+  train,
+  untrained,
+)
 from fdep_jax import detector as detector_lib
 from fdep_jax import step as step_lib
 from fdep_jax.cli import arguments
-from fdep_jax.runtime import checkpoint, log, mesh, rendezvous
+from fdep_jax.runtime import checkpoint, files, log, mesh, rendezvous
 
 QUICK = ("--config=quickstart", "--workdir=never")
 
@@ -511,6 +525,63 @@ def test_a_path_that_is_relative_is_shown_as_it_is_looked_up(tmp_path, monkeypat
   assert f"data/SIRST3 (here: {tmp_path}/data/SIRST3)" in str(info.value)
   assert f"(here: {tmp_path}/{config.prior.checkpoint})" in str(info.value)
   assert "--config.data.root=PATH" in str(info.value) and "--out DIR" in str(info.value)
+
+
+class Stop(Exception):
+  pass
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+  """A home folder with a dataset, a weight file that is none, and a run of both."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  make_folder(tmp_path / "data", 4)
+  (tmp_path / "dinov2_vits14.pth").write_text("x")
+  places = {"data.root": "~/data", "prior.checkpoint": "~/dinov2_vits14.pth"}
+  written_run(tmp_path / "run", **places)
+  return tmp_path
+
+
+def test_a_tilde_in_a_setting_is_the_home_folder(home, toy, monkeypatch):
+  config = settings.load("~/run")
+  build.check_inputs(config)
+  assert len(build.load_images(config).test) == len(untrained._test_images(config)) == 2
+  assert evaluate._place(config) == {"data": str(home / "data")}
+  read = f"{home}/dinov2_vits14.pth: .*"  # and refused
+  with pytest.raises(ValueError, match=read):
+    build.load_prior(config)
+  with pytest.raises(ValueError, match=read):
+    detector_lib.load("~/run", branch="main")
+  config.train.teacher = "~/run"
+  with pytest.raises(ValueError, match=f"train.teacher: {read}"):
+    pseudo.fingerprint(config)
+  with pytest.raises(ValueError, match="its network is toy"):
+    start.read("~/run", "acm")
+  config.data.range = "auto"
+  with pytest.raises(ValueError, match="have 8 bits"):
+    build.grey_range(config)
+
+  def made(folder, *_, **__):
+    raise Stop(folder)
+
+  monkeypatch.setattr(train.bank, "Bank", made)
+  config = toy_config(**{"prior.bank": 1, "prior.bank_folder": "~/bank"})
+  monkeypatch.setattr(build, "load_prior", lambda config: types.SimpleNamespace(sha256=""))
+  with pytest.raises(Stop, match=f"^{home}/bank$"):
+    train.train(config, home / "new")
+
+
+def test_a_tilde_in_a_flag_is_the_home_folder(home, parse):
+  (home / "own.py").write_text("from configs.quickstart import get_config as get_config\n")
+  words = ("--config=~/own.py", "--workdir=~/data", "--config.data.root=~/data")
+  with pytest.raises(ValueError, match="is the folder of the data, --config.data.root"):
+    cli._check_places(parse(*words))
+  values = parse("--mode=eval", "--workdir=~/run", "--data=a,~/data", "--out=o")
+  assert values.data == ["a", str(home / "data")] and cli._config(values).data.root == "~/data"
+
+
+def test_a_tilde_of_a_user_that_does_not_exist_is_part_of_the_name(tmp_path):
+  assert str(files.expand("~no_such_user/x")) == "~no_such_user/x"
 
 
 # Several processes.

@@ -234,7 +234,8 @@ def _check_places(values):
   else:
     return
   out = getattr(values, flag)
-  if out and os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(out):
+  places = [os.path.realpath(os.path.expanduser(place)) for place in (folder, out or "")]
+  if out and os.path.isdir(places[0]) and places[0] == places[1]:
     raise ValueError(f"--{flag} {out} is the folder of the data, {source}. Name another folder.")
 
 
@@ -302,7 +303,8 @@ def parse(argv):
     left = values(argv)
     arguments.check_words(left[1:], argv)
     if values.data:  # a comma at the end names no folder
-      values.data = [root for root in map(str.strip, values.data) if root]
+      roots = (root.strip() for root in values.data)
+      values.data = [os.path.expanduser(root) for root in roots if root]
     settings.check_flags(values, OF_RUN if values.workdir else OF_FILE)
   except Exception as error:  # also whatever somebody's own config raises
     sys.exit(_fail(settings.explain_flags(argv, error), 2))
@@ -352,6 +354,7 @@ def _config_of_run(argv):
 def _shipped(value):
   import configs
 
+  value = os.path.expanduser(value)  # no shell does it in --config=~/FILE
   path, colon, argument = value.partition(":")
   name = path.removeprefix("configs/").removesuffix(".py")
   folder = pathlib.Path(configs.__path__[0])

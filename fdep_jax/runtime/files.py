@@ -27,8 +27,8 @@ class InUse(ValueError):
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
-  """Resolves a leading ~."""
-  return pathlib.Path(path).expanduser()
+  """Resolves a leading ~; leaves ~NAME as it is if there is no such user."""
+  return pathlib.Path(os.path.expanduser(path))
 
 
 @contextlib.contextmanager
