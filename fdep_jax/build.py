@@ -53,11 +53,6 @@ def check_network(config: ConfigDict) -> None:
     )
 
 
-def data_root(config: ConfigDict) -> str:
-  """Returns `data.root` with a leading ~ resolved; "synthetic" and "tfds:…" as they are."""
-  return os.path.expanduser(config.data.root)
-
-
 def check_inputs(config: ConfigDict) -> None:
   """Checks that the crop fits the network and that all files exist; one error names all missing.
 
@@ -104,7 +99,7 @@ def load_images(config: ConfigDict) -> Images:
     values, train = "", data.scenes(config.data.synthetic_train, size, seed=1)
   else:
     values = grey_range(config)
-    train = data.load(data_root(config), "train", values=values, lazy=config.data.lazy)
+    train = data.load(config.data.root, "train", values=values, lazy=config.data.lazy)
   if config.data.train_images:
     train = data.draw(train, config.data.train_images, config.seed)
   data.check_contrast(config.data.root, train, values)
@@ -122,7 +117,7 @@ def load_images(config: ConfigDict) -> Images:
 
 def load_validation(config: ConfigDict, values: frames.Range = "") -> Sequence[data.Sample]:
   """Reads the dataset's own validation split; [] if it has none."""
-  root = data_root(config)
+  root = config.data.root
   if root == "synthetic" or root.startswith("tfds:"):
     return []
   val = data.load(root, "val", values=values, lazy=config.data.lazy)
@@ -136,13 +131,13 @@ def load_test(config: ConfigDict, values: frames.Range = "") -> Sequence[data.Sa
   """Reads the test split; `values` is the range of its grey levels."""
   if config.data.root == "synthetic":
     return data.scenes(config.data.synthetic_test, config.data.synthetic_size, seed=2)
-  return data.load(data_root(config), "test", values=values, lazy=config.data.lazy)
+  return data.load(config.data.root, "test", values=values, lazy=config.data.lazy)
 
 
 def grey_range(config: ConfigDict) -> frames.Range:
   """Returns the range that becomes the grey levels of the whole dataset, `data.range` resolved."""
   if config.data.range == "auto":
-    return data.measure_range(data_root(config))
+    return data.measure_range(config.data.root)
   return frames.parse_range(config.data.range) if config.data.range else ""
 
 

@@ -296,12 +296,12 @@ def _inputs_of_file(network: detector.Detector, config: ConfigDict) -> dict:
 
 
 def _place(config: ConfigDict) -> dict[str, str]:
-  root = build.data_root(config)
+  root = config.data.root
   if root == "synthetic":
     scenes = columns.counted(config.data.synthetic_test, "scene")
     root = f"{scenes} of {config.data.synthetic_size} pixels"
   elif not root.startswith("tfds:"):
-    root = os.path.abspath(root)
+    root = os.path.abspath(files.expand(root))
   return {"data": root}
 
 
@@ -465,7 +465,7 @@ def _facts(config: ConfigDict, images: build.Images, model, prior, scored: _Scor
     "images": len(images.test),
     "test_sha256": data.fingerprint(images.test),
     "data": config.data.root,
-    **_parts(build.data_root(config), scored.totals, len(images.test)),
+    **_parts(config.data.root, scored.totals, len(images.test)),
   }
 
 

@@ -192,7 +192,7 @@ def kept_folder(method: str) -> str:
 def _test_images(config: ConfigDict) -> list[data.Sample]:
   if config.data.root == "synthetic":
     return data.scenes(config.data.synthetic_test, config.data.synthetic_size, seed=2)
-  return data.load(os.path.expanduser(config.data.root), "test")
+  return data.load(config.data.root, "test")
 
 
 def probabilities(
