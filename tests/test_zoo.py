@@ -127,8 +127,28 @@ def test_a_network_is_the_best_seed_on_held_out_images(name):
 
 def test_the_best_is_the_one_with_the_highest_held_out_score():
   assert zoo.BEST == "zoo:" + max(zoo.names(), key=held_out)
-  best, other = (f"{100 * held_out(name):.2f}" for name in ("mlcl", "acm"))
-  assert f"on held-out train images ({best}; `zoo:acm` has {other})" in " ".join(README.split())
+  best, acm, alcnet = (f"{100 * held_out(name):.2f}" for name in ("mlcl", "acm", "alcnet"))
+  claim = f"on held-out train images ({best}; `zoo:acm` has {acm}, `zoo:alcnet` {alcnet})"
+  assert claim in " ".join(README.split())
+  flops = {
+    name: json.loads((run_of(name) / "metrics.json").read_text())["flops"] for name in zoo.names()
+  }
+  parts = [round(flops["mlcl"] / flops[name]) for name in ("acm", "alcnet")]
+  assert parts == [21, 24]
+  assert "`zoo:acm` takes a 21st of its FLOPs, `zoo:alcnet` a 24th." in " ".join(README.split())
+  assert "It takes 21 times as many FLOPs as `zoo:acm`." in card("mlcl")
+
+
+def test_the_card_of_alcnet_compares_it_with_the_study_and_mlcl():
+  text, other = (
+    " ".join(card("alcnet").split()),
+    run_of("alcnet").with_name("alcnet-original_seed0"),
+  )
+  metrics = json.loads((other / "metrics.json").read_text())
+  assert f"ALCNet reached HSE {100 * metrics['light']['hse']:.2f}, so" in text
+  mine, mlcl = (scores(name, "Scores") for name in ("alcnet", "mlcl"))
+  assert [key for key in mine if mine[key][-1] > mlcl[key][-1]] == ["NUAA-SIRST", "IRSTD-1K"]
+  assert "On NUAA-SIRST and IRSTD-1K its HSE is above that of `zoo:mlcl`" in text
 
 
 @pytest.mark.slow  # needs the datasets; the other tests of the cards do not
@@ -184,7 +204,7 @@ def test_a_card_says_in_how_many_scenes_all_targets_are_found(name):
     if len(kinds) >= 3 and set(kinds) == {"hit"}:
       whole.append(index)
   text = " ".join(card(name).split())
-  assert SCENE[1] in whole
+  assert f"`docs/frame.png` is {'' if SCENE[1] in whole else 'not '}one of these." in text
   claim = f"Of the first 500 such scenes, it solves {len(whole)} that have three or more targets"
   assert claim in text
 
@@ -303,10 +323,10 @@ def test_onnxruntime_repeats_an_exported_network(tmp_path, name):
 @pytest.mark.parametrize("name", zoo.names())
 def test_the_config_for_fine_tuning_goes_on_with_a_network_of_the_zoo(name):
   config = finetune.get_config()
-  if name == "mlcl":  # with the flags of docs/training.md
-    flags = ("--config.model.backbone=mlcl", "--config.train.init_from=zoo:mlcl")
-    assert " ".join(flags) in (ROOT / "docs/training.md").read_text()
-    config.model.backbone, config.train.init_from = "mlcl", "zoo:mlcl"
+  if name != "acm":  # with the flags of docs/training.md
+    flags = "--config.model.backbone=NAME --config.train.init_from=zoo:NAME"
+    assert flags in (ROOT / "docs/training.md").read_text()
+    config.model.backbone, config.train.init_from = name, f"zoo:{name}"
   settings.check(config)
   assert config.train.init_from == f"zoo:{name}"
   assert start.read(config.train.init_from, config.model.backbone)

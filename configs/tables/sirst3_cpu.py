@@ -12,7 +12,7 @@ was asked, how the settings were chosen and how the results are read was written
 first run of the study: results/sirst3_cpu/PLAN.md. What is not set here is as in nuaa_cpu.py.
 
 All runs of a seed see the same crops in the same order; those with one prior share its levels of
-them, 5.6 GB a seed and prior. ACM's rows run first, then the controls, then ALCNet seed by seed.
+them, 5.6 GB a seed and prior. ACM's rows run first, then the controls, then ALCNet.
 Run the sweep twice at once, each with NPROC=1, for both cores.
 """
 
