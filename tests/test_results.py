@@ -382,6 +382,16 @@ def test_the_study_says_the_differences_of_its_table():
     assert f"| {label} | {' | '.join(cells)} |" in text
 
 
+def test_the_tries_that_troubleshooting_names_are_those_of_the_plan():
+  plan = (ROOT / "results/sirst3_cpu/PLAN.md").read_text()
+  found = {}
+  for momentum, name in (("", "0.9"), ("BatchNorm momentum as published ", "published")):
+    row = re.search(rf"\| 2830 \| 3e-3 \| 0.5 \| recipe \| {momentum}\| \S+ \| (\S+) \|", plan)
+    found[name] = row[1]
+  trouble = " ".join((ROOT / "docs/troubleshooting.md").read_text().split())
+  assert f"images of {found['0.9']} with it, and of {found['published']} without it" in trouble
+
+
 def test_the_study_says_what_its_controls_show():
   text, found = " ".join(chapter("sirst3_cpu").split()), gaps("sirst3_cpu")
   untrained, twice = (turned(found[f"{row} − acm-fdep, 3 seeds", "hse"]) for row in CONTROLS)

@@ -35,7 +35,7 @@ from fdep_jax.data import frames
 from fdep_jax.data import samples as sample_lib
 from fdep_jax.data.samples import Sample
 from fdep_jax.metrics import masks as mask_rules
-from fdep_jax.runtime import files
+from fdep_jax.runtime import files as file_lib
 from fdep_jax.runtime.problems import shorten
 
 SPLITS = ("train", "test")
@@ -125,7 +125,7 @@ def measure_range(root: str | Path, option: str = frames.OPTION) -> tuple[float,
   """
   check_named(root)
   check_range(root, option)
-  root = files.expand(root)
+  root = file_lib.expand(root)
   parts, problems = _survey(root)
   problems = [p for p in problems if p.split in (None, "train")]
   low, high = math.inf, -math.inf
@@ -181,7 +181,7 @@ def read(
   if split not in (*SPLITS, VAL, "all"):
     raise ValueError(f"split is {split!r}; it must be 'train', 'test', 'val' or 'all'")
   check_named(root)
-  root = files.expand(root)
+  root = file_lib.expand(root)
   wanted = SPLITS if split == "all" else (split,)
   parts, problems = _survey(root)
   problems = [p for p in problems if p.split in (None, *wanted)]
@@ -214,7 +214,7 @@ def parts(root: str | Path, split: str) -> dict[str, int]:
 
   A dataset that is no union, or none of a folder, has no parts: {}.
   """
-  root = files.expand(root)
+  root = file_lib.expand(root)
   if not root.is_dir() or _is_dataset(root):
     return {}
   found, _ = _survey(root)
@@ -247,7 +247,7 @@ def check_all(roots: Sequence[str | Path], option: str = "--data", split: str = 
 
 def has_split(root: str | Path, split: str) -> bool:
   """Returns whether any part of a dataset has a file or a folder of the split."""
-  parts, problems = _survey(files.expand(root))
+  parts, problems = _survey(file_lib.expand(root))
   return sum(p.whole and p.split == split for p in problems) < len(parts)
 
 
@@ -264,7 +264,7 @@ def folder_names(folders: Sequence[Path]) -> list[str]:
 
 def is_dataset(folder: str | Path) -> bool:
   """Returns whether a folder has images beside masks, or is a union of such folders."""
-  folder = files.expand(folder)
+  folder = file_lib.expand(folder)
   children = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
   return any(map(_has_both, [folder, *children]))
 
@@ -291,7 +291,7 @@ def masks(root: str | Path, split: str) -> dict[str, dict[str, Path]]:
     DataError: split files, images or masks are missing.
   """
   wanted = SPLITS if split == "all" else (split,)
-  parts, problems = _survey(files.expand(root))
+  parts, problems = _survey(file_lib.expand(root))
   texts = [p.text for p in problems if p.split in (None, *wanted)]
   if texts:
     raise MissingDataError("\n  ".join([f"{root}: split {split!r}", *shorten(texts)]))
@@ -304,7 +304,7 @@ def masks(root: str | Path, split: str) -> dict[str, dict[str, Path]]:
 def validate(root: str | Path) -> dict[str, int]:
   """Checks and decodes both splits as `read` does; returns the numbers of pairs by split."""
   read(root, "all")
-  parts, _ = _survey(files.expand(root))
+  parts, _ = _survey(file_lib.expand(root))
   return {split: sum(len(pairs[split]) for pairs in parts.values()) for split in SPLITS}
 
 
